@@ -1,0 +1,1178 @@
+"""Task families, offline datasets and evaluation shared by all scripts of this repository.
+
+    python data_collect.py --env ant-dir          # train behavior policies, roll them out, write datasets/ant-dir.npz
+
+Read in this order: task families (what a task is, its reward), TaskEnv (many rows simulated at
+once, each row bound to its own task), behavior policies (SAC), the dataset file (collect, load),
+and evaluate (the four adaptation protocols). The algorithm scripts use only FAMILIES' names,
+`load_dataset` and `evaluate`; none of them is known here.
+
+Shape letters: T tasks, N episodes per task, H horizon, B rows or transitions, R evaluation rows.
+Units: actions are in [-1, 1]; rewards are raw environment units; a return is the undiscounted sum
+of one episode's rewards; angles in radians, positions in meters, velocities in meters per second.
+"""
+
+import copy
+import functools
+import json
+import math
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import mujoco
+import mujoco.rollout
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector.utils import batch_space
+from torch import nn
+
+FORMAT_VERSION = 1
+
+# ---- task families ----------------------------------------------------------
+#
+# A family states how its tasks are drawn and what one step means. `state` [B, S] is the full
+# simulator state of B rows. `outcome` [B, k] is the part of a transition that the reward depends
+# on besides the action, so that `reward(outcome, act, params)` can score any recorded transition
+# for any task (numpy arrays and torch tensors alike). Adding a family = adding one class here and
+# its name to FAMILIES.
+
+
+class Family:
+    """Defaults of every family; `params` [T, P] float64 are the hidden task parameters."""
+
+    gamma = 0.99  # discount of the behavior policies and default of the scripts
+    horizon = 200  # environment steps per episode (a time limit, never a termination)
+    counts = (20, 20)  # training tasks, test tasks
+    param_scale = 1.0  # params / param_scale is what the task-conditioned SAC sees, about [-1, 1]
+    dynamics_vary = False  # True where the transition depends on the task, so no relabelling
+    outcome_dim = 1
+    sac_total_updates, sac_width = 150_000, 256  # defaults of the behavior policies
+
+    def draw(self):
+        """-> params [T, P] float64, training ids, test ids; the same on every call."""
+        raise NotImplementedError
+
+    def split_first(self, params):
+        return params, np.arange(self.counts[0]), np.arange(self.counts[0], sum(self.counts))
+
+    def split_interleaved(self, params):
+        """CSRO's rule: every fourth task is a test task, so that each lies between training tasks."""
+        test = np.arange(0, sum(self.counts), self.counts[0] // self.counts[1] + 1) + 2
+        return params, np.setdiff1d(np.arange(sum(self.counts)), test), test
+
+    def terminated(self, state):
+        """-> [B] bool: the task itself ended (a fall), as opposed to the time limit."""
+        return np.zeros(len(state), bool)
+
+
+class Point(Family):
+    """A point in the plane, state = position; act 1 moves it by 0.1 m along that axis."""
+
+    obs_dim = act_dim = outcome_dim = 2
+    gamma, horizon = 0.9, 20
+    sac_total_updates, sac_width = 10_000, 64
+
+    def reset(self, rng, count):
+        return np.zeros((count, 2))
+
+    def step(self, state, act, params):
+        return state + 0.1 * act
+
+    def observe(self, state):
+        return state
+
+    def outcome(self, state, next_state):
+        return next_state
+
+
+class PointRobot(Point):
+    """Reach a hidden goal on the upper unit half circle; dense reward."""
+
+    counts = (30, 10)
+
+    def draw(self):
+        angle = np.linspace(0, np.pi, sum(self.counts))
+        return self.split_interleaved(np.stack([np.cos(angle), np.sin(angle)], 1))
+
+    def reward(self, outcome, act, params):
+        return -(((outcome - params) ** 2).sum(-1) ** 0.5)
+
+
+class SparsePointRobot(PointRobot):
+    """The same goals, but rewarded only within 0.2 m: from 0 at the rim to 1 at the goal."""
+
+    counts = (80, 20)
+
+    def draw(self):
+        params, _, _ = super(PointRobot, self).split_first(
+            np.stack([f(np.linspace(0, np.pi, sum(self.counts))) for f in (np.cos, np.sin)], 1)
+        )
+        order = np.random.RandomState(1337).permutation(len(params))
+        return params, np.sort(order[: self.counts[0]]), np.sort(order[self.counts[0] :])
+
+    def reward(self, outcome, act, params):
+        return (1 - ((outcome - params) ** 2).sum(-1) ** 0.5 / 0.2).clip(0)
+
+
+class PointRobotWind(Point):
+    """Reach (1, 0) against a hidden constant wind that displaces the point at every step."""
+
+    counts = (40, 10)
+    horizon = 25
+    param_scale = 0.05
+    dynamics_vary = True
+
+    def draw(self):
+        rng = np.random.RandomState(1337)
+        wind = [rng.uniform(-0.05, 0.05, sum(self.counts)) for _ in range(2)]  # all x, then all y
+        return self.split_first(np.stack(wind, 1))
+
+    def step(self, state, act, params):
+        return state + 0.1 * act + params
+
+    def reward(self, outcome, act, params):
+        return -(((outcome[..., 0] - 1) ** 2 + outcome[..., 1] ** 2) ** 0.5)
+
+
+class Mujoco(Family):
+    """A MuJoCo body; state = [time, qpos, qvel] (mjSTATE_FULLPHYSICS)."""
+
+    timestep = 0.01  # [s]; set after loading, gymnasium's hopper and walker files say 0.002
+    frame_skip = 5
+    noise = (0.1, "normal")  # reset noise: qpos uniform +-noise, qvel normal or uniform
+
+    @functools.cached_property
+    def model(self):
+        assets = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"
+        model = mujoco.MjModel.from_xml_path(str(assets / self.xml))
+        model.opt.timestep = self.timestep
+        return model
+
+    def models(self, params):
+        """params [T, P] -> T models (the same object where the tasks differ in reward only)."""
+        return [self.model] * len(params)
+
+    @property
+    def dt(self):
+        return self.timestep * self.frame_skip
+
+    def split(self, state):
+        nq = self.model.nq
+        return state[:, 1 : 1 + nq], state[:, 1 + nq :]
+
+    def reset(self, rng, count):
+        scale, kind = self.noise
+        nq, nv = self.model.nq, self.model.nv
+        qpos = self.model.qpos0 + rng.uniform(-scale, scale, (count, nq))
+        qvel = scale * rng.standard_normal((count, nv)) if kind == "normal" else rng.uniform(-scale, scale, (count, nv))
+        return np.concatenate([np.zeros((count, 1)), qpos, qvel], 1)
+
+    def outcome(self, state, next_state):
+        """Mean forward velocity of the torso over the step [m/s]."""
+        return (next_state[:, 1:2] - state[:, 1:2]) / self.dt
+
+
+class Cheetah(Mujoco):
+    xml, obs_dim, act_dim = "half_cheetah.xml", 20, 6
+
+    def observe(self, state):
+        """qpos without x, qvel, torso position (x, 0, z): x is part of the observation."""
+        qpos, qvel = self.split(state)
+        torso = np.stack([qpos[:, 0], np.zeros(len(qpos)), 0.7 + qpos[:, 1]], 1)
+        return np.concatenate([qpos[:, 1:], qvel, torso], 1)
+
+
+class CheetahVel(Cheetah):
+    """Run at a hidden target speed v* in [0, 3] m/s (CORRO's seeds 1..40)."""
+
+    param_scale = 3.0
+
+    def draw(self):
+        speed = [3 * np.random.RandomState(seed).rand() for seed in range(1, sum(self.counts) + 1)]
+        return self.split_first(np.array(speed)[:, None])
+
+    def reward(self, outcome, act, params):
+        return -abs(outcome[..., 0] - params[..., 0]) - 0.05 * (act**2).sum(-1)
+
+
+class CheetahDir(Cheetah):
+    """Run forward (+1) or backward (-1); the two training tasks are also the test tasks."""
+
+    counts = (2, 2)
+
+    def draw(self):
+        return np.array([[1.0], [-1.0]]), np.arange(2), np.arange(2)
+
+    def reward(self, outcome, act, params):
+        return params[..., 0] * outcome[..., 0] - 0.05 * (act**2).sum(-1)
+
+
+class Ant(Mujoco):
+    xml, act_dim, outcome_dim = "ant.xml", 8, 2
+
+
+class AntDir(Ant):
+    """Walk in a hidden direction (cos, sin); reward = velocity along it (CORRO's seeds 1..40)."""
+
+    obs_dim = 27
+
+    def draw(self):
+        angle = [2 * np.pi * np.random.RandomState(seed).rand() for seed in range(1, sum(self.counts) + 1)]
+        return self.split_first(np.stack([np.cos(angle), np.sin(angle)], 1))
+
+    def observe(self, state):
+        return state[:, 3:]  # qpos without x and y, qvel
+
+    def outcome(self, state, next_state):
+        """Mean velocity of the torso in the plane over the step [m/s]."""
+        return (next_state[:, 1:3] - state[:, 1:3]) / self.dt
+
+    def reward(self, outcome, act, params):
+        return (outcome * params).sum(-1)
+
+
+class AntDirFull(AntDir):
+    """ant-dir with control cost and survival bonus (Meta-DT's form; it never terminates)."""
+
+    def reward(self, outcome, act, params):
+        return super().reward(outcome, act, params) - 0.5 * (act**2).sum(-1) + 1.0
+
+
+class AntGoal(Ant):
+    """Reach a hidden goal on the circle of radius 2 m; the position is observed."""
+
+    obs_dim = 29
+    counts = (30, 10)
+    param_scale = 2.0
+
+    def draw(self):
+        angle = np.linspace(0, 2 * np.pi, sum(self.counts), endpoint=False)  # no goal twice
+        return self.split_interleaved(2 * np.stack([np.cos(angle), np.sin(angle)], 1))
+
+    def observe(self, state):
+        return state[:, 1:]
+
+    def outcome(self, state, next_state):
+        return next_state[:, 1:3]
+
+    def reward(self, outcome, act, params):
+        return -abs(outcome - params).sum(-1) - 0.1 * (act**2).sum(-1)
+
+
+class RandomParams(Mujoco):
+    """Physical parameters drawn per task, hidden: each entry is multiplied by base ** params.
+
+    params are uniform in [-3, 3], drawn by Python's random.Random(seed) in the order of `randomized`
+    (CORRO's files). mj_setConst is not called afterwards, as in the original environments.
+    """
+
+    frame_skip, timestep = 4, 0.004
+    noise = (0.005, "uniform")
+    param_scale = 3.0
+    dynamics_vary = True
+
+    def draw(self):
+        size = sum(getattr(self.model, name).size for name, _ in self.randomized)
+        params = []
+        for seed in range(1, sum(self.counts) + 1):
+            rng = random.Random(seed)
+            params.append([rng.uniform(-3, 3) for _ in range(size)])
+        return self.split_first(np.array(params))
+
+    def models(self, params):
+        models = []
+        for row in params:
+            model, start = copy.copy(self.model), 0
+            for name, base in self.randomized:
+                original = getattr(self.model, name)
+                exponent = row[start : start + original.size].reshape(original.shape)
+                getattr(model, name)[:] = original * base**exponent
+                start += original.size
+            models.append(model)
+        return models
+
+    def observe(self, state):
+        return state[:, 1:]  # qpos and qvel, x included
+
+
+class HopperRandParams(RandomParams):
+    xml, obs_dim, act_dim = "hopper.xml", 12, 3
+    randomized = (("body_mass", 1.5), ("body_inertia", 1.5), ("dof_damping", 1.3), ("geom_friction", 1.5))
+
+    def reward(self, outcome, act, params):
+        return outcome[..., 0] - 1e-3 * (act**2).sum(-1)
+
+
+class WalkerRandParams(RandomParams):
+    """Masses and frictions vary; an episode terminates when the torso sinks to 0.5 m."""
+
+    xml, obs_dim, act_dim = "walker2d.xml", 18, 6  # walker2d_v5.xml has another foot friction
+    randomized = (("body_mass", 1.5), ("geom_friction", 1.5))
+
+    def reward(self, outcome, act, params):
+        return outcome[..., 0] + 1.0 - 1e-3 * (act**2).sum(-1)
+
+    def terminated(self, state):
+        return state[:, 2] <= 0.5
+
+
+FAMILIES = {
+    "point-robot": PointRobot(),
+    "sparse-point-robot": SparsePointRobot(),
+    "point-robot-wind": PointRobotWind(),
+    "cheetah-vel": CheetahVel(),
+    "cheetah-dir": CheetahDir(),
+    "ant-dir": AntDir(),
+    "ant-dir-full": AntDirFull(),
+    "ant-goal": AntGoal(),
+    "hopper-rand-params": HopperRandParams(),
+    "walker-rand-params": WalkerRandParams(),
+}
+EnvName = Literal[tuple(FAMILIES)]
+
+# ---- batched simulation -----------------------------------------------------
+
+
+class TaskEnv(gym.vector.VectorEnv):
+    """B rows of one family, each bound to a task; a MuJoCo step of all rows is one rollout call.
+
+    Nothing resets by itself (AutoresetMode.DISABLED): a row that terminated, reached the time limit
+    or diverged stands still with reward 0 until `reset` names it in options["reset_mask"] [B] bool.
+    options["task_ids"] [B] rebinds the rows that are reset. `step` returns, besides gymnasium's
+    five, info["outcome"] [B, k] and info["diverged"] [B]: rows whose physics broke in this step
+    (their transition is void).
+    """
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED, "render_modes": []}
+
+    def __init__(self, family, params, task_ids):
+        """family: a value of FAMILIES; params [T, P]; task_ids [B] rows of params."""
+        self.family, self.params = family, np.asarray(params, np.float64)
+        self.task_ids = np.array(task_ids)
+        self.num_envs = len(self.task_ids)
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (family.obs_dim,), np.float32)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (family.act_dim,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        if isinstance(family, Mujoco):
+            threads = torch.get_num_threads()
+            self.models = family.models(self.params)
+            self.pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
+            self.scratch = [mujoco.MjData(family.model) for _ in range(threads)]
+            self.chunk = max(1, self.num_envs // (2 * threads))
+        self.state = family.reset(np.random.default_rng(0), self.num_envs)  # [B, S] until the first reset
+        self.steps = np.zeros(self.num_envs, int)
+        self.live = np.zeros(self.num_envs, bool)
+
+    def reset(self, *, seed=None, options=None):
+        """seed: None continues the generator, an int seeds row i with seed + i, or one int per row.
+        -> obs [B, obs_dim] float32, {}. Unlike gymnasium's default, rows not in the mask keep theirs."""
+        options = options or {}
+        mask = options.get("reset_mask", np.ones(self.num_envs, bool))
+        if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
+            raise ValueError(f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with a True")
+        if "task_ids" in options:
+            self.task_ids[mask] = np.asarray(options["task_ids"])[mask]
+        if seed is None:
+            self.state[mask] = self.family.reset(self.np_random, mask.sum())
+        else:
+            if isinstance(seed, (int, np.integer)):
+                self._np_random = np.random.default_rng(seed)
+                seed = [seed + row for row in range(self.num_envs)]
+            if len(seed) != self.num_envs:
+                raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows")
+            for row in np.flatnonzero(mask):
+                self.state[row] = self.family.reset(np.random.default_rng(seed[row]), 1)[0]
+        self.steps[mask], self.live[mask] = 0, True
+        return self.family.observe(self.state).astype(np.float32), {}
+
+    def step(self, actions):
+        """actions [B, act_dim] -> obs [B, obs_dim], rew [B], terminated [B], truncated [B], info."""
+        if np.shape(actions) != self.action_space.shape:
+            raise ValueError(f"actions have shape {np.shape(actions)}, expected {self.action_space.shape}")
+        act = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
+        live, params = self.live.copy(), self.params[self.task_ids]
+        next_state, diverged = self.state.copy(), np.zeros(self.num_envs, bool)
+        if live.any():
+            next_state[live], diverged[live] = self._simulate(self.state[live], act[live], live)
+        outcome = self.family.outcome(self.state, next_state)
+        moved = live & ~diverged
+        rew = np.where(moved, self.family.reward(outcome, act, params), 0.0)
+        self.state, self.steps = next_state, self.steps + moved
+        terminated = moved & self.family.terminated(next_state)
+        truncated = moved & ~terminated & (self.steps >= self.family.horizon)
+        self.live = moved & ~terminated & ~truncated
+        info = {"outcome": outcome, "diverged": diverged}
+        return self.family.observe(next_state).astype(np.float32), rew, terminated, truncated, info
+
+    def _simulate(self, state, act, live):
+        """One environment step of the live rows -> next state, diverged. A row that diverges keeps its state."""
+        if isinstance(self.family, Point):
+            return self.family.step(state, act, self.params[self.task_ids[live]]), np.zeros(len(state), bool)
+        skip = self.family.frame_skip
+        control = np.repeat(act[:, None], skip, 1)
+        models = [self.models[i] for i in self.task_ids[live]]
+        states, _ = self.pool.rollout(models, self.scratch, state, control, chunk_size=self.chunk)
+        next_state = states[:, -1].copy()
+        # MuJoCo silently resets a broken row instead of returning NaN; only its clock shows it
+        clock = state[:, 0] + skip * self.family.timestep
+        diverged = (abs(next_state[:, 0] - clock) > 1e-9) | ~np.isfinite(next_state).all(1)
+        next_state[diverged] = state[diverged]
+        return next_state, diverged
+
+    def get_state(self):
+        """Everything needed to continue bit for bit, as plain lists and numbers (for a checkpoint)."""
+        names = ("state", "steps", "live", "task_ids")
+        return {n: torch.as_tensor(getattr(self, n)) for n in names} | {"rng": self.np_random.bit_generator.state}
+
+    def set_state(self, saved):
+        for name in ("state", "steps", "live", "task_ids"):
+            setattr(self, name, saved[name].numpy().copy())
+        self.np_random.bit_generator.state = saved["rng"]
+
+    def close_extras(self, **kwargs):
+        if isinstance(self.family, Mujoco):
+            self.pool.close()
+
+
+# ---- behavior policies ------------------------------------------------------
+
+
+def mlp(sizes, layer_norm=True):
+    """ReLU multilayer perceptron; layer norm after each hidden layer doubles SAC's sample efficiency here."""
+    layers = []
+    for fan_in, fan_out in zip(sizes[:-2], sizes[1:-1]):
+        layers += [nn.Linear(fan_in, fan_out), nn.LayerNorm(fan_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+
+
+class BehaviorActor(nn.Module):
+    """Tanh-Gaussian policy pi(a | s, task); task [B, P] are the scaled true task parameters."""
+
+    def __init__(self, obs_dim, act_dim, task_dim, width):
+        super().__init__()
+        self.net = mlp([obs_dim + task_dim, width, width, 2 * act_dim])
+
+    def forward(self, obs, task):
+        """obs [B, obs_dim], task [B, P] -> sampled act [B, act_dim] in (-1, 1), log-probability [B]."""
+        mean, log_std = self.net(torch.cat([obs, task], -1)).chunk(2, -1)
+        log_std = -1.5 + 3.5 * torch.tanh(log_std)  # in (-5, 2)
+        noise = torch.randn_like(mean)
+        pre = mean + log_std.exp() * noise
+        logp = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+        logp = logp - 2 * (math.log(2) - pre - nn.functional.softplus(-2 * pre))  # tanh's Jacobian
+        return torch.tanh(pre), logp.sum(-1)
+
+    def mode(self, obs, task):
+        return torch.tanh(self.net(torch.cat([obs, task], -1)).chunk(2, -1)[0])
+
+
+class SAC(nn.Module):
+    """Soft actor-critic with twin critics and a learned temperature (Haarnoja et al. 2018, v2)."""
+
+    def __init__(self, family, task_dim, args):
+        super().__init__()
+        self.gamma, self.target_entropy = family.gamma, -float(family.act_dim)
+        critic_sizes = [family.obs_dim + task_dim + family.act_dim, args.width, args.width, 1]
+        self.actor = BehaviorActor(family.obs_dim, family.act_dim, task_dim, args.width)
+        self.critic = nn.ModuleList([mlp(critic_sizes), mlp(critic_sizes)])
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.1)))
+
+    def make_optimizers(self, lr):
+        # fused: one kernel per optimizer instead of several per tensor
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr, fused=True)
+        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr, fused=True)
+        self.temperature_opt = torch.optim.Adam([self.log_temperature], lr, fused=True)
+        self.optimizers = {"actor": self.actor_opt, "critic": self.critic_opt, "temperature": self.temperature_opt}
+
+    def update(self, obs, act, rew, next_obs, term, task):
+        """One gradient step on a batch (obs [B, obs_dim], rew and term [B], task [B, P])."""
+        temperature = self.log_temperature.detach().exp()
+        with torch.no_grad():
+            next_act, next_logp = self.actor(next_obs, task)
+            next_in = torch.cat([next_obs, task, next_act], -1)
+            next_q = torch.min(*[q(next_in)[:, 0] for q in self.critic_target]) - temperature * next_logp
+            q_target = rew + self.gamma * (1 - term) * next_q
+        critic_in = torch.cat([obs, task, act], -1)
+        critic_loss = sum(nn.functional.mse_loss(q(critic_in)[:, 0], q_target) for q in self.critic)
+        self.critic_opt.zero_grad()
+        critic_loss.backward()
+        self.critic_opt.step()
+
+        pi_act, pi_logp = self.actor(obs, task)
+        pi_in = torch.cat([obs, task, pi_act], -1)
+        q = torch.min(*[q(pi_in)[:, 0] for q in self.critic])
+        self.actor_opt.zero_grad()
+        # only the actor's gradients: the critics' weight gradients would be thrown away
+        (temperature * pi_logp - q).mean().backward(inputs=list(self.actor.parameters()))
+        self.actor_opt.step()
+        self.temperature_opt.zero_grad()
+        (-self.log_temperature * (pi_logp.detach() + self.target_entropy).mean()).backward()
+        self.temperature_opt.step()
+        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), 0.005)
+        return critic_loss.detach(), q.detach().mean()
+
+
+def rollout(env, policy, seeds, device="cpu"):
+    """One episode per row of `env`. policy(obs [B, obs_dim], rew [B]) -> act [B, act_dim], tensors on
+    `device`, where rew is the reward of the previous step (0 at first).
+
+    -> dict of numpy arrays: observations [B, H+1, obs_dim], actions [B, H, act_dim], rewards [B, H]
+    (float32, zeros after the end), lengths [B] int32, terminated [B] and diverged [B] bool."""
+    rows, horizon, family = env.num_envs, env.family.horizon, env.family
+    obs, _ = env.reset(seed=seeds)
+    rew = np.zeros(rows)
+    out = {
+        "observations": np.zeros((rows, horizon + 1, family.obs_dim), np.float32),
+        "actions": np.zeros((rows, horizon, family.act_dim), np.float32),
+        "rewards": np.zeros((rows, horizon), np.float32),
+        "lengths": np.zeros(rows, np.int32),
+        "terminated": np.zeros(rows, bool),
+        "diverged": np.zeros(rows, bool),
+    }
+    out["observations"][:, 0] = obs
+    for t in range(horizon):
+        live = env.live.copy()
+        with torch.no_grad():
+            act = policy(torch.as_tensor(obs, device=device), torch.as_tensor(rew, dtype=torch.float32, device=device))
+        act = act.cpu().numpy()
+        obs, rew, terminated, _, info = env.step(act)
+        out["diverged"] |= info["diverged"]
+        live &= ~info["diverged"]
+        out["actions"][live, t], out["rewards"][live, t] = act[live].clip(-1, 1), rew[live]
+        out["observations"][live, t + 1] = obs[live]
+        out["lengths"][live] += 1
+        out["terminated"] |= terminated
+        if not env.live.any():
+            break
+    return out
+
+
+class Replay:
+    """Transitions of one SAC run as one preallocated tensor; a batch is one gather."""
+
+    def __init__(self, family, capacity, device):
+        self.sizes = [family.obs_dim, family.act_dim, family.outcome_dim, family.obs_dim, 1]
+        self.rows = torch.zeros(capacity, sum(self.sizes), device=device)
+        self.task_ids = torch.zeros(capacity, dtype=torch.long, device=device)
+        self.count = 0
+
+    def add(self, obs, act, outcome, next_obs, term, task_ids):
+        columns = [np.asarray(x, np.float32).reshape(len(obs), -1) for x in (obs, act, outcome, next_obs, term)]
+        new = slice(self.count, self.count + len(obs))
+        self.rows[new] = torch.as_tensor(np.concatenate(columns, 1)).to(self.rows.device)
+        self.task_ids[new] = torch.as_tensor(task_ids).to(self.rows.device)
+        self.count += len(obs)
+
+    def sample(self, size):
+        index = torch.randint(self.count, (size,), device=self.rows.device)
+        obs, act, outcome, next_obs, term = self.rows[index].split(self.sizes, 1)
+        return obs, act, outcome, next_obs, term[:, 0], self.task_ids[index]
+
+
+PHASES = 20  # snapshots of a behavior policy, evenly over its training
+
+
+def train_behavior(family, params, task_ids, args, device, saved, save, stop, label):
+    """Train one SAC agent on the tasks `task_ids` (all of them: shared; one: per-task).
+
+    saved: what an interrupted run handed to `save`, or None; save(state) is called at every phase.
+    stop() -> bool ends the run early, after a last save. Updates start after one episode of random
+    actions in every row. -> list of PHASES actor state dicts, or None if stopped."""
+    torch.manual_seed(args.seed + 1000 * int(task_ids[0]))
+    agent = SAC(family, params.shape[1], args).to(device)
+    agent.make_optimizers(args.lr)
+    warmup = family.horizon  # vector steps
+    replay = Replay(family, args.rows * (warmup + math.ceil(args.total_updates / args.updates_per_step)), device)
+    env = TaskEnv(family, params, np.random.default_rng(args.seed).choice(task_ids, args.rows))
+    obs, _ = env.reset(seed=args.seed)
+    progress = {"vector_steps": 0, "step": 0, "diverged": 0, "snapshots": [], "returns": []}
+    running = np.zeros(args.rows)  # return so far of each row's episode
+    if saved is not None:
+        agent.load_state_dict(saved["agent"])
+        for name, opt in agent.optimizers.items():
+            opt.load_state_dict(saved[name])
+        replay.count = len(saved["replay_rows"])
+        replay.rows[: replay.count], replay.task_ids[: replay.count] = saved["replay_rows"], saved["replay_task_ids"]
+        env.set_state(saved["env"])
+        obs, running = family.observe(env.state).astype(np.float32), saved["running"].numpy()
+        progress = saved["progress"]
+        restore_rng(saved["rng"])
+
+    def checkpoint():
+        save(
+            {"agent": agent.state_dict(), "env": env.get_state(), "progress": progress, "rng": rng_state()}
+            | {"replay_rows": replay.rows[: replay.count].clone(), "replay_task_ids": replay.task_ids[: replay.count].clone()}
+            | {name: opt.state_dict() for name, opt in agent.optimizers.items()}
+            | {"running": torch.as_tensor(running)}
+        )
+
+    scaled = torch.as_tensor(params / family.param_scale, dtype=torch.float32, device=device)  # [T, P]
+    raw = torch.as_tensor(params, dtype=torch.float32, device=device)
+    choices = torch.as_tensor(task_ids, device=device)
+    start, start_step = time.time(), progress["step"]
+    while progress["step"] < args.total_updates:
+        if progress["vector_steps"] < warmup:
+            act = torch.rand(args.rows, family.act_dim) * 2 - 1
+        else:
+            with torch.no_grad():
+                row_tasks = torch.as_tensor(env.task_ids, device=device)
+                act = agent.actor(torch.as_tensor(obs, device=device), scaled[row_tasks])[0].cpu()
+        next_obs, rew, terminated, truncated, info = env.step(act.numpy())
+        kept = ~info["diverged"]
+        replay.add(*(x[kept] for x in (obs, act.numpy(), info["outcome"], next_obs, terminated, env.task_ids)))
+        obs, running = next_obs, running + rew
+        progress["diverged"] += int((~kept).sum())
+        progress["vector_steps"] += 1
+        ended = terminated | truncated | ~kept
+        if ended.any():
+            progress["returns"] = (progress["returns"] + running[ended & kept].tolist())[-args.rows :]
+            running[ended] = 0.0
+            new_tasks = task_ids[env.np_random.integers(len(task_ids), size=args.rows)]
+            obs, _ = env.reset(options={"reset_mask": ended, "task_ids": new_tasks})
+        if progress["vector_steps"] < warmup:
+            continue
+        for _ in range(min(args.updates_per_step, args.total_updates - progress["step"])):
+            b_obs, b_act, b_outcome, b_next_obs, b_term, b_tasks = replay.sample(args.batch_size)
+            if not family.dynamics_vary:
+                # the reward is a known function, so any transition can teach any task; half of the
+                # batch keeps its own task, for which it is closer to on-policy
+                half = args.batch_size // 2
+                b_tasks[half:] = choices[torch.randint(len(choices), b_tasks[half:].shape, device=device)]
+            b_rew = family.reward(b_outcome, b_act, raw[b_tasks])
+            critic_loss, q_mean = agent.update(b_obs, b_act, b_rew, b_next_obs, b_term, scaled[b_tasks])
+            progress["step"] += 1
+        step, snapshots = progress["step"], progress["snapshots"]
+        if step * PHASES // args.total_updates > len(snapshots):
+            while step * PHASES // args.total_updates > len(snapshots):
+                snapshots.append({k: v.to("cpu", copy=True) for k, v in agent.actor.state_dict().items()})
+            if not math.isfinite(critic_loss.item()):
+                raise SystemExit(f"the behavior policy of {label} diverged at update {step}: try a smaller --lr")
+            checkpoint()
+            eta = (time.time() - start) / (step - start_step) * (args.total_updates - step)
+            mean_return = np.mean(progress["returns"]) if progress["returns"] else float("nan")
+            print(
+                f"[{label} {step:>7}/{args.total_updates} {100 * step // args.total_updates:>3}%] eta {duration(eta)}"
+                f"  env steps {replay.count}  return {mean_return:.1f}"
+                f"  critic {critic_loss.item():.3f}  q {q_mean.item():.2f}",
+                flush=True,
+            )
+        if stop():
+            checkpoint()
+            return None
+    env.close()
+    return progress["snapshots"]
+
+
+def duration(seconds):
+    """75 -> '1m15s'."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def rng_state():
+    """torch's global generators, CPU and CUDA, as a list of tensors."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def restore_rng(states):
+    torch.set_rng_state(states[0].cpu())
+    torch.cuda.set_rng_state_all([s.cpu() for s in states[1 : 1 + torch.cuda.device_count()]])
+
+
+# ---- the dataset file: writing ----------------------------------------------
+
+
+@dataclass
+class Args:
+    env: EnvName = "ant-dir"
+    """task family"""
+    quality: Literal["mixed", "medium", "expert", "medium-expert", "random"] = "mixed"
+    """which policies are rolled out: mixed = all phases of training from 10 %% on; medium = the first phase
+    halfway between random and expert, per task; expert = the last; medium-expert = 70 %% and 30 %%"""
+    out: str | None = None
+    """file to write; by default datasets/{env}.npz, for other qualities datasets/{env}-{quality}.npz"""
+    seed: int = 0
+    """seed of training and rollouts (the tasks themselves are fixed by the family)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """device of the SAC updates; the simulation runs on the CPU"""
+    # data
+    episodes: int = 50
+    """episodes per training task"""
+    test_episodes: int = 5
+    """episodes per test task: they only serve as contexts"""
+    ood_contexts: int = 5
+    """contexts per test task from policies of other training tasks (one more comes from the random policy)"""
+    train_tasks: int | None = None
+    """use only the first n training tasks of the family"""
+    test_tasks: int | None = None
+    """use only the first n test tasks of the family"""
+    # behavior policies
+    behavior: Literal["shared", "per-task"] = "shared"
+    """shared: one task-conditioned SAC for all tasks; per-task: an independent SAC for each (the papers' way)"""
+    total_updates: int | None = None
+    """gradient updates of each SAC agent; by default the family's"""
+    rows: int = 64
+    """environment rows simulated together"""
+    updates_per_step: int = 8
+    """gradient updates per step of all rows"""
+    batch_size: int = 256
+    """transitions per update"""
+    width: int | None = None
+    """hidden units of SAC's networks, two layers; by default the family's"""
+    lr: float = 1e-3
+    """Adam's learning rate of actor, critics and temperature"""
+
+
+# settings that decide the behavior policies: two files that agree on them share the policies
+POLICY_SETTINGS = ("env", "seed", "train_tasks", "test_tasks", "behavior", "total_updates")
+POLICY_SETTINGS += ("rows", "updates_per_step", "batch_size", "width", "lr")
+
+
+def atomic_save(path, write):
+    """write(file) to a temporary name, then rename: a reader never meets half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def resolve_device(name):
+    """ "auto" | "cpu" | "cuda" -> torch.device; one line if there is no GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here; use --device auto or cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def collect(args):
+    """Train the behavior policies and write the dataset file; continues an interrupted run, and does
+    nothing if the file is already there with the same settings."""
+    family = FAMILIES[args.env]
+    for name in ("total_updates", "width"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(family, f"sac_{name}"))
+    least = {"ood_contexts": 0, "seed": 0, "batch_size": 2}
+    for name, value in asdict(args).items():
+        if isinstance(value, (int, float)) and value < least.get(name, 1e-12):
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)}")
+    params, train_ids, test_ids = family.draw()
+    for name, ids in (("train_tasks", train_ids), ("test_tasks", test_ids)):
+        if (getattr(args, name) or 0) > len(ids):
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.env} has {len(ids)}")
+    train_ids, test_ids = train_ids[: args.train_tasks], test_ids[: args.test_tasks]
+    used = np.union1d(train_ids, test_ids)  # keep only the chosen tasks and renumber them
+    params, train_ids, test_ids = params[used], np.searchsorted(used, train_ids), np.searchsorted(used, test_ids)
+    device = resolve_device(args.device)
+    suffix = "" if args.quality == "mixed" else f"-{args.quality}"
+    path = Path(args.out or f"datasets/{args.env}{suffix}.npz")
+    if path.suffix != ".npz":
+        raise SystemExit(f"--out {path}: the name must end in .npz")
+    settings = {k: v for k, v in asdict(args).items() if k not in ("out", "device")}
+    if path.exists():
+        written = load_dataset(args.env, path).header["settings"]
+        changed = [k for k in settings if settings[k] != written.get(k)]
+        if changed:
+            k = changed[0]
+            raise SystemExit(f"{path} was made with {k} {written.get(k)}, not {settings[k]}: choose another --out or remove it")
+        print(f"{path} is complete; nothing to do")
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_save(path, lambda file: None)  # find out now, not in half an hour, whether we may write here
+        path.unlink()
+    except OSError as error:
+        raise SystemExit(f"cannot write {path}: {error.strerror}; choose another --out")
+
+    groups = [np.arange(len(params))] if args.behavior == "shared" else [np.array([i]) for i in range(len(params))]
+    policies_path = path.with_name(f"{args.env}.policies.pt")
+    wanted = {k: settings[k] for k in POLICY_SETTINGS}
+    policies = {"settings": wanted, "finished": [], "training": None}
+    if policies_path.exists():
+        policies = load_policies(policies_path)
+        if policies["settings"] != wanted:
+            raise SystemExit(f"{policies_path} holds policies with other settings: remove it, or write to another folder with --out")
+        print(f"continuing from {policies_path}")
+    stopping = []
+
+    def on_interrupt(*_):
+        stopping.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    def save(training):
+        policies["training"] = training
+        atomic_save(policies_path, lambda file: torch.save(policies, file))
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    start = time.time()
+    for task_ids in groups[len(policies["finished"]) :]:
+        label = args.env if args.behavior == "shared" else f"{args.env} task {task_ids[0]}"
+        saved = policies["training"]
+        snapshots = train_behavior(
+            family, params, task_ids, args, device, saved, save, lambda: bool(stopping), label
+        )
+        if snapshots is None:
+            print(f"interrupted; progress is in {policies_path}, the same command continues")
+            raise SystemExit(130)
+        policies["finished"].append(snapshots)
+        save(None)
+    signal.signal(signal.SIGINT, previous)
+    print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
+    arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies["finished"], args, device)
+    versions = {m.__name__: m.__version__ for m in (np, torch, mujoco, gym)} | {"python": sys.version.split()[0]}
+    header = {"format_version": FORMAT_VERSION, "env": args.env, "settings": settings, "versions": versions}
+    header |= {"command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | note
+    arrays["header"] = np.array(json.dumps(header))
+    atomic_save(path, lambda file: np.savez_compressed(file, **arrays))
+    load_dataset(args.env, path)
+    print(
+        f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) after {duration(time.time() - start)}: "
+        f"mean return random {arrays['random_returns'].mean():.1f}, data {note['behavior_return']:.1f}, "
+        f"expert {arrays['expert_returns'].mean():.1f}; {note['diverged_episodes']} diverged episodes redone"
+    )
+    print(f"{policies_path} holds the policies for other --quality files; remove it when you need none")
+
+
+def load_policies(path):
+    try:
+        policies = torch.load(path, map_location="cpu", weights_only=True)
+        return {k: policies[k] for k in ("settings", "finished", "training")}
+    except Exception:
+        raise SystemExit(f"{path} is damaged or not a policy file: remove it and run the same command again")
+
+
+def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
+    """Roll the behavior policies out -> arrays of the file (without its header), notes for the header."""
+    actor = BehaviorActor(family.obs_dim, family.act_dim, params.shape[1], args.width).to(device)
+    scaled = torch.as_tensor(params / family.param_scale, dtype=torch.float32, device=device)
+    rng = np.random.default_rng([args.seed, 1])
+    torch.manual_seed(args.seed + 1)
+    tasks, diverged = np.arange(len(params)), 0
+
+    def play(phase, task_ids, policy_ids, deterministic=False):
+        """One episode per entry of task_ids by the snapshot `phase` (None: uniform random actions)
+        of the policy that belongs to the tasks policy_ids. Diverged episodes are played again."""
+        nonlocal diverged
+        env = TaskEnv(family, params, task_ids)
+        row_tasks = scaled[torch.as_tensor(policy_ids, device=device)]
+
+        def policy(obs, rew):
+            if phase is None:
+                return torch.rand(len(obs), family.act_dim, device=device) * 2 - 1
+            act = torch.zeros(len(obs), family.act_dim, device=device)
+            for group, rows in by_group:
+                actor.load_state_dict(groups[group][phase])
+                act[rows] = actor.mode(obs[rows], row_tasks[rows]) if deterministic else actor(obs[rows], row_tasks[rows])[0]
+            return act
+
+        group_of = np.zeros(len(task_ids), int) if len(groups) == 1 else np.asarray(policy_ids)
+        by_group = [(g, torch.as_tensor(np.flatnonzero(group_of == g), device=device)) for g in np.unique(group_of)]
+        done = rollout(env, policy, rng.integers(2**31, size=len(task_ids)), device)
+        while done["diverged"].any():
+            again = np.flatnonzero(done["diverged"])
+            diverged += len(again)
+            for key, value in play(phase, task_ids[again], policy_ids[again], deterministic).items():
+                done[key][again] = value
+        env.close()
+        return done
+
+    def returns(episodes, shape):
+        return episodes["rewards"].sum(1, dtype=np.float64).reshape(shape).mean(-1)
+
+    random_returns = returns(play(None, *[tasks.repeat(20)] * 2), (len(tasks), 20))
+    expert_returns = returns(play(PHASES - 1, *[tasks.repeat(10)] * 2, deterministic=True), (len(tasks), 10))
+    phase_of = choose_phases(args, len(tasks), test_ids, random_returns, expert_returns, play)  # [T, N]
+
+    def record(phases, task_ids, policy_ids):
+        """One episode per entry of phases [X, Y], task_ids and policy_ids alike -> arrays of the file."""
+        shape = phases.shape
+        out = {
+            "observations": np.zeros((*shape, family.horizon + 1, family.obs_dim), np.float32),
+            "actions": np.zeros((*shape, family.horizon, family.act_dim), np.float32),
+            "rewards": np.zeros((*shape, family.horizon), np.float32),
+            "lengths": np.zeros(shape, np.int32),
+            "terminated": np.zeros(shape, bool),
+            "behavior_step": np.full(shape, NO_EPISODE, np.int32),
+        }
+        for phase in np.unique(phases[phases != NO_EPISODE]):
+            where = np.nonzero(phases == phase)
+            episodes = play(None if phase == RANDOM else phase, task_ids[where], policy_ids[where])
+            for key in ("observations", "actions", "rewards", "lengths", "terminated"):
+                out[key][where] = episodes[key]
+            out["behavior_step"][where] = 0 if phase == RANDOM else (phase + 1) * args.total_updates // PHASES
+        return out
+
+    own = np.repeat(tasks[:, None], phase_of.shape[1], 1)
+    arrays = record(phase_of, own, own)
+    # contexts of foreign policies for the OOD protocol: those of other training tasks, spread evenly
+    # over them, at 20, 60 and 100 % of their training; in the last column the random policy
+    foreign = np.full((len(test_ids), args.ood_contexts + 1), RANDOM)  # [test tasks, C]
+    for row, task in enumerate(test_ids):
+        others = train_ids[train_ids != task]
+        foreign[row, :-1] = others[np.linspace(0, len(others) - 1, args.ood_contexts).round().astype(int)]
+    phases = np.resize([PHASES // 5 - 1, 3 * PHASES // 5 - 1, PHASES - 1], foreign.shape[1])
+    phases = np.where(foreign == RANDOM, RANDOM, phases[None])
+    ood = record(phases, np.repeat(test_ids[:, None], foreign.shape[1], 1), foreign)
+    arrays |= {"ood_" + key: value for key, value in ood.items()}
+    arrays["ood_behavior_task"] = foreign.astype(np.int32)
+    arrays |= {"task_params": params, "train_ids": train_ids.astype(np.int64), "test_ids": test_ids.astype(np.int64)}
+    arrays |= {"random_returns": random_returns, "expert_returns": expert_returns}
+    recorded = arrays["rewards"][phase_of != NO_EPISODE].sum(-1)
+    return arrays, {"behavior_return": float(recorded.mean()), "diverged_episodes": diverged}
+
+
+NO_EPISODE, RANDOM = -1, -2  # entries of the phase tables that are no snapshot
+
+
+def choose_phases(args, num_tasks, test_ids, random_returns, expert_returns, play):
+    """-> [T, N] int: the snapshot that plays episode n of each task, or NO_EPISODE, or RANDOM."""
+    episodes = max(args.episodes, args.test_episodes)
+    table = np.full((num_tasks, episodes), NO_EPISODE)
+    medium = np.zeros(num_tasks, int)
+    if args.quality.startswith("medium"):
+        halfway = random_returns + 0.5 * (expert_returns - random_returns)
+        tasks = np.arange(num_tasks).repeat(3)
+        means = [play(p, tasks, tasks)["rewards"].sum(1).reshape(-1, 3).mean(1) for p in range(PHASES)]
+        reached = np.array(means) >= halfway  # [PHASES, T]
+        medium = np.where(reached.any(0), reached.argmax(0), PHASES - 1)
+    for task in range(num_tasks):
+        count = args.test_episodes if task in test_ids else args.episodes
+        table[task, :count] = {
+            "mixed": np.linspace(PHASES // 10 - 1, PHASES - 1, count).round(),
+            "medium": np.full(count, medium[task]),
+            "expert": np.full(count, PHASES - 1),
+            "medium-expert": np.where(np.arange(count) < round(0.7 * count), medium[task], PHASES - 1),
+            "random": np.full(count, RANDOM),
+        }[args.quality]
+    return table
+
+
+# ---- the dataset file: reading ----------------------------------------------
+
+# key -> dtype, shape; letters: T tasks, N episodes, H horizon, O obs_dim, A act_dim, P parameters,
+# U training tasks, V test tasks, C foreign contexts per test task
+FILE_LAYOUT = {
+    "observations": ("float32", ("T", "N", "H+1", "O")),
+    "actions": ("float32", ("T", "N", "H", "A")),
+    "rewards": ("float32", ("T", "N", "H")),
+    "lengths": ("int32", ("T", "N")),
+    "terminated": ("bool", ("T", "N")),
+    "behavior_step": ("int32", ("T", "N")),
+    "task_params": ("float64", ("T", "P")),
+    "train_ids": ("int64", ("U",)),
+    "test_ids": ("int64", ("V",)),
+    "random_returns": ("float64", ("T",)),
+    "expert_returns": ("float64", ("T",)),
+    "ood_observations": ("float32", ("V", "C", "H+1", "O")),
+    "ood_actions": ("float32", ("V", "C", "H", "A")),
+    "ood_rewards": ("float32", ("V", "C", "H")),
+    "ood_lengths": ("int32", ("V", "C")),
+    "ood_terminated": ("bool", ("V", "C")),
+    "ood_behavior_step": ("int32", ("V", "C")),
+    "ood_behavior_task": ("int32", ("V", "C")),
+}
+
+
+class Dataset:
+    """A checked dataset file as tensors on one device; a batch is one gather.
+
+    A transition is one row [obs, act, rew, next_obs, term] of width ctx_dim + 1; a context is rows
+    without term, [.., ctx_dim]. term is 1 only where the task itself ended, never at a time limit."""
+
+    def __init__(self, env, header, arrays, device):
+        self.env, self.family, self.header, self.device = env, FAMILIES[env], header, device
+        self.obs_dim, self.act_dim = self.family.obs_dim, self.family.act_dim
+        self.ctx_dim = 2 * self.obs_dim + self.act_dim + 1
+        self.task_params = arrays["task_params"]  # [T, P] float64
+        self.train_ids, self.test_ids = arrays["train_ids"], arrays["test_ids"]
+        self.random_returns, self.expert_returns = arrays["random_returns"], arrays["expert_returns"]  # [T]
+        self.ood_behavior_task = arrays["ood_behavior_task"]  # [V, C], RANDOM where the random policy acted
+        self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0: no episode
+        self.episodes = transitions(arrays, device=device)  # [T, N, H, ctx_dim + 1]
+        self.ood_episodes = transitions(arrays, "ood_", device)  # [V, C, H, ctx_dim + 1]
+        self.ood_lengths = torch.as_tensor(arrays["ood_lengths"], dtype=torch.long, device=device)
+        self.episode_returns = arrays["rewards"].sum(-1, dtype=np.float64)  # [T, N]
+        steps = torch.arange(self.family.horizon, device=device)
+        valid = (steps < self.lengths[..., None]).flatten(1)  # [T, N * H]
+        self.counts = valid.sum(1)  # [T] transitions per task
+        self.valid = valid.byte().argsort(dim=1, descending=True, stable=True)  # the first counts[i] of row i are real
+        self.behavior_return = float(self.episode_returns[self.train_ids].mean())  # mean over the training data
+
+    def sample(self, task_ids, size, generator):
+        """Independent uniform transitions with replacement: task_ids [M] -> [M, size, ctx_dim + 1]."""
+        pick = torch.rand(len(task_ids), size, device=self.device, generator=generator) * self.counts[task_ids, None]
+        index = self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]
+        return self.episodes.view(-1, self.ctx_dim + 1)[index]
+
+    def sample_episode(self, task_ids, size, generator):
+        """`size` uniform transitions of one random episode per task: task_ids [M] -> [M, size, ctx_dim + 1]."""
+        present = (self.lengths[task_ids] > 0).float()  # [M, N]
+        episode = torch.multinomial(present, 1, generator=generator)  # [M, 1]
+        length = self.lengths[task_ids[:, None], episode]
+        step = (torch.rand(len(task_ids), size, device=self.device, generator=generator) * length).long()
+        return self.episodes[task_ids[:, None], episode, step]
+
+    def unpack(self, rows):
+        """[.., ctx_dim + 1] -> obs [.., obs_dim], act [.., act_dim], rew [..], next_obs [.., obs_dim], term [..]."""
+        obs, act, rew, next_obs, term = rows.split([self.obs_dim, self.act_dim, 1, self.obs_dim, 1], -1)
+        return obs, act, rew[..., 0], next_obs, term[..., 0]
+
+
+def transitions(arrays, prefix="", device="cpu"):
+    """Episode arrays (as of `rollout` or of the file) -> [.., H, ctx_dim + 1] float32; zeros after the end."""
+    obs, act, rew, lengths = (arrays[prefix + k] for k in ("observations", "actions", "rewards", "lengths"))
+    steps = np.arange(rew.shape[-1])
+    term = (arrays[prefix + "terminated"][..., None] & (steps == lengths[..., None] - 1)).astype(np.float32)
+    rows = np.concatenate([obs[..., :-1, :], act, rew[..., None], obs[..., 1:, :], term[..., None]], -1)
+    rows[steps >= lengths[..., None]] = 0.0  # e.g. the last observation of a terminated episode
+    return torch.as_tensor(rows, device=device)
+
+
+def load_dataset(env, path=None, device="cpu"):
+    """Read and check datasets/{env}.npz (or path) -> Dataset. Whatever is wrong with the file ends the
+    program with one line that names the remedy, before any training."""
+    path = Path(path or f"datasets/{env}.npz")
+    make = f"python data_collect.py --env {env}" + ("" if path == Path(f"datasets/{env}.npz") else f" --out {path}")
+
+    def refuse(what):
+        raise SystemExit(f"{path}: {what}. Remove it and make it anew: {make}")
+
+    if not path.is_file():
+        raise SystemExit(f"{path} not found. Make it: {make}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        refuse(f"unreadable ({str(error).splitlines()[0][:80]})" if str(error) else "unreadable")
+    if "header" not in arrays:
+        refuse("no header, so not a dataset of this repository")
+    try:
+        header = json.loads(str(arrays.pop("header")))
+        version, family_name = header["format_version"], header["env"]
+        header["settings"]["seed"]
+    except (ValueError, KeyError, TypeError):
+        refuse("damaged header")
+    if version != FORMAT_VERSION:
+        remedy = "update this repository" if isinstance(version, int) and version > FORMAT_VERSION else f"make it anew: {make}"
+        raise SystemExit(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; {remedy}")
+    if family_name != env:
+        raise SystemExit(f"{path} holds {family_name}, not {env}: use --env {family_name} or another --dataset")
+    family = FAMILIES[env]
+    sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
+    for key, (dtype, letters) in FILE_LAYOUT.items():
+        if key not in arrays:
+            refuse(f"array {key} is missing")
+        array = arrays[key]
+        if array.dtype != dtype:
+            refuse(f"{key} has type {array.dtype}, expected {dtype}")
+        if array.ndim != len(letters) or any(sizes.setdefault(n, s) != s for n, s in zip(letters, array.shape)):
+            expected = tuple(sizes.get(n, n) for n in letters)
+            refuse(f"{key} has shape {array.shape}, expected {expected}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            refuse(f"{key} has values that are not finite")
+    for key in ("train_ids", "test_ids"):
+        ids = arrays[key]
+        if len(ids) == 0 or len(np.unique(ids)) != len(ids) or ids.min() < 0 or ids.max() >= sizes["T"]:
+            refuse(f"{key} must be distinct task numbers from 0 to {sizes['T'] - 1}, at least one")
+        if not (arrays["lengths"][ids] > 0).any(1).all():
+            refuse(f"a task of {key} has no episode")
+    for prefix in ("", "ood_"):
+        lengths = arrays[prefix + "lengths"]
+        if lengths.size and (lengths.min() < 0 or lengths.max() > family.horizon):
+            refuse(f"{prefix}lengths must lie between 0 and the horizon {family.horizon}")
+        if abs(arrays[prefix + "actions"]).max(initial=0) > 1:
+            refuse(f"{prefix}actions must lie in [-1, 1]")
+    if (arrays["ood_lengths"] == 0).any():
+        refuse("an episode of ood_lengths is empty")
+    return Dataset(env, header, arrays, torch.device(device))
+
+
+# ---- evaluation -------------------------------------------------------------
+
+EXPLORATION_EPISODES, EXPLOITATION_EPISODES = 2, 3  # of the online protocol
+PROTOCOLS = ("iid", "ood", "ood_random", "online", "zero_shot", "train")
+Protocol = Literal[PROTOCOLS]
+
+
+def evaluate(data, adapt, protocols=("iid",), episodes=2):
+    """Returns of an adaptable policy on the test tasks, all tasks x episodes rolled out as one batch.
+
+    adapt(context [R, K, ctx_dim], mask [R, K], explore) -> policy(obs [R, obs_dim], rew [R]) -> act
+    [R, act_dim], tensors on data.device; mask is 1 for real transitions, K = 0 means no context;
+    explore asks for a sample of the belief over the task rather than its mean; rew is the reward of
+    the previous step (for policies that keep a history). Reset seeds and contexts are the same for
+    every method and at every call.
+
+    iid        context = one episode of the test task's own offline data, another one per episode
+    ood        context = an episode on the test task by the policy of another training task
+    ood_random context = an episode on the test task by the uniform random policy
+    online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; before
+               each, adapt sees all episodes collected so far (none at first); the last one is reported
+    zero_shot  no context at all
+    train      as iid, on the first ten training tasks
+
+    -> {"eval/iid/return": mean over tasks, "eval/iid/normalized": 0 = random, 100 = expert, per task,
+    then averaged, "eval/iid/return_task_07": ..., "eval/online/return_ep_1": ...}"""
+    horizon, device, results = data.family.horizon, data.device, {}
+    for protocol in protocols:
+        tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
+        if protocol in ("ood", "ood_random"):
+            row, column = np.nonzero((data.ood_behavior_task == RANDOM) == (protocol == "ood_random"))
+            if len(row) == 0:
+                continue  # a dataset collected with --ood-contexts 0
+            row_tasks, context, lengths = data.test_ids[row], data.ood_episodes[row, column], data.ood_lengths[row, column]
+            repeats = len(row) // len(tasks)
+        else:
+            repeats = 1 if protocol == "online" else episodes
+            row_tasks = tasks.repeat(repeats)
+        seeds = 10_000 + 97 * row_tasks + np.tile(np.arange(repeats), len(tasks))
+        if protocol in ("iid", "train"):
+            present = (data.lengths[row_tasks] > 0).sum(1).cpu().numpy()  # episodes lie first in their row
+            pick = [np.random.default_rng(seed).integers(n) for seed, n in zip(seeds, present)]
+            context, lengths = data.episodes[row_tasks, pick], data.lengths[row_tasks, pick]
+        elif protocol in ("online", "zero_shot"):
+            context = torch.zeros(len(row_tasks), 0, data.ctx_dim + 1, device=device)
+            lengths = torch.zeros(len(row_tasks), dtype=torch.long, device=device)
+        mask = (torch.arange(context.shape[1], device=device) < lengths[:, None]).float()
+        env = TaskEnv(data.family, data.task_params, row_tasks)
+        rounds = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if protocol == "online" else 1
+        for k in range(rounds):
+            explore = protocol == "online" and k < EXPLORATION_EPISODES
+            done = rollout(env, adapt(context[..., :-1], mask, explore), (seeds + 31 * k).tolist(), device)
+            returns = done["rewards"].sum(1, dtype=np.float64).reshape(len(tasks), repeats).mean(1)  # [tasks]
+            if protocol == "online":
+                results[f"eval/online/return_ep_{k + 1}"] = returns.mean()
+                steps = torch.as_tensor(done["lengths"], device=device)
+                context = torch.cat([context, transitions(done, device=device)], 1)
+                mask = torch.cat([mask, (torch.arange(horizon, device=device) < steps[:, None]).float()], 1)
+        env.close()
+        results[f"eval/{protocol}/return"] = returns.mean()
+        results[f"eval/{protocol}/normalized"] = normalize(data, tasks, returns).mean()
+        results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, returns)}
+        if done["diverged"].any():
+            results[f"eval/{protocol}/diverged"] = done["diverged"].sum()
+    return {tag: float(value) for tag, value in results.items()}
+
+
+def normalize(data, tasks, returns):
+    """Returns [len(tasks)] -> the same on each task's own scale: 0 = random policy, 100 = expert."""
+    worst, best = data.random_returns[tasks], data.expert_returns[tasks]
+    return 100 * (returns - worst) / (best - worst)
+
+
+if __name__ == "__main__":
+    collect(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
