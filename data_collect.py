@@ -57,7 +57,7 @@ class Family:
     param_scale = 1.0  # params / param_scale is what the task-conditioned SAC sees, about [-1, 1]
     dynamics_vary = False  # True where the transition depends on the task, so no relabelling
     outcome_dim = 1
-    sac_total_updates, sac_width = 150_000, 256  # defaults of the behavior policies
+    sac_total_updates, sac_width = 120_000, 256  # defaults of the behavior policies
 
     def draw(self):
         """-> params [T, P] float64, training ids, test ids; the same on every call."""
@@ -73,6 +73,10 @@ class Family:
 
     def terminated(self, state):
         """-> [B] bool: the task itself ended (a fall), as opposed to the time limit."""
+        return np.zeros(len(state), bool)
+
+    def stuck(self, state):
+        """-> [B] bool: states in which a behavior policy in training learns nothing more."""
         return np.zeros(len(state), bool)
 
 
@@ -220,6 +224,10 @@ class CheetahDir(Cheetah):
 
 class Ant(Mujoco):
     xml, act_dim, outcome_dim = "ant.xml", 8, 2
+
+    def stuck(self, state):
+        """On its back: the torso's z axis, from the quaternion state[:, 4:8], points down."""
+        return 1 - 2 * (state[:, 5] ** 2 + state[:, 6] ** 2) < 0
 
 
 class AntDir(Ant):
@@ -503,7 +511,8 @@ class SAC(nn.Module):
         with torch.no_grad():
             next_act, next_logp = self.actor(next_obs, task)
             next_in = torch.cat([next_obs, task, next_act], -1)
-            next_q = torch.min(*[q(next_in)[:, 0] for q in self.critic_target]) - temperature * next_logp
+            # the mean of the twins, not the minimum: with layer norm nothing overestimates, and it learns faster
+            next_q = sum(q(next_in)[:, 0] for q in self.critic_target) / 2 - temperature * next_logp
             q_target = rew + self.gamma * (1 - term) * next_q
         critic_in = torch.cat([obs, task, act], -1)
         critic_loss = sum(nn.functional.mse_loss(q(critic_in)[:, 0], q_target) for q in self.critic)
@@ -636,9 +645,11 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stop, la
         obs, running = next_obs, running + rew
         progress["diverged"] += int((~kept).sum())
         progress["vector_steps"] += 1
-        ended = terminated | truncated | ~kept
+        progress["returns"] = (progress["returns"] + running[terminated | truncated].tolist())[-args.rows :]
+        # an episode may end early here (nothing is marked as terminated): fresh starts teach more
+        stuck = family.stuck(env.state) & (env.np_random.random(args.rows) < 0.05)
+        ended = terminated | truncated | stuck | ~kept
         if ended.any():
-            progress["returns"] = (progress["returns"] + running[ended & kept].tolist())[-args.rows :]
             running[ended] = 0.0
             new_tasks = task_ids[env.np_random.integers(len(task_ids), size=args.rows)]
             obs, _ = env.reset(options={"reset_mask": ended, "task_ids": new_tasks})
