@@ -85,7 +85,7 @@ class Point(Family):
 
     obs_dim = act_dim = outcome_dim = 2
     gamma, horizon = 0.9, 20
-    sac_total_updates, sac_width = 10_000, 64
+    sac_total_updates, sac_width = 1_500, 64
 
     def reset(self, rng, count):
         return np.zeros((count, 2))
@@ -1021,6 +1021,7 @@ class Dataset:
         valid = (steps < self.lengths[..., None]).flatten(1)  # [T, N * H]
         self.counts = valid.sum(1)  # [T] transitions per task
         self.valid = valid.byte().argsort(dim=1, descending=True, stable=True)  # the first counts[i] of row i are real
+        self.min_episodes = int((self.lengths[self.train_ids] > 0).sum(1).min())  # of any training task
         self.behavior_return = float(self.episode_returns[self.train_ids].mean())  # mean over the training data
 
     def sample(self, task_ids, size, generator):
@@ -1119,7 +1120,7 @@ PROTOCOLS = ("iid", "ood", "ood_random", "online", "zero_shot", "train")
 Protocol = Literal[PROTOCOLS]
 
 
-def evaluate(data, adapt, protocols=("iid",), episodes=2):
+def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     """Returns of an adaptable policy on the test tasks, all tasks x episodes rolled out as one batch.
 
     adapt(context [R, K, ctx_dim], mask [R, K], explore) -> policy(obs [R, obs_dim], rew [R]) -> act
@@ -1136,6 +1137,8 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2):
     zero_shot  no context at all
     train      as iid, on the first ten training tasks
 
+    trace: a list to which each protocol's last episodes are appended, as of `rollout`, with the "context"
+    and "mask" that adapt was given.
     -> {"eval/iid/return": mean over tasks, "eval/iid/normalized": 0 = random, 100 = expert, per task,
     then averaged, "eval/iid/return_task_07": ..., "eval/online/return_ep_1": ...}"""
     horizon, device, results = data.family.horizon, data.device, {}
@@ -1164,6 +1167,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2):
         for k in range(rounds):
             explore = protocol == "online" and k < EXPLORATION_EPISODES
             done = rollout(env, adapt(context[..., :-1], mask, explore), (seeds + 31 * k).tolist(), device)
+            done |= {"context": context[..., :-1], "mask": mask}
             returns = done["rewards"].sum(1, dtype=np.float64).reshape(len(tasks), repeats).mean(1)  # [tasks]
             if protocol == "online":
                 results[f"eval/online/return_ep_{k + 1}"] = returns.mean()
@@ -1171,12 +1175,48 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2):
                 context = torch.cat([context, transitions(done, device=device)], 1)
                 mask = torch.cat([mask, (torch.arange(horizon, device=device) < steps[:, None]).float()], 1)
         env.close()
+        if trace is not None:
+            trace.append(done)
         results[f"eval/{protocol}/return"] = returns.mean()
         results[f"eval/{protocol}/normalized"] = normalize(data, tasks, returns).mean()
         results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, returns)}
         if done["diverged"].any():
             results[f"eval/{protocol}/diverged"] = done["diverged"].sum()
     return {tag: float(value) for tag, value in results.items()}
+
+
+def label_contexts(data, embed, tasks=None, limit=10):
+    """Embed up to `limit` episodes per task, evenly over the recorded ones: embed(context [R, K, ctx_dim],
+    mask [R, K]) -> z [R, z_dim]. -> z [R, z_dim] on the CPU, task of each row (list of int)."""
+    tasks = np.concatenate([data.train_ids, data.test_ids]) if tasks is None else tasks
+    present = (data.lengths > 0).sum(1).cpu().numpy()
+    pairs = [(t, n) for t in tasks for n in np.unique(np.linspace(0, present[t] - 1, limit).round().astype(int))]
+    task, episode = (torch.as_tensor([int(p[i]) for p in pairs], device=data.device) for i in (0, 1))
+    mask = torch.arange(data.family.horizon, device=data.device) < data.lengths[task, episode][:, None]
+    return embed(data.episodes[task, episode][..., :-1], mask.float()).cpu(), task.tolist()
+
+
+def embedding_quality(data, embed):
+    """How well z tells the tasks apart, from contexts of one episode each (embed: see label_contexts).
+
+    z/nearest_task_acc  training tasks: share of odd-numbered contexts whose nearest centroid, over the
+                        even-numbered contexts of each task, is that of their own task
+    z/probe_r2          linear regression from z to the task parameters, fitted on the training tasks,
+                        coefficient of determination on the test tasks (1 = perfect, 0 = the mean)"""
+    z, task = label_contexts(data, embed, data.train_ids)
+    z, task, odd = z.double(), torch.tensor(task), torch.arange(len(task)) % 2 == 1
+    centroids = torch.stack([z[~odd & (task == t)].mean(0) for t in data.train_ids])
+    nearest = torch.as_tensor(data.train_ids)[torch.cdist(z[odd], centroids).argmin(1)]
+    test_z, test_task = label_contexts(data, embed, data.test_ids)
+    params = torch.as_tensor(data.task_params)
+    one = torch.ones(len(z), 1, dtype=torch.double)
+    probe = torch.linalg.lstsq(torch.cat([z, one], 1), params[task], driver="gelsd").solution
+    target = params[test_task]
+    error = (torch.cat([test_z.double(), one[: len(test_z)].new_ones(len(test_z), 1)], 1) @ probe - target).pow(2).sum()
+    return {
+        "z/nearest_task_acc": (nearest == task[odd]).double().mean().item(),
+        "z/probe_r2": (1 - error / (target - params[data.train_ids].mean(0)).pow(2).sum()).item(),
+    }
 
 
 def normalize(data, tasks, returns):
