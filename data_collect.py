@@ -396,7 +396,7 @@ class TaskEnv(gym.vector.VectorEnv):
             self.state[mask] = self.family.reset(self.np_random, mask.sum())
         else:
             if isinstance(seed, (int, np.integer)):
-                self._np_random = np.random.default_rng(seed)
+                self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
                 seed = [seed + row for row in range(self.num_envs)]
             if len(seed) != self.num_envs:
                 raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows")
@@ -421,7 +421,7 @@ class TaskEnv(gym.vector.VectorEnv):
         terminated = moved & self.family.terminated(next_state)
         truncated = moved & ~terminated & (self.steps >= self.family.horizon)
         self.live = moved & ~terminated & ~truncated
-        info = {"outcome": outcome, "diverged": diverged}
+        info = {"outcome": outcome.copy(), "diverged": diverged}  # for points a view of the state
         return self.family.observe(next_state).astype(np.float32), rew, terminated, truncated, info
 
     def _simulate(self, state, act, live):
@@ -442,7 +442,7 @@ class TaskEnv(gym.vector.VectorEnv):
     def get_state(self):
         """Everything needed to continue bit for bit, as plain lists and numbers (for a checkpoint)."""
         names = ("state", "steps", "live", "task_ids")
-        return {n: torch.as_tensor(getattr(self, n)) for n in names} | {"rng": self.np_random.bit_generator.state}
+        return {n: torch.tensor(getattr(self, n)) for n in names} | {"rng": self.np_random.bit_generator.state}
 
     def set_state(self, saved):
         for name in ("state", "steps", "live", "task_ids"):
@@ -579,7 +579,8 @@ class Replay:
         self.count = 0
 
     def add(self, obs, act, outcome, next_obs, term, task_ids):
-        columns = [np.asarray(x, np.float32).reshape(len(obs), -1) for x in (obs, act, outcome, next_obs, term)]
+        columns = (obs, act, outcome, next_obs, term)
+        columns = [np.asarray(x, np.float32).reshape(len(obs), n) for x, n in zip(columns, self.sizes)]
         new = slice(self.count, self.count + len(obs))
         self.rows[new] = torch.as_tensor(np.concatenate(columns, 1)).to(self.rows.device)
         self.task_ids[new] = torch.as_tensor(task_ids).to(self.rows.device)

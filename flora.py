@@ -138,7 +138,7 @@ class Args:
 
 # what the environments need differently, for arguments left at None
 ENV_ARGS = {
-    "point": dict(reward_scale=1.0, z_dim=5, brac_alpha=0.3, brac_alpha_lr=0.0, divergence_target=0.05),
+    "point": dict(reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0, divergence_target=0.05),
     "mujoco": dict(reward_scale=0.1, z_dim=20, brac_alpha=1.0, brac_alpha_lr=0.001, divergence_target=2.0),
 }
 
@@ -516,7 +516,7 @@ def train(args):
     saved = None
     if args.resume:
         saved = load_checkpoint(args.resume, device)
-        if saved["args"]["exp_name"] is None or set(saved["args"]) != {f.name for f in fields(Args)}:
+        if set(saved.get("args", ())) != {f.name for f in fields(Args)}:
             raise SystemExit(f"--resume {args.resume}: that run is of another script or version")
         args = resumed_args(args, saved["args"])
     elif args.eval_only:
