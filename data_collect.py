@@ -1067,7 +1067,10 @@ def load_dataset(env, path=None, device="cpu"):
     if not path.is_file():
         raise SystemExit(f"{path} not found. Make it: {make}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("a bare array")
+        with file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         refuse(f"unreadable ({str(error).splitlines()[0][:80]})" if str(error) else "unreadable")
