@@ -51,7 +51,7 @@ FORMAT_VERSION = 1
 class Family:
     """Defaults of every family; `params` [T, P] float64 are the hidden task parameters."""
 
-    gamma = 0.99  # discount of the behavior policies and default of the scripts
+    gamma = 0.99  # discount of the behavior policies
     horizon = 200  # environment steps per episode (a time limit, never a termination)
     counts = (20, 20)  # training tasks, test tasks
     param_scale = 1.0  # params / param_scale is what the task-conditioned SAC sees, about [-1, 1]
@@ -713,8 +713,8 @@ class Args:
     env: EnvName = "ant-dir"
     """task family"""
     quality: Literal["mixed", "medium", "expert", "medium-expert", "random"] = "mixed"
-    """which policies are rolled out: mixed = all phases of training from 10 %% on; medium = the first phase
-    halfway between random and expert, per task; expert = the last; medium-expert = 70 %% and 30 %%"""
+    """which policies are rolled out: mixed = all phases of training from 10 % on; medium = the first phase
+    halfway between random and expert, per task; expert = the last; medium-expert = 70 % and 30 %"""
     out: str | None = None
     """file to write; by default datasets/{env}.npz, for other qualities datasets/{env}-{quality}.npz"""
     seed: int = 0

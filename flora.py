@@ -93,10 +93,10 @@ class Args:
     """transitions that a task is inferred from in training [transitions]"""
     # method
     gamma: float | None = None
-    """discount; None = the family's (0.9 point families, 0.99 MuJoCo)"""
+    """discount; None = ENV_ARGS"""
     reward_scale: float | None = None
     """factor on the rewards in all losses; None = ENV_ARGS"""
-    lr: float = 3e-4
+    lr: float = 6e-4
     """Adam's learning rate of all networks"""
     tau: float = 0.005
     """rate at which the target networks follow (zeta)"""
@@ -138,8 +138,8 @@ class Args:
 
 # what the environments need differently, for arguments left at None
 ENV_ARGS = {
-    "point": dict(reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0, divergence_target=0.05),
-    "mujoco": dict(reward_scale=0.1, z_dim=20, brac_alpha=1.0, brac_alpha_lr=0.001, divergence_target=2.0),
+    "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0, divergence_target=0.05),
+    "mujoco": dict(gamma=0.97, reward_scale=0.5, z_dim=20, brac_alpha=6.0, brac_alpha_lr=2e-4, divergence_target=0.5),
 }
 
 # ---- networks ---------------------------------------------------------------
@@ -466,7 +466,7 @@ def bandit_return(agent, data, args, generator):
 def resolve(args):
     """Check the arguments, fill in those left at None -> args. One line for whatever is wrong."""
     defaults = ENV_ARGS["point" if args.env.endswith(("robot", "wind")) else "mujoco"]
-    for name, value in (defaults | {"gamma": dc.FAMILIES[args.env].gamma}).items():
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.dataset is None:
