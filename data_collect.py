@@ -1023,7 +1023,9 @@ class Dataset:
         self.counts = valid.sum(1)  # [T] transitions per task
         self.valid = valid.byte().argsort(dim=1, descending=True, stable=True)  # the first counts[i] of row i are real
         self.min_episodes = int((self.lengths[self.train_ids] > 0).sum(1).min())  # of any training task
-        self.behavior_return = float(self.episode_returns[self.train_ids].mean())  # mean over the training data
+        recorded = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
+        self.behavior_return = float(recorded.mean())  # mean over the training data
+        self.return_spread = float(recorded.std()) or 1.0  # a scale even where all returns are equal
 
     def sample(self, task_ids, size, generator):
         """Independent uniform transitions with replacement: task_ids [M] -> [M, size, ctx_dim + 1]."""

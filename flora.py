@@ -346,7 +346,8 @@ def update(agent, context, batch, args):
     obs, act, rew, next_obs, term = batch
     rew = args.reward_scale * rew
     ones = torch.ones_like(context[..., 0])
-    z, z_mean, z_var, kl = agent.infer(context, ones, torch.randn_like(context[:, 0, : args.z_dim]))
+    alpha = agent.arms.take(agent.arm)  # indexing with a 0-d tensor would read it back to the host
+    z, z_mean, z_var, kl = agent.infer(context, ones, torch.randn(len(context), args.z_dim, device=context.device))
     z_b = z[:, None].expand(-1, obs.shape[1], -1)  # [M, B, z_dim]
     z_fixed = z_b.detach()  # policy, targets and behavior policy never train the encoder
     weights = agent.weights(z)[:, None]  # [M, 1, D]
@@ -357,7 +358,7 @@ def update(agent, context, batch, args):
         next_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
         next_psi = torch.stack([psi(next_obs, next_act, z_fixed) for psi in agent.psi_target])
         psi_mean, psi_spread = feature_spread(next_psi)
-        next_psi = psi_mean + agent.arms[agent.arm] * psi_spread  # (Eq. 9)
+        next_psi = psi_mean + alpha * psi_spread  # (Eq. 9)
         discount = args.gamma * (1 - term)
         q_target = rew + discount * (next_psi * weights).sum(-1)  # [M, B]
     phi = agent.phi(obs, act, next_obs, z_b)
@@ -400,7 +401,7 @@ def update(agent, context, batch, args):
             "stats/q_mean": q.mean().detach(),
             "stats/divergence": divergence.detach(),
             "stats/brac_alpha": agent.brac_alpha.clone(),
-            "stats/alpha": agent.arms[agent.arm],
+            "stats/alpha": alpha,
             "stats/spread_data": feature_spread(psi)[1].mean(),
             "stats/spread_policy": feature_spread(pi_psi)[1].mean(),
             "stats/weight_perplexity": (-(weights * weights.clamp(min=1e-12).log()).sum(-1)).exp().mean(),
@@ -445,10 +446,9 @@ def q_error(agent, episodes, args):
 
 def bandit_return(agent, data, args, generator):
     """Return of the current policy in units of the data's return spread -> 0-d tensor (D4)."""
-    spread = data.episode_returns[data.train_ids].std()
     if args.bandit_feedback == "rollout":
         value = dc.evaluate(data, partial(adapt, agent), ("train",), 1)["eval/train/return"]
-        return torch.tensor(value / spread, device=data.device)
+        return torch.tensor(value / data.return_spread, device=data.device)
     tasks = torch.as_tensor(data.train_ids, device=data.device)
     context = data.sample(tasks, args.context_size, generator)[..., :-1]
     obs = data.episodes[tasks][:, : data.min_episodes, 0, : data.obs_dim]  # [U, N, obs_dim] initial states
@@ -457,7 +457,7 @@ def bandit_return(agent, data, args, generator):
         z_b = z[:, None].expand(-1, obs.shape[1], -1)
         psi = agent.q(obs, agent.actor.mode(obs, z_b), z_b, agent.weights(z)[:, None])[1]
         value = (psi.mean(0) * agent.weights(z)[:, None]).sum(-1).mean()
-    return value / (args.reward_scale * spread)
+    return value / (args.reward_scale * data.return_spread)
 
 
 # ---- training ---------------------------------------------------------------
@@ -516,7 +516,7 @@ def train(args):
     saved = None
     if args.resume:
         saved = load_checkpoint(args.resume, device)
-        if set(saved.get("args", ())) != {f.name for f in fields(Args)}:
+        if not isinstance(saved, dict) or set(saved.get("args", ())) != {f.name for f in fields(Args)}:
             raise SystemExit(f"--resume {args.resume}: that run is of another script or version")
         args = resumed_args(args, saved["args"])
     elif args.eval_only:
@@ -541,6 +541,9 @@ def train(args):
         print(f"{args.resume} after {step} updates\n  " + eval_line(results))
         write_json(run_dir / "eval.json", {"step": step} | results)
         return results | {"run_dir": str(run_dir)}
+    if saved and step >= args.total_updates and (run_dir / "result.json").is_file():
+        print(f"{run_dir} is finished after {step} updates; --total-updates continues it further")
+        return json.loads((run_dir / "result.json").read_text())
     if not saved:
         run_dir = Path(args.run_dir) / args.env / args.exp_name / f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
@@ -562,7 +565,7 @@ def train(args):
     rows = [["step", "tag", "value"]]
     if metrics_path.exists():  # resume: drop what was logged after the checkpoint
         with open(metrics_path, newline="") as file:
-            rows = [row for row in csv.reader(file) if row[0] == "step" or int(row[0]) <= step]
+            rows = [row for row in csv.reader(file) if row[0] == "step" or (len(row) == 3 and int(row[0]) <= step)]
     metrics_file = open(run_dir / "metrics.csv.tmp", "w", newline="")
     metrics_writer = csv.writer(metrics_file)
     metrics_writer.writerows(rows)
@@ -573,7 +576,7 @@ def train(args):
         """dict tag -> number, to metrics.csv and TensorBoard."""
         for tag, value in values.items():
             metrics_writer.writerow([step, tag, repr(float(value))])
-            if "task_" not in tag:
+            if "/return_task_" not in tag:
                 writer.add_scalar(tag, value, step)
         metrics_file.flush()
 
@@ -603,12 +606,17 @@ def train(args):
         metrics = step_fn(agent, context, batch, args)
         timed += time.perf_counter() - tick
         step += 1
-        if step % args.log_every == 0:
+        last = step == args.total_updates
+        intervals = (args.log_every, args.eval_every, args.save_every, args.bandit_every)
+        if last or any(step % interval == 0 for interval in intervals):  # the only reads from the device
             values = {tag: value.item() for tag, value in metrics.items()}
             values |= {f"bandit/prob_{a:.2f}": p for a, p in zip(agent.arms.tolist(), agent.arm_probs().tolist())}
             broken = [tag for tag, value in values.items() if not math.isfinite(value)]
             if broken:
-                raise SystemExit(f"stopped at update {step}: {broken[0]} is {values[broken[0]]}; the last good state is {run_dir}/checkpoint.pt")
+                good = run_dir / "checkpoint.pt"
+                remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
+                raise SystemExit(f"stopped at update {step}: {broken[0]} is {values[broken[0]]}; {remedy}")
+        if step % args.log_every == 0:
             log(values)
             speed = (step - start_step) / timed
             writer.add_scalar("charts/updates_per_sec", speed, step)
@@ -619,9 +627,8 @@ def train(args):
                 + "  ".join(f"{tag.split('/')[1]} {values[tag]:.3g}" for tag in CONSOLE_TAGS),
                 flush=True,
             )
-        last = step == args.total_updates
         if step % args.eval_every == 0 or last:
-            results, traced = {}, []
+            traced = []
             protocols = dc.PROTOCOLS if last else ("iid", "train")
             results = dc.evaluate(data, partial(adapt, agent), protocols, args.eval_episodes, traced)
             results |= dc.embedding_quality(data, partial(embed, agent))

@@ -553,25 +553,32 @@ def test_rollout_bandit_return_plays_training_tasks_only(tiny, monkeypatch):
     assert float(value) == pytest.approx(expected / tiny.episode_returns[tiny.train_ids].std(), rel=1e-5)
 
 
-def test_bandit_return_is_finite_where_all_episodes_have_the_same_return(tiny):
-    """A random policy on a sparse reward: the return spread is 0."""
+def rewritten(tiny_path, path, change):
+    """The tiny dataset after change(arrays), by way of a file -> Dataset, arrays."""
+    with np.load(tiny_path) as file:
+        arrays = dict(file)
+    change(arrays)
+    np.savez_compressed(path, **arrays)
+    return dc.load_dataset("point-robot", path), arrays
+
+
+def test_bandit_return_is_finite_where_all_episodes_have_the_same_return(tiny_path, tmp_path):
+    """As of a random policy on a sparse reward."""
+    flat, _ = rewritten(tiny_path, tmp_path / "flat.npz", lambda arrays: arrays["rewards"].fill(0))
     agent, args = random_agent(torch.float32, obs_dim=2, ctx_dim=7)
-    flat = copy.copy(tiny)
-    flat.episode_returns = np.zeros_like(tiny.episode_returns)
     assert math.isfinite(float(flora.bandit_return(agent, flat, args, torch.Generator().manual_seed(0))))
 
 
 def test_bandit_return_is_scaled_by_recorded_episodes_only(tiny_path, tmp_path):
     """--test-episodes above --episodes leaves empty places in the rows of the training tasks."""
-    with np.load(tiny_path) as file:
-        arrays = dict(file)
-    train_ids = arrays["train_ids"]
-    for key in ("observations", "actions", "rewards", "lengths", "terminated"):
-        arrays[key][train_ids, -2:] = 0
-    arrays["behavior_step"][train_ids, -2:] = -1
-    np.savez_compressed(tmp_path / "gaps.npz", **arrays)
-    gaps = dc.load_dataset("point-robot", tmp_path / "gaps.npz")
-    recorded = arrays["rewards"][train_ids, :-2].sum(-1, dtype=np.float64)
+
+    def drop_two_episodes(arrays):
+        for key in ("observations", "actions", "rewards", "lengths", "terminated"):
+            arrays[key][arrays["train_ids"], -2:] = 0
+        arrays["behavior_step"][arrays["train_ids"], -2:] = -1
+
+    gaps, arrays = rewritten(tiny_path, tmp_path / "gaps.npz", drop_two_episodes)
+    recorded = arrays["rewards"][arrays["train_ids"], :-2].sum(-1, dtype=np.float64)
     agent, args = random_agent(torch.float32, obs_dim=2, ctx_dim=7, bandit_feedback="rollout")
     value = flora.bandit_return(agent, gaps, args, torch.Generator().manual_seed(0))
     expected = dc.evaluate(gaps, partial(flora.adapt, agent), ("train",), 1)["eval/train/return"]
@@ -1118,6 +1125,7 @@ def test_run_stops_at_a_loss_that_is_not_finite(broken_at, tiny_path, tmp_path):
 
 
 NAN_MEETS = {"bandit": {"bandit_every": 13}, "evaluation": {"eval_every": 26}, "end": {"total_updates": 28}}
+NAN_MEETS |= {"checkpoint": {"save_every": 5}}
 
 
 @pytest.mark.parametrize("first", list(NAN_MEETS))
@@ -1127,7 +1135,9 @@ def test_run_stops_cleanly_when_something_meets_the_nan_before_the_log_line(firs
     message = stop_message(lambda: run(tiny_path, tmp_path, **changes))
     (run_dir,) = tmp_path.glob("*/*/*")
     assert "nan" in message and str(run_dir / "checkpoint.pt") in message
-    assert load(run_dir)["step"] == 20 and not (run_dir / "result.json").exists()
+    saved = load(run_dir)
+    assert saved["step"] == 20 and all(p.isfinite().all() for p in saved["agent"].values())
+    assert not (run_dir / "result.json").exists()
 
 
 def test_stopped_run_names_no_checkpoint_that_does_not_exist(broken_at, tiny_path, tmp_path):
