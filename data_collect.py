@@ -22,8 +22,6 @@ import shlex
 import signal
 import sys
 import time
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -780,8 +778,10 @@ def collect(args):
             setattr(args, name, getattr(family, f"sac_{name}"))
     least = {"ood_contexts": 0, "seed": 0, "batch_size": 2}
     for name, value in asdict(args).items():
-        if isinstance(value, (int, float)) and value < least.get(name, 1e-12):
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)}")
+        if isinstance(value, int) and not least.get(name, 1) <= value < 2**31:
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)} and below 2^31")
+    if not 0 < args.lr < math.inf:
+        raise SystemExit(f"--lr {args.lr}: must be positive and finite")
     params, train_ids, test_ids = family.draw()
     for name, ids in (("train_tasks", train_ids), ("test_tasks", test_ids)):
         if (getattr(args, name) or 0) > len(ids):
@@ -789,6 +789,8 @@ def collect(args):
     train_ids, test_ids = train_ids[: args.train_tasks], test_ids[: args.test_tasks]
     used = np.union1d(train_ids, test_ids)  # keep only the chosen tasks and renumber them
     params, train_ids, test_ids = params[used], np.searchsorted(used, train_ids), np.searchsorted(used, test_ids)
+    if args.ood_contexts and len(train_ids) == 1 and train_ids[0] in test_ids:
+        raise SystemExit("--train-tasks 1: no other training task for foreign contexts; add --ood-contexts 0")
     device = resolve_device(args.device)
     suffix = "" if args.quality == "mixed" else f"-{args.quality}"
     path = Path(args.out or f"datasets/{args.env}{suffix}.npz")
@@ -831,20 +833,25 @@ def collect(args):
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
     start = time.time()
-    for task_ids in groups[len(policies["finished"]) :]:
-        label = args.env if args.behavior == "shared" else f"{args.env} task {task_ids[0]}"
-        saved = policies["training"]
-        snapshots = train_behavior(
-            family, params, task_ids, args, device, saved, save, lambda: bool(stopping), label
-        )
-        if snapshots is None:
-            print(f"interrupted; progress is in {policies_path}, the same command continues")
-            raise SystemExit(130)
-        policies["finished"].append(snapshots)
-        save(None)
-    signal.signal(signal.SIGINT, previous)
-    print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
-    arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies["finished"], args, device)
+    try:
+        for task_ids in groups[len(policies["finished"]) :]:
+            label = args.env if args.behavior == "shared" else f"{args.env} task {task_ids[0]}"
+            saved = policies["training"]
+            snapshots = train_behavior(
+                family, params, task_ids, args, device, saved, save, lambda: bool(stopping), label
+            )
+            if snapshots is None:
+                raise KeyboardInterrupt
+            policies["finished"].append(snapshots)
+            save(None)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
+        arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies["finished"], args, device)
+    except KeyboardInterrupt:
+        print(f"interrupted; progress is in {policies_path}, the same command continues")
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, previous)
     versions = {m.__name__: m.__version__ for m in (np, torch, mujoco, gym)} | {"python": sys.version.split()[0]}
     header = {"format_version": FORMAT_VERSION, "env": args.env, "settings": settings, "versions": versions}
     header |= {"command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | note
@@ -907,7 +914,8 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
 
     random_returns = returns(play(None, *[tasks.repeat(20)] * 2), (len(tasks), 20))
     expert_returns = returns(play(PHASES - 1, *[tasks.repeat(10)] * 2, deterministic=True), (len(tasks), 10))
-    phase_of = choose_phases(args, len(tasks), test_ids, random_returns, expert_returns, play)  # [T, N]
+    test_only = np.setdiff1d(test_ids, train_ids)
+    phase_of = choose_phases(args, len(tasks), test_only, random_returns, expert_returns, play)  # [T, N]
 
     def record(phases, task_ids, policy_ids):
         """One episode per entry of phases [X, Y], task_ids and policy_ids alike -> arrays of the file."""
@@ -1066,7 +1074,9 @@ def load_dataset(env, path=None, device="cpu"):
     def refuse(what):
         raise SystemExit(f"{path}: {what}. Remove it and make it anew: {make}")
 
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        refuse("is not a file")
+    if not path.exists():
         raise SystemExit(f"{path} not found. Make it: {make}")
     try:
         file = np.load(path, allow_pickle=False)
@@ -1074,7 +1084,7 @@ def load_dataset(env, path=None, device="cpu"):
             raise ValueError("a bare array")
         with file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged bytes
         refuse(f"unreadable ({str(error).splitlines()[0][:80]})" if str(error) else "unreadable")
     if "header" not in arrays:
         refuse("no header, so not a dataset of this repository")
@@ -1085,12 +1095,14 @@ def load_dataset(env, path=None, device="cpu"):
     except (ValueError, KeyError, TypeError):
         refuse("damaged header")
     if version != FORMAT_VERSION:
-        remedy = "update this repository" if isinstance(version, int) and version > FORMAT_VERSION else f"make it anew: {make}"
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        remedy = "update this repository" if newer else f"remove it and make it anew: {make}"
         raise SystemExit(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; {remedy}")
     if family_name != env:
         raise SystemExit(f"{path} holds {family_name}, not {env}: use --env {family_name} or another --dataset")
     family = FAMILIES[env]
     sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
+    sizes["P"] = family.draw()[0].shape[1]
     for key, (dtype, letters) in FILE_LAYOUT.items():
         if key not in arrays:
             refuse(f"array {key} is missing")
@@ -1114,6 +1126,13 @@ def load_dataset(env, path=None, device="cpu"):
             refuse(f"{prefix}lengths must lie between 0 and the horizon {family.horizon}")
         if abs(arrays[prefix + "actions"]).max(initial=0) > 1:
             refuse(f"{prefix}actions must lie in [-1, 1]")
+    if (np.diff(arrays["lengths"] > 0, axis=1) & (arrays["lengths"][:, 1:] > 0)).any():
+        refuse("lengths has an empty episode before a recorded one")
+    behavior = arrays["ood_behavior_task"]
+    if not ((behavior == RANDOM) | ((behavior >= 0) & (behavior < sizes["T"]))).all():
+        refuse(f"ood_behavior_task must be task numbers or {RANDOM}")
+    if len(set((behavior == RANDOM).sum(1))) > 1:
+        refuse("ood_behavior_task has not the same number of random contexts for every test task")
     if (arrays["ood_lengths"] == 0).any():
         refuse("an episode of ood_lengths is empty")
     return Dataset(env, header, arrays, torch.device(device))
