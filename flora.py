@@ -193,7 +193,7 @@ class PlanarFlows(nn.Module):
 
     def __init__(self, num_flows, z_dim):
         super().__init__()
-        self.u = nn.Parameter(0.01 * torch.randn(num_flows, z_dim))  # near 0: the chain starts near identity
+        self.u = nn.Parameter(0.01 * torch.randn(num_flows, z_dim))  # small; the correction alone contracts z along w at first
         self.w = nn.Parameter(torch.randn(num_flows, z_dim) / math.sqrt(z_dim))
         self.b = nn.Parameter(torch.zeros(num_flows))
 
@@ -565,7 +565,7 @@ def train(args):
     rows = [["step", "tag", "value"]]
     if metrics_path.exists():  # resume: drop what was logged after the checkpoint
         with open(metrics_path, newline="") as file:
-            rows = [row for row in csv.reader(file) if row[0] == "step" or (len(row) == 3 and int(row[0]) <= step)]
+            rows = [row for row in csv.reader(file) if len(row) == 3 and (row[0] == "step" or int(row[0]) <= step)]
     metrics_file = open(run_dir / "metrics.csv.tmp", "w", newline="")
     metrics_writer = csv.writer(metrics_file)
     metrics_writer.writerows(rows)
@@ -586,6 +586,12 @@ def train(args):
         if all(torch.isfinite(p).all() for p in agent.parameters()):
             dc.atomic_save(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
+    def evaluate_all(protocols):
+        traced = []
+        results = dc.evaluate(data, partial(adapt, agent), protocols, args.eval_episodes, traced)
+        results |= dc.embedding_quality(data, partial(embed, agent))
+        return results | {"eval/iid/q_error": q_error(agent, traced[0], args)}
+
     stopping = []
 
     def on_interrupt(*_):
@@ -596,6 +602,8 @@ def train(args):
     step_fn = torch.compile(update) if args.compile else update
     tasks = torch.as_tensor(data.train_ids, device=device)
     start, start_step, timed, results = time.time(), step, 0.0, {}
+    if step >= args.total_updates:  # interrupted between the last checkpoint and result.json
+        results = evaluate_all(dc.PROTOCOLS)
     while step < args.total_updates and not stopping:
         if step % args.bandit_every == 0:
             agent.bandit_step(bandit_return(agent, data, args, generator), args.bandit_lr, generator)
@@ -611,6 +619,7 @@ def train(args):
         if last or any(step % interval == 0 for interval in intervals):  # the only reads from the device
             values = {tag: value.item() for tag, value in metrics.items()}
             values |= {f"bandit/prob_{a:.2f}": p for a, p in zip(agent.arms.tolist(), agent.arm_probs().tolist())}
+            values |= {f"parameter {n}": p.sum().item() for n, p in agent.named_parameters() if not p.isfinite().all()}
             broken = [tag for tag, value in values.items() if not math.isfinite(value)]
             if broken:
                 good = run_dir / "checkpoint.pt"
@@ -628,11 +637,7 @@ def train(args):
                 flush=True,
             )
         if step % args.eval_every == 0 or last:
-            traced = []
-            protocols = dc.PROTOCOLS if last else ("iid", "train")
-            results = dc.evaluate(data, partial(adapt, agent), protocols, args.eval_episodes, traced)
-            results |= dc.embedding_quality(data, partial(embed, agent))
-            results["eval/iid/q_error"] = q_error(agent, traced[0], args)
+            results = evaluate_all(dc.PROTOCOLS if last else ("iid", "train"))
             log(results)
             print("  " + eval_line(results), flush=True)
         if step % args.save_every == 0 or last:
