@@ -438,7 +438,7 @@ class TaskEnv(gym.vector.VectorEnv):
         return next_state, diverged
 
     def get_state(self):
-        """Everything needed to continue bit for bit, as plain lists and numbers (for a checkpoint)."""
+        """Everything needed to continue bit for bit, as tensors and numbers (for a checkpoint)."""
         names = ("state", "steps", "live", "task_ids")
         return {n: torch.tensor(getattr(self, n)) for n in names} | {"rng": self.np_random.bit_generator.state}
 
@@ -622,7 +622,8 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stop, la
     def checkpoint():
         save(
             {"agent": agent.state_dict(), "env": env.get_state(), "progress": progress, "rng": rng_state()}
-            | {"replay_rows": replay.rows[: replay.count].clone(), "replay_task_ids": replay.task_ids[: replay.count].clone()}
+            | {"replay_rows": replay.rows[: replay.count].clone()}
+            | {"replay_task_ids": replay.task_ids[: replay.count].clone()}
             | {name: opt.state_dict() for name, opt in agent.optimizers.items()}
             | {"running": torch.as_tensor(running)}
         )
@@ -779,7 +780,8 @@ def collect(args):
     least = {"ood_contexts": 0, "seed": 0, "batch_size": 2}
     for name, value in asdict(args).items():
         if isinstance(value, int) and not least.get(name, 1) <= value < 2**31:
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)} and below 2^31")
+            limits = f"at least {least.get(name, 1)} and below 2^31"
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {limits}")
     if not 0 < args.lr < math.inf:
         raise SystemExit(f"--lr {args.lr}: must be positive and finite")
     params, train_ids, test_ids = family.draw()
@@ -802,7 +804,8 @@ def collect(args):
         changed = [k for k in settings if settings[k] != written.get(k)]
         if changed:
             k = changed[0]
-            raise SystemExit(f"{path} was made with {k} {written.get(k)}, not {settings[k]}: choose another --out or remove it")
+            made = f"{path} was made with {k} {written.get(k)}, not {settings[k]}"
+            raise SystemExit(f"{made}: choose another --out or remove it")
         print(f"{path} is complete; nothing to do")
         return
     try:
@@ -819,7 +822,8 @@ def collect(args):
     if policies_path.exists():
         policies = load_policies(policies_path)
         if policies["settings"] != wanted:
-            raise SystemExit(f"{policies_path} holds policies with other settings: remove it, or write to another folder with --out")
+            remedy = "remove it, or write to another folder with --out"
+            raise SystemExit(f"{policies_path} holds policies with other settings: {remedy}")
         print(f"continuing from {policies_path}")
     stopping = []
 
@@ -895,7 +899,8 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
             act = torch.zeros(len(obs), family.act_dim, device=device)
             for group, rows in by_group:
                 actor.load_state_dict(groups[group][phase])
-                act[rows] = actor.mode(obs[rows], row_tasks[rows]) if deterministic else actor(obs[rows], row_tasks[rows])[0]
+                inputs = obs[rows], row_tasks[rows]
+                act[rows] = actor.mode(*inputs) if deterministic else actor(*inputs)[0]
             return act
 
         group_of = np.zeros(len(task_ids), int) if len(groups) == 1 else np.asarray(policy_ids)
@@ -1007,11 +1012,15 @@ FILE_LAYOUT = {
 }
 
 
+OBS_LIMIT = 10.0  # largest standardized observation
+
+
 class Dataset:
     """A checked dataset file as tensors on one device; a batch is one gather.
 
-    A transition is one row [obs, act, rew, next_obs, term] of width ctx_dim + 1; a context is rows
-    without term, [.., ctx_dim]. term is 1 only where the task itself ended, never at a time limit."""
+    Observations are standardized: mean 0 and spread 1 over the training tasks' transitions, clipped to
+    +-OBS_LIMIT. A transition is one row [obs, act, rew, next_obs, term] of width ctx_dim + 1; a context is
+    rows without term, [.., ctx_dim]. term is 1 only where the task itself ended, never at a time limit."""
 
     def __init__(self, env, header, arrays, device):
         self.env, self.family, self.header, self.device = env, FAMILIES[env], header, device
@@ -1022,18 +1031,30 @@ class Dataset:
         self.random_returns, self.expert_returns = arrays["random_returns"], arrays["expert_returns"]  # [T]
         self.ood_behavior_task = arrays["ood_behavior_task"]  # [V, C], RANDOM where the random policy acted
         self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0: no episode
+        steps = torch.arange(self.family.horizon, device=device)
+        valid = steps < self.lengths[..., None]  # [T, N, H]
+        seen = arrays["observations"][self.train_ids, :, :-1][valid[self.train_ids].cpu().numpy()]  # [.., obs_dim]
+        mean, spread = seen.mean(0, dtype=np.float64), seen.std(0, dtype=np.float64)
+        spread = spread.clip(1e-3)  # a constant observation stays 0
+        self.obs_mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
+        self.obs_spread = torch.as_tensor(spread, dtype=torch.float32, device=device)
+        keys = ("observations", "ood_observations")
+        arrays = arrays | {k: self.standardize(torch.as_tensor(arrays[k], device=device)).cpu().numpy() for k in keys}
         self.episodes = transitions(arrays, device=device)  # [T, N, H, ctx_dim + 1]
         self.ood_episodes = transitions(arrays, "ood_", device)  # [V, C, H, ctx_dim + 1]
         self.ood_lengths = torch.as_tensor(arrays["ood_lengths"], dtype=torch.long, device=device)
         self.episode_returns = arrays["rewards"].sum(-1, dtype=np.float64)  # [T, N]
-        steps = torch.arange(self.family.horizon, device=device)
-        valid = (steps < self.lengths[..., None]).flatten(1)  # [T, N * H]
+        valid = valid.flatten(1)  # [T, N * H]
         self.counts = valid.sum(1)  # [T] transitions per task
         self.valid = valid.byte().argsort(dim=1, descending=True, stable=True)  # the first counts[i] of row i are real
         self.min_episodes = int((self.lengths[self.train_ids] > 0).sum(1).min())  # of any training task
         recorded = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
         self.behavior_return = float(recorded.mean())  # mean over the training data
         self.return_spread = float(recorded.std()) or 1.0  # a scale even where all returns are equal
+
+    def standardize(self, obs):
+        """Observations of the simulation [.., obs_dim] -> as the networks see them, within +-OBS_LIMIT."""
+        return ((obs - self.obs_mean) / self.obs_spread).clamp(-OBS_LIMIT, OBS_LIMIT)
 
     def sample(self, task_ids, size, generator):
         """Independent uniform transitions with replacement: task_ids [M] -> [M, size, ctx_dim + 1]."""
@@ -1149,10 +1170,10 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     """Returns of an adaptable policy on the test tasks, all tasks x episodes rolled out as one batch.
 
     adapt(context [R, K, ctx_dim], mask [R, K], explore) -> policy(obs [R, obs_dim], rew [R]) -> act
-    [R, act_dim], tensors on data.device; mask is 1 for real transitions, K = 0 means no context;
-    explore asks for a sample of the belief over the task rather than its mean; rew is the reward of
-    the previous step (for policies that keep a history). Reset seeds and contexts are the same for
-    every method and at every call.
+    [R, act_dim], tensors on data.device, observations standardized as in the data; mask is 1 for real
+    transitions, K = 0 means no context; explore asks for a sample of the belief over the task rather
+    than its mean; rew is the reward of the previous step (for policies that keep a history). Reset
+    seeds and contexts are the same for every method and at every call.
 
     iid        context = one episode of the test task's own offline data, another one per episode
     ood        context = an episode on the test task by the policy of another training task
@@ -1162,8 +1183,8 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     zero_shot  no context at all
     train      as iid, on the first ten training tasks
 
-    trace: a list to which each protocol's last episodes are appended, as of `rollout`, with the "context"
-    and "mask" that adapt was given.
+    trace: a list to which each protocol's last episodes are appended, as of `rollout` (observations standardized),
+    with the "context" and "mask" that adapt was given.
     -> {"eval/iid/return": mean over tasks, "eval/iid/normalized": 0 = random, 100 = expert, per task,
     then averaged, "eval/iid/return_task_07": ..., "eval/online/return_ep_1": ...}"""
     horizon, device, results = data.family.horizon, data.device, {}
@@ -1173,7 +1194,8 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
             row, column = np.nonzero((data.ood_behavior_task == RANDOM) == (protocol == "ood_random"))
             if len(row) == 0:
                 continue  # a dataset collected with --ood-contexts 0
-            row_tasks, context, lengths = data.test_ids[row], data.ood_episodes[row, column], data.ood_lengths[row, column]
+            row_tasks = data.test_ids[row]
+            context, lengths = data.ood_episodes[row, column], data.ood_lengths[row, column]
             repeats = len(row) // len(tasks)
         else:
             repeats = 1 if protocol == "online" else episodes
@@ -1191,7 +1213,13 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         rounds = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if protocol == "online" else 1
         for k in range(rounds):
             explore = protocol == "online" and k < EXPLORATION_EPISODES
-            done = rollout(env, adapt(context[..., :-1], mask, explore), (seeds + 31 * k).tolist(), device)
+            policy = adapt(context[..., :-1], mask, explore)
+
+            def act(obs, rew, policy=policy):
+                return policy(data.standardize(obs), rew)
+
+            done = rollout(env, act, (seeds + 31 * k).tolist(), device)
+            done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
             done |= {"context": context[..., :-1], "mask": mask}
             returns = done["rewards"].sum(1, dtype=np.float64).reshape(len(tasks), repeats).mean(1)  # [tasks]
             if protocol == "online":
@@ -1245,9 +1273,10 @@ def embedding_quality(data, embed):
 
 
 def normalize(data, tasks, returns):
-    """Returns [len(tasks)] -> the same on each task's own scale: 0 = random policy, 100 = expert."""
+    """Returns [len(tasks)] -> the same on each task's own scale: 0 = random policy, 100 = expert; 0 where
+    the two are equal, so that the scale is empty."""
     worst, best = data.random_returns[tasks], data.expert_returns[tasks]
-    return 100 * (returns - worst) / (best - worst)
+    return 100 * (returns - worst) / np.where(best == worst, np.inf, best - worst)
 
 
 if __name__ == "__main__":

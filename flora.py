@@ -11,26 +11,29 @@ Equations: (3) r = phi^T W; (4) Q = psi^T W; (5) reward loss; (8) feature mean a
 
 Deviations and choices where the paper's main text is silent (no official code is public):
   D1  W = softmax, so that r is a convex mix of the features and a lower feature never raises Q.
-  D2  log p(Q) is the sum over the task's B transitions: with their mean, the KL term of (17)
-      outweighs it and the posterior collapses to the prior.
+  D2  log p(Q) is a sum over transitions of the task, as many as --likelihood-weight says: with their mean,
+      the KL term of (17) outweighs it and the posterior collapses to the prior.
   D3  D_KL(pi || pi_beta) against a behavior policy fitted to the data by maximum likelihood; both are
       tanh-Gaussians, so the divergence is the closed form of the Gaussians before the tanh.
   D4  The bandit's return R_g: by default the policy's own value at the data's initial states
       (`offline`, weak and optimistic); `rollout` plays episodes on training tasks, the paper's reading,
       which is environment interaction. Both scaled by the data's return spread, differences clipped to
       +-1, probabilities floored at 0.05.
-  D5  Flow parameters are global, with Rezende & Mohamed's correction so that every flow is invertible.
+  D5  Flow parameters are global, with Rezende & Mohamed's correction so that every flow is invertible,
+      shifted so that u = 0 stays the identity.
   D6  All losses of a step use the parameters from before the step.
+  D7  The policy is the fitted behavior policy plus a learned shift of mean and log_std. As two networks
+      of their own, they differed by 0.6 nats at any rho1, and the policy lagged behind plain imitation.
+  D8  Layer normalization in all networks on transitions but the encoder; the learning rate falls to 0
+      in the second half.
 
 Run:     python flora.py --env ant-dir
 Ablate:  --num-flows 0 (no flows), --alpha-min 0 (no correction)
 """
 
 import copy
-import csv
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -64,7 +67,7 @@ class Args:
     """auto takes the GPU if there is one"""
     compile: bool = False
     """compile the update with torch.compile (pays on a GPU, is slower on a CPU)"""
-    total_updates: int = 15_000
+    total_updates: int = 12_000
     """updates of the policy [gradient steps]"""
     log_every: int = 250
     """updates between two log lines [gradient steps]"""
@@ -87,17 +90,17 @@ class Args:
     """episodes per task and evaluation"""
     meta_batch: int = 16
     """tasks per update, drawn with replacement [tasks]"""
-    batch_size: int = 64
+    batch_size: int = 32
     """transitions per task and update [transitions]"""
     context_size: int = 64
-    """transitions that a task is inferred from in training [transitions]"""
+    """transitions of one episode that a task is inferred from in training [transitions]"""
     # method
     gamma: float | None = None
     """discount; None = ENV_ARGS"""
     reward_scale: float | None = None
     """factor on the rewards in all losses; None = ENV_ARGS"""
-    lr: float = 6e-4
-    """Adam's learning rate of all networks"""
+    lr: float = 1.2e-3
+    """Adam's learning rate of all networks in the first half of the training; then it falls linearly to 0"""
     tau: float = 0.005
     """rate at which the target networks follow (zeta)"""
     width: int = 256
@@ -112,6 +115,8 @@ class Args:
     """what makes the weights W of the network's output (D1)"""
     num_flows: int = 4
     """planar flows K; 0 = Gaussian posterior, the ablation of flow-based task inference"""
+    likelihood_weight: float = 256.0
+    """transitions that log p(Q) counts for in (17), a batch of the usual size (D2)"""
     kl_weight: float = 0.1
     """rho2 of (17)"""
     feature_weight: float = 0.01
@@ -139,38 +144,54 @@ class Args:
 # what the environments need differently, for arguments left at None
 ENV_ARGS = {
     "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0, divergence_target=0.05),
-    "mujoco": dict(gamma=0.97, reward_scale=0.5, z_dim=20, brac_alpha=6.0, brac_alpha_lr=2e-4, divergence_target=0.5),
+    "mujoco": dict(gamma=0.97, reward_scale=0.5, z_dim=20, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.05),
 }
+
+MAY_BE_ZERO = {"seed", "num_flows", "likelihood_weight", "kl_weight", "feature_weight", "alpha_min"}
+MAY_BE_ZERO |= {"brac_alpha", "brac_alpha_lr", "divergence_target"}
+RANGES = {"gamma": (0, 1), "tau": (0, 1), "alpha_min": (-1, 0), "num_arms": (1, 20)}  # 20 arms: probability >= 0.05
 
 # ---- networks ---------------------------------------------------------------
 
 
-def mlp(*sizes):
-    """Multilayer perceptron with ReLU between the layers and a linear output."""
-    layers = []
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+class MLP(nn.Module):
+    """`members` networks of one shape on (x, z), evaluated together; two hidden layers, each linear, layer
+    normalization (without scale and shift of its own), ReLU; linear output. z enters as a bias per task, which
+    equals a first layer on the concatenation (x, z) and saves its repetition over the task's rows."""
 
-
-class TanhGaussian(nn.Module):
-    """Policy tanh(N(mean, std)) given (obs, z): the meta-policy, and the fitted behavior policy (D3)."""
-
-    def __init__(self, obs_dim, act_dim, z_dim, width, log_std_min, log_std_max):
+    def __init__(self, members, in_dim, z_dim, width, out_dim):
         super().__init__()
-        self.net = mlp(obs_dim + z_dim, width, width, 2 * act_dim)
-        nn.init.uniform_(self.net[-1].weight, -1e-3, 1e-3)
-        nn.init.uniform_(self.net[-1].bias, -1e-3, 1e-3)
-        self.log_std_min, self.log_std_max = log_std_min, log_std_max
+
+        def parameter(fan_in, *shape):  # initialized as in nn.Linear
+            return nn.Parameter(torch.empty(members, *shape).uniform_(-1, 1) / math.sqrt(fan_in))
+
+        self.w_x, self.w_z = (parameter(in_dim + z_dim, size, width) for size in (in_dim, z_dim))
+        self.b_1 = parameter(in_dim + z_dim, 1, width)
+        self.w_2, self.b_2 = parameter(width, width, width), parameter(width, 1, width)
+        self.w_3, self.b_3 = parameter(width, width, out_dim), parameter(width, 1, out_dim)
+
+    def forward(self, x, z):
+        """x [M, B, in_dim], z [M, z_dim] -> [members, M, B, out_dim]."""
+        members = len(self.w_x)
+        of_task = torch.baddbmm(self.b_1, z.expand(members, *z.shape), self.w_z)  # [members, M, width]
+        h = torch.bmm(x.flatten(0, 1).expand(members, -1, -1), self.w_x).unflatten(1, x.shape[:2])
+        h = (h + of_task[:, :, None]).flatten(1, 2)  # [members, M * B, width]
+        for weight, bias in ((self.w_2, self.b_2), (self.w_3, self.b_3)):
+            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)
+        return h.unflatten(1, x.shape[:2])
+
+
+class Gaussian(MLP):
+    """Mean and log_std of a Gaussian over the action before its tanh, given (obs, z); near 0 at first."""
+
+    def __init__(self, obs_dim, act_dim, z_dim, width):
+        super().__init__(1, obs_dim, z_dim, width, 2 * act_dim)
+        nn.init.uniform_(self.w_3, -1e-3, 1e-3)
+        nn.init.uniform_(self.b_3, -1e-3, 1e-3)
 
     def forward(self, obs, z):
-        """obs [.., obs_dim], z [.., z_dim] -> mean and log_std before the tanh [.., act_dim]."""
-        mean, log_std = self.net(torch.cat([obs, z], -1)).chunk(2, -1)
-        return mean, log_std.clamp(self.log_std_min, self.log_std_max)
-
-    def mode(self, obs, z):
-        """Deterministic action [.., act_dim] in (-1, 1)."""
-        return torch.tanh(self(obs, z)[0])
+        """obs [M, B, obs_dim], z [M, z_dim] -> two tensors [M, B, act_dim]."""
+        return super().forward(obs, z)[0].chunk(2, -1)
 
 
 class Encoder(nn.Module):
@@ -178,7 +199,8 @@ class Encoder(nn.Module):
 
     def __init__(self, ctx_dim, z_dim, width):
         super().__init__()
-        self.net = mlp(ctx_dim, width, width, 2 * z_dim)
+        layers = [nn.Linear(ctx_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(width, 2 * z_dim))
 
     def forward(self, context, mask):
         """context [M, K, ctx_dim], mask [M, K] 1 = real -> mean [M, z_dim], var [M, z_dim] > 0."""
@@ -193,43 +215,34 @@ class PlanarFlows(nn.Module):
 
     def __init__(self, num_flows, z_dim):
         super().__init__()
-        self.u = nn.Parameter(0.01 * torch.randn(num_flows, z_dim))  # small; the correction alone contracts z along w at first
+        self.u = nn.Parameter(0.01 * torch.randn(num_flows, z_dim))  # the chain starts near the identity
         self.w = nn.Parameter(torch.randn(num_flows, z_dim) / math.sqrt(z_dim))
         self.b = nn.Parameter(torch.zeros(num_flows))
 
     def corrected_u(self):
-        """u moved along w so that w^T u >= -1, which makes every flow invertible -> [num_flows, z_dim]."""
+        """u moved along w so that w^T u >= -1, which makes every flow invertible -> [num_flows, z_dim].
+        Rezende & Mohamed's m(x) = -1 + softplus(x), shifted in x so that u = 0 stays 0."""
         wu = (self.w * self.u).sum(-1, keepdim=True)
         norm2 = (self.w**2).sum(-1, keepdim=True).clamp(min=1e-12)
-        return self.u + (F.softplus(wu) - 1 - wu) * self.w / norm2  # [ours: D5]
+        return self.u + (F.softplus(wu + math.log(math.e - 1)) - 1 - wu) * self.w / norm2  # [ours: D5]
 
     def forward(self, z):
         """z_0 [M, z_dim] -> z_K [M, z_dim], log |det dz_K / dz_0| [M]."""
         log_det = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
         for u, w, b in zip(self.corrected_u(), self.w, self.b):
             h = torch.tanh(z @ w + b)  # [M]
-            log_det = log_det + torch.log1p((1 - h**2) * (w @ u))  # (Eq. 16), 1 + u^T h' w > 0
+            log_det = log_det + torch.log1p(((1 - h**2) * (w @ u)).clamp(min=1e-6 - 1))  # (Eq. 16)
             z = z + u * h[:, None]  # (Eq. 14)
         return z, log_det
 
 
-class Features(nn.Module):
-    """psi(obs, act, z), or phi(obs, act, next_obs, z) -> [.., feature_dim]."""
-
-    def __init__(self, in_dim, feature_dim, width):
-        super().__init__()
-        self.net = mlp(in_dim, width, width, feature_dim)
-
-    def forward(self, *inputs):
-        return self.net(torch.cat(inputs, -1))
-
-
 class Weights(nn.Module):
-    """Task weights W(z) [.., feature_dim]."""
+    """Task weights W(z) [M, feature_dim]."""
 
     def __init__(self, z_dim, feature_dim, width, activation):
         super().__init__()
-        self.net, self.activation = mlp(z_dim, width, feature_dim), activation
+        self.net = nn.Sequential(nn.Linear(z_dim, width), nn.ReLU(), nn.Linear(width, feature_dim))
+        self.activation = activation
 
     def forward(self, z):
         logits = self.net(z)
@@ -256,10 +269,16 @@ def feature_loss(psi, psi_target):
 
 
 def value_log_likelihood(psi, weights, q_target):
-    """psi [2, M, B, D], weights [M, 1, D], q_target [M, B] -> scalar: log p(Q) up to a constant,
-    summed over the task's transitions, mean over networks and tasks."""
+    """psi [2, M, B, D], weights [M, 1, D], q_target [M, B] -> scalar: log p(Q) of one transition up to a
+    constant, mean over networks, tasks and transitions."""
     error = (psi * weights).sum(-1) - q_target  # [2, M, B]
-    return -0.5 * error.pow(2).sum(-1).mean()  # [ours: D2] first term of (Eq. 17)
+    return -0.5 * error.pow(2).mean()  # first term of (Eq. 17)
+
+
+def perplexity(weights):
+    """weights [.., D] -> 0-d: number of features that carry weight, 1 to D; their sizes count, not the signs."""
+    share = F.normalize(weights.abs(), p=1, dim=-1)
+    return torch.special.entr(share).sum(-1).exp().mean()
 
 
 def posterior_kl(z_0, z_k, mean, var, log_det):
@@ -275,9 +294,13 @@ def gaussian_kl(mean, log_std, mean_b, log_std_b):
     return 0.5 * (ratio + distance - 1).sum(-1) - (log_std - log_std_b).sum(-1)  # [ours: D3]
 
 
-def tanh_gaussian_logp(mean, log_std, act):
-    """Log-density of act [.., act_dim] in [-1, 1] under tanh(N(mean, std)) -> [..]."""
-    pre = torch.atanh(act.clamp(-0.999, 0.999))  # finite at the bounds
+def pre_tanh(act):
+    """act [.., act_dim] in [-1, 1] -> its value before the tanh, finite at the bounds."""
+    return torch.atanh(act.clamp(-0.999, 0.999))
+
+
+def tanh_gaussian_logp(mean, log_std, pre):
+    """Log-density of the action tanh(pre) under tanh(N(mean, std)), all [.., act_dim] -> [..]."""
     logp = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std - 0.5 * math.log(2 * math.pi)
     return (logp - 2 * (math.log(2) - pre - F.softplus(-2 * pre))).sum(-1)
 
@@ -286,21 +309,22 @@ def tanh_gaussian_logp(mean, log_std, act):
 
 
 class Agent(nn.Module):
-    """Networks, targets, the multiplier rho1 and the bandit; `opt` holds one Adam group per network."""
+    """Networks, targets, the multiplier rho1 and the bandit; `opts` holds Adam for all of them."""
 
     def __init__(self, obs_dim, act_dim, ctx_dim, args):
         super().__init__()
         z_dim, d, width = args.z_dim, args.feature_dim, args.width
         self.encoder = Encoder(ctx_dim, z_dim, args.encoder_width)
         self.flows = PlanarFlows(args.num_flows, z_dim)
-        self.phi = Features(2 * obs_dim + act_dim + z_dim, d, width)
+        self.phi = MLP(1, 2 * obs_dim + act_dim, z_dim, width, d)
         self.weights = Weights(z_dim, d, width, args.weight_activation)
-        self.psi = nn.ModuleList([Features(obs_dim + act_dim + z_dim, d, width) for _ in range(2)])
+        self.psi = MLP(2, obs_dim + act_dim, z_dim, width, d)
         self.psi_target = copy.deepcopy(self.psi).requires_grad_(False)
-        self.actor = TanhGaussian(obs_dim, act_dim, z_dim, width, -5, 2)
-        self.behavior = TanhGaussian(obs_dim, act_dim, z_dim, width, -3, 1)
+        self.behavior = Gaussian(obs_dim, act_dim, z_dim, width)
+        self.actor = Gaussian(obs_dim, act_dim, z_dim, width)  # the policy's shift against the behavior policy
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
         self.register_buffer("arms", torch.linspace(args.alpha_min, 0, args.num_arms))
+        self.arm_tags = [f"bandit/prob_{arm:.2f}" for arm in self.arms.tolist()]
         self.register_buffer("arm_logits", torch.zeros(args.num_arms))
         self.register_buffer("arm", torch.zeros((), dtype=torch.long))
         self.register_buffer("last_return", torch.tensor(float("nan")))
@@ -308,8 +332,8 @@ class Agent(nn.Module):
         self.params = [list(module.parameters()) for module in trained]
 
     def make_optimizer(self, args):
-        groups = [{"params": params} for params in self.params if params]
-        self.opt = torch.optim.Adam(groups, args.lr, fused=True)
+        params = [parameter for group in self.params for parameter in group]
+        self.opts = [torch.optim.Adam(params, torch.tensor(args.lr), fused=True)]  # a tensor: `anneal` changes it
 
     def infer(self, context, mask, noise):
         """context [M, K, ctx_dim], mask [M, K], noise [M, z_dim] (0 = posterior mean)
@@ -320,9 +344,24 @@ class Agent(nn.Module):
         return z, mean, var, posterior_kl(z_0, z, mean, var, log_det)
 
     def q(self, obs, act, z, weights):
-        """obs [.., obs_dim], act [.., act_dim], z [.., z_dim], weights [.., D] -> pessimistic Q [..], psi [2, .., D]."""
-        psi = torch.stack([psi(obs, act, z) for psi in self.psi])
+        """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim], weights [M, 1, D]
+        -> pessimistic Q [M, B], psi [2, M, B, D]."""
+        psi = self.psi(torch.cat([obs, act], -1), z)
         return (psi * weights).sum(-1).amin(0), psi  # (Eq. 12)
+
+    def behavior_policy(self, obs, z):
+        """pi_beta as mean and log_std before the tanh [M, B, act_dim], fitted to the data (D3)."""
+        mean, log_std = self.behavior(obs, z)
+        return mean, log_std.clamp(-3, 1)
+
+    def policy(self, obs, z, mean_b, log_std_b):
+        """pi = pi_beta (as of behavior_policy, detached) moved by the actor (D7) -> mean, log_std before the tanh."""
+        mean, log_std = self.actor(obs, z)
+        return mean_b.detach() + mean, (log_std_b.detach() + log_std).clamp(-5, 2)
+
+    def act(self, obs, z):
+        """obs [M, B, obs_dim], z [M, z_dim] -> the policy's deterministic action [M, B, act_dim] in (-1, 1)."""
+        return torch.tanh(self.policy(obs, z, *self.behavior_policy(obs, z))[0])
 
     def arm_probs(self):
         floor = 0.05
@@ -331,10 +370,17 @@ class Agent(nn.Module):
     def bandit_step(self, episode_return, lr, generator):
         """Credit the drawn arm with the change of the return (both in units of the data's spread), draw the next."""
         if not self.last_return.isnan():
-            gain = (episode_return - self.last_return).clamp(-1, 1)
+            gain = (episode_return - self.last_return).clamp(-1, 1).nan_to_num()  # a diverged run stops at its log line
             self.arm_logits[self.arm] += lr * gain / self.arm_probs()[self.arm]  # (Eq. 10)
         self.last_return.copy_(episode_return)
         self.arm.copy_(torch.multinomial(self.arm_probs(), 1, generator=generator)[0])
+
+
+def anneal(opts, lr, done):
+    """Learning rate of all optimizers: `lr` for the first half of the training, then linear to 0; done in [0, 1]."""
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))
 
 
 # ---- update -----------------------------------------------------------------
@@ -348,45 +394,45 @@ def update(agent, context, batch, args):
     ones = torch.ones_like(context[..., 0])
     alpha = agent.arms.take(agent.arm)  # indexing with a 0-d tensor would read it back to the host
     z, z_mean, z_var, kl = agent.infer(context, ones, torch.randn(len(context), args.z_dim, device=context.device))
-    z_b = z[:, None].expand(-1, obs.shape[1], -1)  # [M, B, z_dim]
-    z_fixed = z_b.detach()  # policy, targets and behavior policy never train the encoder
+    z_fixed = z.detach()  # policy, targets and behavior policy never train the encoder
     weights = agent.weights(z)[:, None]  # [M, 1, D]
 
     # targets: features of the next action, corrected by alpha times their spread
     with torch.no_grad():
-        mean, log_std = agent.actor(next_obs, z_fixed)
+        mean, log_std = agent.policy(next_obs, z_fixed, *agent.behavior_policy(next_obs, z_fixed))
         next_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
-        next_psi = torch.stack([psi(next_obs, next_act, z_fixed) for psi in agent.psi_target])
-        psi_mean, psi_spread = feature_spread(next_psi)
+        psi_mean, psi_spread = feature_spread(agent.psi_target(torch.cat([next_obs, next_act], -1), z_fixed))
         next_psi = psi_mean + alpha * psi_spread  # (Eq. 9)
         discount = args.gamma * (1 - term)
         q_target = rew + discount * (next_psi * weights).sum(-1)  # [M, B]
-    phi = agent.phi(obs, act, next_obs, z_b)
+    phi = agent.phi(torch.cat([obs, act, next_obs], -1), z)[0]
     psi_target = phi.detach() + discount[..., None] * next_psi
 
     # task inference and critic; each loss reaches exactly the networks named in its backward
-    psi = torch.stack([psi(obs, act, z_b) for psi in agent.psi])  # [2, M, B, D]
+    psi = agent.psi(torch.cat([obs, act], -1), z)  # [2, M, B, D]
     loss_r = reward_loss(phi, weights, rew)
     loss_psi = feature_loss(psi, psi_target)
-    elbo = value_log_likelihood(psi, weights, q_target) - args.kl_weight * kl.mean()  # (Eq. 17)
+    likelihood = args.likelihood_weight * value_log_likelihood(psi, weights, q_target)  # [ours: D2]
+    elbo = likelihood - args.kl_weight * kl.mean()  # (Eq. 17)
     encoder_loss = args.feature_weight * (loss_r + loss_psi) - elbo  # (Eq. 18)
     encoder, flows, phi_params, weight_params, psi_params, actor_params, behavior_params = agent.params
-    agent.opt.zero_grad()
+    (opt,) = agent.opts
+    opt.zero_grad()
     encoder_loss.backward(inputs=encoder + flows, retain_graph=True)
     loss_psi.backward(inputs=psi_params, retain_graph=True)
     loss_r.backward(inputs=phi_params + weight_params)
 
     # policy, regularized towards the behavior policy
-    mean_b, log_std_b = agent.behavior(obs, z_fixed)
-    behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, act).mean()
+    mean_b, log_std_b = agent.behavior_policy(obs, z_fixed)
+    behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
     behavior_loss.backward(inputs=behavior_params)
-    mean, log_std = agent.actor(obs, z_fixed)
+    mean, log_std = agent.policy(obs, z_fixed, mean_b, log_std_b)
     pi_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
     q, pi_psi = agent.q(obs, pi_act, z_fixed, weights.detach())
     divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
     actor_loss = agent.brac_alpha * divergence - q.mean()  # (Eq. 13)
     actor_loss.backward(inputs=actor_params)
-    agent.opt.step()
+    opt.step()
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
         agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
@@ -404,7 +450,8 @@ def update(agent, context, batch, args):
             "stats/alpha": alpha,
             "stats/spread_data": feature_spread(psi)[1].mean(),
             "stats/spread_policy": feature_spread(pi_psi)[1].mean(),
-            "stats/weight_perplexity": (-(weights * weights.clamp(min=1e-12).log()).sum(-1)).exp().mean(),
+            "stats/weight_perplexity": perplexity(weights.detach()),
+            **dict(zip(agent.arm_tags, agent.arm_probs())),
             "z/between_std": z_mean.std(0).mean(),
             "z/posterior_std": z_var.sqrt().mean(),
             "z/norm": z.norm(dim=-1).mean(),
@@ -415,14 +462,14 @@ def update(agent, context, batch, args):
 
 
 def adapt(agent, context, mask, explore=False):
-    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; K = 0: the prior N(0, I);
-    explore: a sample of the posterior instead of its mean -> policy(obs [R, obs_dim], rew [R]) -> act."""
+    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get the
+    prior N(0, I); explore: a sample instead of the mean -> policy(obs [R, obs_dim], rew [R]) -> act."""
     z_dim = agent.encoder.net[-1].out_features // 2
     generator = torch.Generator(context.device).manual_seed(0)  # evaluation leaves training's noise alone
     noise = explore * torch.randn(len(context), z_dim, device=context.device, generator=generator)
     with torch.no_grad():
-        z = agent.infer(context, mask, noise)[0] if context.shape[1] else noise
-    return lambda obs, rew: agent.actor.mode(obs, z)
+        z = torch.where(mask.any(1, keepdim=True), agent.infer(context, mask, noise)[0], noise)
+    return lambda obs, rew: agent.act(obs[:, None], z)[:, 0]
 
 
 def q_error(agent, episodes, args):
@@ -438,7 +485,8 @@ def q_error(agent, episodes, args):
     with torch.no_grad():
         z = agent.infer(episodes["context"], episodes["mask"], 0.0)[0]
         last = obs[torch.arange(len(obs), device=device), length]
-        first_q, last_q = (agent.q(o, agent.actor.mode(o, z), z, agent.weights(z))[0] for o in (obs[:, 0], last))
+        ends = torch.stack([obs[:, 0], last], 1)  # [R, 2, obs_dim]
+        first_q, last_q = agent.q(ends, agent.act(ends, z), z, agent.weights(z)[:, None])[0].unbind(1)
     discounts = args.gamma ** torch.arange(rew.shape[1], device=device)
     monte_carlo = (discounts * rew).sum(1) + args.gamma**length * ~terminated * last_q
     return (first_q - monte_carlo).mean().item() / args.reward_scale
@@ -450,17 +498,32 @@ def bandit_return(agent, data, args, generator):
         value = dc.evaluate(data, partial(adapt, agent), ("train",), 1)["eval/train/return"]
         return torch.tensor(value / data.return_spread, device=data.device)
     tasks = torch.as_tensor(data.train_ids, device=data.device)
-    context = data.sample(tasks, args.context_size, generator)[..., :-1]
+    context = data.sample_episode(tasks, args.context_size, generator)[..., :-1]
     obs = data.episodes[tasks][:, : data.min_episodes, 0, : data.obs_dim]  # [U, N, obs_dim] initial states
     with torch.no_grad():
         z = agent.infer(context, torch.ones_like(context[..., 0]), 0.0)[0]
-        z_b = z[:, None].expand(-1, obs.shape[1], -1)
-        psi = agent.q(obs, agent.actor.mode(obs, z_b), z_b, agent.weights(z)[:, None])[1]
+        psi = agent.q(obs, agent.act(obs, z), z, agent.weights(z)[:, None])[1]
         value = (psi.mean(0) * agent.weights(z)[:, None]).sum(-1).mean()
     return value / (args.reward_scale * data.return_spread)
 
 
-# ---- training ---------------------------------------------------------------
+def embed(agent, context, mask):
+    """context [R, K, ctx_dim], mask [R, K] -> posterior mean through the flows [R, z_dim]."""
+    with torch.no_grad():
+        return agent.infer(context, mask, 0.0)[0]
+
+
+def evaluate_all(agent, data, args, protocols):
+    """Returns, quality of z and the critic's error -> dict tag -> float."""
+    traced = []
+    results = dc.evaluate(data, partial(adapt, agent), protocols, args.eval_episodes, traced)
+    results |= dc.embedding_quality(data, partial(embed, agent))
+    return results | {"eval/iid/q_error": q_error(agent, traced[protocols.index("iid")], args)}
+
+
+CONSOLE_TAGS = ("losses/encoder", "losses/feature", "losses/actor", "losses/kl", "stats/q_mean", "stats/divergence")
+
+# ---- the run ----------------------------------------------------------------
 
 
 def resolve(args):
@@ -471,198 +534,49 @@ def resolve(args):
             setattr(args, name, value)
     if args.dataset is None:
         args.dataset = f"datasets/{args.env}.npz"
-    may_be_zero = {"seed", "num_flows", "kl_weight", "feature_weight", "brac_alpha", "brac_alpha_lr", "divergence_target"}
     for name, value in asdict(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "alpha_min":
-            if not math.isfinite(value) or value < 0 or (value == 0 and name not in may_be_zero):
-                raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {'at least 0' if name in may_be_zero else 'positive'}")
-    for name, least, most in (("alpha_min", -1, 0), ("gamma", 0, 1), ("tau", 0, 1)):
-        if not least <= getattr(args, name) <= most:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between {least} and {most}")
-    if args.num_arms > 20:
-        raise SystemExit(f"--num-arms {args.num_arms}: at most 20, every arm keeps a probability of 0.05")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        least, most = RANGES.get(name, (0, math.inf))
+        if not least <= value <= most or value == math.inf or (value == 0 and name not in MAY_BE_ZERO):
+            limits = "be at least 0" if name in MAY_BE_ZERO else "be positive"
+            limits = f"lie between {least} and {most}" if name in RANGES else limits
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must {limits}")
     return args
 
 
+def write_json(path, content):
+    dc.atomic_save(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
 def load_checkpoint(directory, device):
-    """Checkpoint of a run directory; one line if there is none."""
+    """Checkpoint of a run directory as a dict; one line if there is none of this script."""
     path = Path(directory) / "checkpoint.pt"
     if not path.is_file():
         raise SystemExit(f"--resume {directory}: no checkpoint.pt there; give the run directory that training printed")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location=device, weights_only=True)
     except Exception:
         raise SystemExit(f"{path} is damaged; start the run anew without --resume")
+    if not isinstance(saved, dict) or set(saved.get("args", ())) != {f.name for f in fields(Args)}:
+        raise SystemExit(f"--resume {directory}: that run is of another script or version")
+    return saved
 
 
-def resumed_args(args, saved):
-    """Arguments of the stored run; lengths, intervals and device may be given anew, anything else must agree."""
-    free = {"total_updates", "log_every", "eval_every", "save_every", "device", "compile", "resume", "eval_only", "eval_episodes"}
-    for field in fields(Args):
-        given = getattr(args, field.name)
-        if field.name in free:
-            if given == field.default and field.name not in ("resume", "eval_only"):
-                setattr(args, field.name, saved.get(field.name, given))
-        elif given != field.default and given != saved[field.name]:
-            raise SystemExit(f"--{field.name.replace('_', '-')} {given}: the run to resume has {saved[field.name]}; drop the flag")
-        else:
-            setattr(args, field.name, saved[field.name])
-    return args
+def stored_args(directory):
+    """Arguments of the run in a directory, set to continue it."""
+    return Args(**load_checkpoint(directory, "cpu")["args"] | {"resume": str(directory)})
 
 
-def train(args):
-    """Train and evaluate; writes the run directory. -> dict: the last evaluation, run_dir, updates_per_sec."""
-    device = dc.resolve_device(args.device)
-    saved = None
-    if args.resume:
-        saved = load_checkpoint(args.resume, device)
-        if not isinstance(saved, dict) or set(saved.get("args", ())) != {f.name for f in fields(Args)}:
-            raise SystemExit(f"--resume {args.resume}: that run is of another script or version")
-        args = resumed_args(args, saved["args"])
-    elif args.eval_only:
-        raise SystemExit("--eval-only needs --resume RUN_DIR")
-    args = resolve(args)
-    data = dc.load_dataset(args.env, args.dataset, device)
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)  # batches
-    agent = Agent(data.obs_dim, data.act_dim, data.ctx_dim, args).to(device)
-    agent.make_optimizer(args)
-    agent.arm.fill_(torch.randint(args.num_arms, (), generator=generator, device=device))
-    step, run_dir = 0, Path(args.resume or "")
-    if saved:
-        agent.load_state_dict(saved["agent"])
-        agent.opt.load_state_dict(saved["opt"])
-        generator.set_state(saved["generator"].cpu())
-        dc.restore_rng(saved["rng"])
-        step = saved["step"]
-    if args.eval_only:
-        results = dc.evaluate(data, partial(adapt, agent), dc.PROTOCOLS, args.eval_episodes)
-        results |= dc.embedding_quality(data, partial(embed, agent))
-        print(f"{args.resume} after {step} updates\n  " + eval_line(results))
-        write_json(run_dir / "eval.json", {"step": step} | results)
-        return results | {"run_dir": str(run_dir)}
-    if saved and step >= args.total_updates and (run_dir / "result.json").is_file():
-        print(f"{run_dir} is finished after {step} updates; --total-updates continues it further")
-        return json.loads((run_dir / "result.json").read_text())
-    if not saved:
-        run_dir = Path(args.run_dir) / args.env / args.exp_name / f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            raise SystemExit(f"cannot make {run_dir}: {error.strerror}; choose another --run-dir")
-    versions = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)} | {"python": sys.version.split()[0]}
-    stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
-    write_json(run_dir / "args.json", {"args": stored, "versions": versions, "command": sys.argv, "dataset": data.header})
-    writer = SummaryWriter(str(run_dir), purge_step=step + 1 if saved else None)
-    writer.add_text("args", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in stored.items()))
-    print(f"{run_dir}: {args.env}, {len(data.train_ids)} training and {len(data.test_ids)} test tasks, device {device}")
-    print(
-        f"  mean return on the test tasks: random {data.random_returns[data.test_ids].mean():.1f}, expert "
-        f"{data.expert_returns[data.test_ids].mean():.1f}; of the training data {data.behavior_return:.1f}",
-        flush=True,
-    )
-    metrics_path = run_dir / "metrics.csv"
-    rows = [["step", "tag", "value"]]
-    if metrics_path.exists():  # resume: drop what was logged after the checkpoint
-        with open(metrics_path, newline="") as file:
-            rows = [row for row in csv.reader(file) if len(row) == 3 and (row[0] == "step" or int(row[0]) <= step)]
-    metrics_file = open(run_dir / "metrics.csv.tmp", "w", newline="")
-    metrics_writer = csv.writer(metrics_file)
-    metrics_writer.writerows(rows)
-    metrics_file.flush()
-    os.replace(metrics_file.name, metrics_path)
-
-    def log(values):
-        """dict tag -> number, to metrics.csv and TensorBoard."""
-        for tag, value in values.items():
-            metrics_writer.writerow([step, tag, repr(float(value))])
-            if "/return_task_" not in tag:
-                writer.add_scalar(tag, value, step)
-        metrics_file.flush()
-
-    def save():
-        state = {"agent": agent.state_dict(), "opt": agent.opt.state_dict(), "step": step, "args": asdict(args)}
-        state |= {"generator": generator.get_state(), "rng": dc.rng_state()}
-        if all(torch.isfinite(p).all() for p in agent.parameters()):
-            dc.atomic_save(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
-
-    def evaluate_all(protocols):
-        traced = []
-        results = dc.evaluate(data, partial(adapt, agent), protocols, args.eval_episodes, traced)
-        results |= dc.embedding_quality(data, partial(embed, agent))
-        return results | {"eval/iid/q_error": q_error(agent, traced[0], args)}
-
-    stopping = []
-
-    def on_interrupt(*_):
-        stopping.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    step_fn = torch.compile(update) if args.compile else update
-    tasks = torch.as_tensor(data.train_ids, device=device)
-    start, start_step, timed, results = time.time(), step, 0.0, {}
-    if step >= args.total_updates:  # interrupted between the last checkpoint and result.json
-        results = evaluate_all(dc.PROTOCOLS)
-    while step < args.total_updates and not stopping:
-        if step % args.bandit_every == 0:
-            agent.bandit_step(bandit_return(agent, data, args, generator), args.bandit_lr, generator)
-        tick = time.perf_counter()
-        task_ids = tasks[torch.randint(len(tasks), (args.meta_batch,), device=device, generator=generator)]
-        context = data.sample(task_ids, args.context_size, generator)[..., :-1]
-        batch = data.unpack(data.sample(task_ids, args.batch_size, generator))
-        metrics = step_fn(agent, context, batch, args)
-        timed += time.perf_counter() - tick
-        step += 1
-        last = step == args.total_updates
-        intervals = (args.log_every, args.eval_every, args.save_every, args.bandit_every)
-        if last or any(step % interval == 0 for interval in intervals):  # the only reads from the device
-            values = {tag: value.item() for tag, value in metrics.items()}
-            values |= {f"bandit/prob_{a:.2f}": p for a, p in zip(agent.arms.tolist(), agent.arm_probs().tolist())}
-            values |= {f"parameter {n}": p.sum().item() for n, p in agent.named_parameters() if not p.isfinite().all()}
-            broken = [tag for tag, value in values.items() if not math.isfinite(value)]
-            if broken:
-                good = run_dir / "checkpoint.pt"
-                remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
-                raise SystemExit(f"stopped at update {step}: {broken[0]} is {values[broken[0]]}; {remedy}")
-        if step % args.log_every == 0:
-            log(values)
-            speed = (step - start_step) / timed
-            writer.add_scalar("charts/updates_per_sec", speed, step)
-            writer.add_scalar("charts/wall_clock_s", time.time() - start, step)
-            eta = (time.time() - start) / (step - start_step) * (args.total_updates - step)
-            print(
-                f"[{step:>7}/{args.total_updates} {100 * step // args.total_updates:>3}%] {speed:.1f} upd/s  eta {dc.duration(eta)}  "
-                + "  ".join(f"{tag.split('/')[1]} {values[tag]:.3g}" for tag in CONSOLE_TAGS),
-                flush=True,
-            )
-        if step % args.eval_every == 0 or last:
-            results = evaluate_all(dc.PROTOCOLS if last else ("iid", "train"))
-            log(results)
-            print("  " + eval_line(results), flush=True)
-        if step % args.save_every == 0 or last:
-            save()
-    signal.signal(signal.SIGINT, previous)
-    if stopping:
-        save()
-        print(f"interrupted after {step} updates; continue with: python {Path(sys.argv[0]).name} --resume {run_dir}")
-        raise SystemExit(130)
-    z, labels = dc.label_contexts(data, partial(embed, agent))
-    writer.add_embedding(z, metadata=labels, global_step=step, tag="z")
-    writer.close()
-    metrics_file.close()
-    results |= {"run_dir": str(run_dir), "updates_per_sec": (step - start_step) / max(timed, 1e-9), "step": step}
-    write_json(run_dir / "result.json", results)
-    return results
-
-
-CONSOLE_TAGS = ("losses/encoder", "losses/feature", "losses/actor", "losses/kl", "stats/q_mean", "stats/divergence")
-
-
-def embed(agent, context, mask):
-    """context [R, K, ctx_dim], mask [R, K] -> posterior mean through the flows [R, z_dim]."""
-    with torch.no_grad():
-        return agent.infer(context, mask, 0.0)[0]
+def check_resumed(args, saved, data):
+    """A resumed run may get other lengths, intervals and device; whatever shapes the training must agree."""
+    free = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "device", "compile"}
+    for name in sorted(set(saved["args"]) - free - {"resume", "eval_only", "run_dir", "dataset"}):
+        if getattr(args, name) != saved["args"][name]:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise SystemExit(f"{flag}: the run to resume has {saved['args'][name]}; drop the flag")
+    if data.header != saved["data"]:
+        raise SystemExit(f"{args.dataset} is not the file that the run to resume was trained on; use that: --dataset")
 
 
 def eval_line(results):
@@ -672,11 +586,195 @@ def eval_line(results):
     return "  ".join(["eval", *cells, f"z acc {results['z/nearest_task_acc']:.2f} R2 {results['z/probe_r2']:.2f}"])
 
 
-def write_json(path, content):
-    dc.atomic_save(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+class Run:
+    """The run directory of one training: restores a run to resume, then counts, logs, evaluates and saves.
+
+    The training loop calls going() before and advance(metrics) after every update, and finish() at the end.
+    `agent` has `opts`, the list of its optimizers; `generator` draws the batches."""
+
+    def __init__(self, args, data, agent, generator):
+        self.args, self.data, self.agent, self.generator = args, data, agent, generator
+        self.step, self.results, self.stopping = 0, {}, False
+        self.dir = Path(args.resume or "")
+        rows = 1
+        if args.resume:
+            saved = load_checkpoint(self.dir, data.device)
+            check_resumed(args, saved, data)
+            agent.load_state_dict(saved["agent"])
+            for opt, state in zip(agent.opts, saved["opts"]):
+                opt.load_state_dict(state)
+            generator.set_state(saved["generator"].cpu())
+            dc.restore_rng(saved["rng"])
+            self.step, rows = saved["step"], saved["rows"]
+        else:
+            name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+            self.dir = Path(args.run_dir) / args.env / args.exp_name / name
+            try:
+                self.dir.mkdir(parents=True)
+            except OSError as error:
+                raise SystemExit(f"cannot make {self.dir}: {error.strerror}; choose another --run-dir")
+        self.finished = self.step >= args.total_updates and (self.dir / "result.json").is_file()
+        if not self.finished and not args.eval_only:
+            self.open_files(rows)
+        self.start_step, self.start, self.tick, self.timed = self.step, time.time(), time.perf_counter(), 0.0
+
+    def open_files(self, rows):
+        """args.json, TensorBoard events and metrics.csv, of which the first `rows` lines stay."""
+        args, data = self.args, self.data
+        versions = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
+        stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
+        about = {"args": stored, "versions": versions | {"python": sys.version.split()[0]}}
+        write_json(self.dir / "args.json", about | {"command": sys.argv, "dataset": data.header})
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
+        self.writer.add_text("args", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in stored.items()))
+        path = self.dir / "metrics.csv"
+        kept = path.read_text().splitlines(keepends=True)[:rows] if path.exists() else ["step,tag,value\n"]
+        dc.atomic_save(path, lambda file: file.write("".join(kept).encode()))
+        self.csv, self.rows = open(path, "a"), len(kept)
+        tasks = f"{len(data.train_ids)} training and {len(data.test_ids)} test tasks"
+        print(f"{self.dir}: {args.env}, {tasks}, device {data.device}")
+        worst, best = data.random_returns[data.test_ids].mean(), data.expert_returns[data.test_ids].mean()
+        returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {data.behavior_return:.1f}"
+        print(f"  mean return on the test tasks: {returns}", flush=True)
+
+    def __enter__(self):
+        def on_interrupt(*_):
+            self.stopping = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+        self.previous_handler = signal.signal(signal.SIGINT, on_interrupt)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous_handler)
+        if hasattr(self, "csv"):
+            self.csv.close()
+            self.writer.close()
+
+    def log(self, values):
+        """dict tag -> number, to metrics.csv and TensorBoard."""
+        for tag, value in values.items():
+            self.csv.write(f"{self.step},{tag},{float(value)!r}\n")
+            if "/return_task_" not in tag:
+                self.writer.add_scalar(tag, value, self.step)
+        self.csv.flush()
+        self.rows += len(values)
+
+    def save(self):
+        """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
+        state = {"agent": self.agent.state_dict(), "opts": [opt.state_dict() for opt in self.agent.opts]}
+        state |= {"generator": self.generator.get_state(), "rng": dc.rng_state(), "step": self.step, "rows": self.rows}
+        state |= {"args": asdict(self.args), "data": self.data.header}
+        if all(p.isfinite().all() for p in self.agent.parameters()):
+            dc.atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def going(self):
+        return self.step < self.args.total_updates and not self.stopping and not self.args.eval_only
+
+    def advance(self, metrics):
+        """Count an update; log, evaluate and save when it is time. metrics: dict tag -> 0-d tensor."""
+        args = self.args
+        self.step += 1
+        last = self.step == args.total_updates
+        if last or any(self.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every)):
+            values = self.read(metrics)
+        self.timed += time.perf_counter() - self.tick
+        if self.step % args.log_every == 0:
+            self.log(values)
+            self.print_progress(values)
+        if self.step % args.eval_every == 0 or last:
+            self.results = evaluate_all(self.agent, self.data, args, dc.PROTOCOLS if last else ("iid", "train"))
+            self.log(self.results)
+            print("  " + eval_line(self.results), flush=True)
+        if self.step % args.save_every == 0 or last:
+            self.save()
+        self.tick = time.perf_counter()
+
+    def read(self, metrics):
+        """The only place where training reads from the device -> dict tag -> float; all must be finite."""
+        values = {tag: value.item() for tag, value in metrics.items()}
+        state = self.agent.named_parameters()
+        broken = [f"parameter {name}" for name, p in state if not p.isfinite().all()]
+        broken = [f"{tag} ({v})" for tag, v in values.items() if not math.isfinite(v)] + broken
+        if broken:
+            good = self.dir / "checkpoint.pt"
+            remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
+            raise SystemExit(f"stopped at update {self.step}: {broken[0]} is not finite; {remedy}")
+        return values
+
+    def print_progress(self, values):
+        total, done = self.args.total_updates, self.step - self.start_step
+        speed, elapsed = done / self.timed, time.time() - self.start
+        self.writer.add_scalar("charts/updates_per_sec", speed, self.step)
+        self.writer.add_scalar("charts/wall_clock_s", elapsed, self.step)
+        eta = dc.duration(elapsed / done * (total - self.step))
+        cells = "  ".join(f"{tag.split('/')[1]} {values[tag]:.3g}" for tag in CONSOLE_TAGS)
+        share = f"{self.step:>7}/{total} {100 * self.step // total:>3}%"
+        print(f"[{share}] {speed:.1f} upd/s  eta {eta}  {cells}", flush=True)
+
+    def finish(self):
+        """-> dict: the last evaluation, run_dir, updates_per_sec; also in result.json."""
+        args, agent, data = self.args, self.agent, self.data
+        if args.eval_only:
+            results = evaluate_all(agent, data, args, dc.PROTOCOLS)
+            print(f"{self.dir} after {self.step} updates\n  " + eval_line(results))
+            write_json(self.dir / "eval.json", {"step": self.step} | results)
+            return results | {"run_dir": str(self.dir)}
+        if self.finished:
+            print(f"{self.dir} is finished after {self.step} updates; --total-updates continues it further")
+            return json.loads((self.dir / "result.json").read_text())
+        if self.step < args.total_updates:
+            self.save()
+            script = Path(sys.argv[0]).name
+            print(f"interrupted after {self.step} updates; continue with: python {script} --resume {self.dir}")
+            raise SystemExit(130)
+        if not self.results:  # the run was cut off between the last checkpoint and result.json
+            self.results = evaluate_all(agent, data, args, dc.PROTOCOLS)
+        z, labels = dc.label_contexts(data, partial(embed, agent))
+        self.writer.add_embedding(z, metadata=labels, global_step=self.step, tag="z")
+        speed = (self.step - self.start_step) / max(self.timed, 1e-9)
+        self.results |= {"run_dir": str(self.dir), "updates_per_sec": speed, "step": self.step}
+        write_json(self.dir / "result.json", self.results)
+        return self.results
+
+
+# ---- training ---------------------------------------------------------------
+
+
+def train(args):
+    """Train and evaluate -> what Run.finish returns."""
+    if args.eval_only and not args.resume:
+        raise SystemExit("--eval-only needs --resume RUN_DIR")
+    args, device = resolve(args), dc.resolve_device(args.device)
+    data = dc.load_dataset(args.env, args.dataset, device)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    agent = Agent(data.obs_dim, data.act_dim, data.ctx_dim, args).to(device)
+    agent.make_optimizer(args)
+    agent.arm.fill_(torch.randint(args.num_arms, (), generator=generator, device=device))
+    step_fn = torch.compile(update) if args.compile else update
+    tasks = torch.as_tensor(data.train_ids, device=device)
+    with Run(args, data, agent, generator) as run:
+        while run.going():
+            if run.step % args.bandit_every == 0:
+                agent.bandit_step(bandit_return(agent, data, args, generator), args.bandit_lr, generator)
+            task_ids = tasks[torch.randint(len(tasks), (args.meta_batch,), device=device, generator=generator)]
+            context = data.sample_episode(task_ids, args.context_size, generator)[..., :-1]
+            batch = data.unpack(data.sample(task_ids, args.batch_size, generator))
+            anneal(agent.opts, args.lr, run.step / args.total_updates)
+            run.advance(step_fn(agent, context, batch, args))
+        return run.finish()
 
 
 # ---- main -------------------------------------------------------------------
 
+
+def main(arguments=None):
+    """Command line (list of str, by default the process's own); with --resume the stored arguments are the defaults."""
+    cli = partial(tyro.cli, Args, description=__doc__.split("\n\n")[0], args=arguments)
+    args = cli()
+    train(cli(default=stored_args(args.resume)) if args.resume else args)
+
+
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    main()

@@ -834,9 +834,10 @@ def recorder(calls, act=0.3):
     return adapt
 
 
-def greedy(goals):
+def greedy(goals, mean=0, spread=1):
     def adapt(context, mask, explore):
-        return lambda obs, rew: ((torch.as_tensor(goals, dtype=torch.float32) - obs) / 0.1).clamp(-1, 1)
+        target = torch.as_tensor(goals, dtype=torch.float32)
+        return lambda obs, rew: ((target - (obs * spread + mean)) / 0.1).clamp(-1, 1)
 
     return adapt
 
@@ -925,7 +926,8 @@ def test_ood_context_is_played_on_the_test_task_by_foreign_policies(tiny):
             behavior = tiny.ood_behavior_task[v, column]
             assert behavior == dc.RANDOM if protocol == "ood_random" else behavior in tiny.train_ids
             goal = tiny.task_params[tiny.test_ids[v]]
-            distance = np.linalg.norm(context[row, :, 5:7].numpy() - goal, axis=1)
+            position = context[row, :, 5:7] * tiny.obs_spread + tiny.obs_mean
+            distance = np.linalg.norm(position.numpy() - goal, axis=1)
             np.testing.assert_allclose(context[row, :, 4], -distance, atol=1e-6)
 
 
@@ -947,7 +949,8 @@ def test_online_context_grows_by_the_rows_own_episodes(tiny):
             own = context[:, -20:]
             np.testing.assert_allclose(own[..., 2:4], episodes[k - 1], atol=1e-6)
             goals = tiny.task_params[tiny.test_ids][:, None]
-            distance = np.linalg.norm(own[..., 5:7].numpy() - goals, axis=-1)
+            position = own[..., 5:7] * tiny.obs_spread + tiny.obs_mean
+            distance = np.linalg.norm(position.numpy() - goals, axis=-1)
             np.testing.assert_allclose(own[..., 4], -distance, atol=1e-6)
             mean_return = own[..., 4].double().sum(1).mean().item()
             assert results[f"eval/online/return_ep_{k}"] == pytest.approx(mean_return, abs=1e-5)
@@ -971,6 +974,20 @@ def test_online_mask_covers_episodes_of_different_length(walker):
         assert (context[row, part][:length, 24] != 0).all()  # rewards of real transitions
 
 
+def test_policies_see_standardized_observations(walker):
+    seen = []
+
+    def adapt(context, mask, explore):
+        return lambda obs, rew: seen.append(obs) or torch.zeros(len(obs), 6)
+
+    trace = []
+    dc.evaluate(walker, adapt, ("zero_shot",), trace=trace)
+    start = walker.standardize(torch.tensor([0, 1.25] + [0] * 16))  # every reset lies within 0.005 of this
+    assert ((seen[0] - start).abs() <= 0.0051 / walker.obs_spread).all()
+    for t in range(3):
+        torch.testing.assert_close(torch.as_tensor(trace[0]["observations"][:, t]), seen[t], rtol=0, atol=1e-5)
+
+
 def test_zero_shot_has_no_context(tiny):
     calls = []
     dc.evaluate(tiny, recorder(calls), ("zero_shot",), episodes=3)
@@ -980,7 +997,7 @@ def test_zero_shot_has_no_context(tiny):
 
 def test_optimal_policy_reaches_the_analytic_return(tiny):
     goals = tiny.task_params[tiny.test_ids.repeat(2)]
-    results = dc.evaluate(tiny, greedy(goals), ("iid",), episodes=2)
+    results = dc.evaluate(tiny, greedy(goals, tiny.obs_mean, tiny.obs_spread), ("iid",), episodes=2)
     expected = [greedy_return(goal) for goal in tiny.task_params[tiny.test_ids].tolist()]
     for task, value in zip(tiny.test_ids, expected):
         assert results[f"eval/iid/return_task_{task:02d}"] == pytest.approx(value, abs=1e-4)

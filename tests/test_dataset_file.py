@@ -120,7 +120,7 @@ def test_load_gives_what_was_written(tiny_path):
     for prefix, rows, lengths in (("", data.episodes, data.lengths), ("ood_", data.ood_episodes, data.ood_lengths)):
         obs, act, rew, next_obs, term = [x.numpy() for x in data.unpack(rows)]
         real = np.arange(20) < arrays[prefix + "lengths"][..., None]
-        recorded = arrays[prefix + "observations"]
+        recorded = data.standardize(torch.as_tensor(arrays[prefix + "observations"])).numpy()
         assert np.array_equal(lengths, arrays[prefix + "lengths"])
         assert np.array_equal(obs[real], recorded[..., :-1, :][real]) and not term.any()
         assert np.array_equal(next_obs[real], recorded[..., 1:, :][real])
@@ -131,6 +131,32 @@ def test_load_gives_what_was_written(tiny_path):
     assert data.counts.tolist() == [160, 160, 60, 160, 160, 160, 60, 160, 60]
     returns = arrays["rewards"][arrays["train_ids"]].sum(-1)
     assert data.behavior_return == pytest.approx(returns.mean(), rel=1e-5)
+
+
+def test_observations_are_standardized_over_the_training_tasks(walker_path):
+    arrays, _ = read(walker_path)
+    data = dc.load_dataset("walker-rand-params", walker_path)
+    seen = [
+        arrays["observations"][task, n, : arrays["lengths"][task, n]]
+        for task in arrays["train_ids"]
+        for n in np.flatnonzero(arrays["lengths"][task])
+    ]
+    seen = np.concatenate(seen).astype(np.float64)
+    np.testing.assert_allclose(data.obs_mean, seen.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(data.obs_spread, seen.std(0).clip(1e-3), rtol=1e-4)
+    obs = data.unpack(data.episodes[torch.as_tensor(data.train_ids)])[0]
+    expected = ((seen - seen.mean(0)) / seen.std(0).clip(1e-3)).clip(-10, 10)
+    lengths = data.lengths[torch.as_tensor(data.train_ids)]
+    rows = torch.cat([obs[where][: lengths[where]] for where in np.ndindex(tuple(lengths.shape))])
+    np.testing.assert_allclose(rows, expected, atol=2e-3)
+    assert data.standardize(torch.full((18,), 1e9)).max() == 10 == -data.standardize(torch.full((18,), -1e9)).min()
+
+
+def test_a_constant_observation_stays_finite(tiny_path, tmp_path):
+    arrays, header = read(tiny_path)
+    arrays["observations"][..., 1] = 0.25
+    data = dc.load_dataset("point-robot", write(tmp_path / "file.npz", arrays, header))
+    assert data.unpack(data.episodes)[0][..., 1].abs().max() < 1e-3 and data.episodes.isfinite().all()
 
 
 def test_behavior_return_ignores_episodes_that_do_not_exist(tiny_path, tmp_path):
@@ -597,7 +623,8 @@ def test_sampled_rows_are_the_transitions_of_the_file(numbered):
     task, episode, step = places(numbered, rows)
     assert torch.equal(rows, numbered.episodes[task, episode, step])
     obs, act, _, next_obs, term = numbered.unpack(rows)
-    torch.testing.assert_close(next_obs, obs + 0.1 * act, rtol=0, atol=1e-6)
+    moved = (next_obs - obs) * numbered.obs_spread  # back in the units of the simulation
+    torch.testing.assert_close(moved, 0.1 * act, rtol=0, atol=1e-6)
     ended = numbered.episodes[..., 7].sum(-1) > 0
     last = step == numbered.lengths.numpy()[task, episode] - 1
     assert np.array_equal(term.numpy() == 1, last & ended.numpy()[task, episode]) and term.sum() > 0
@@ -646,7 +673,8 @@ def test_unpack_takes_rows_apart(walker):
 def test_walker_samples_have_terminal_transitions_where_the_torso_sank(walker):
     rows = walker.sample(torch.as_tensor(walker.train_ids), 2000, generator(0))
     _, _, _, next_obs, term = walker.unpack(rows)
-    assert torch.equal(term == 1, next_obs[..., 1] <= 0.5) and term.sum() > 0
+    height = (next_obs * walker.obs_spread + walker.obs_mean)[..., 1]
+    assert torch.equal(term == 1, height <= 0.5 + 1e-5) and term.sum() > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

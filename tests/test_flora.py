@@ -13,7 +13,7 @@ import runpy
 import shutil
 import signal
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ import data_collect as dc
 import flora
 
 METHOD = {"gamma": 0.9, "reward_scale": 5.0, "lr": 1e-3, "tau": 0.005, "width": 16, "encoder_width": 16, "z_dim": 3}
-METHOD |= {"feature_dim": 4, "weight_activation": "softmax", "num_flows": 2, "kl_weight": 0.1, "feature_weight": 0.01}
+METHOD |= {"likelihood_weight": 32.0, "feature_dim": 4, "weight_activation": "softmax", "num_flows": 2, "kl_weight": 0.1, "feature_weight": 0.01}
 METHOD |= {"alpha_min": -1.0, "num_arms": 5, "bandit_every": 10, "bandit_lr": 0.1, "bandit_feedback": "offline"}
 METHOD |= {"brac_alpha": 1.5, "brac_alpha_lr": 0.01, "brac_alpha_max": 100.0, "divergence_target": 0.05}
 SMALL = METHOD | {"env": "point-robot", "device": "cpu", "seed": 0, "total_updates": 60, "log_every": 10}
@@ -54,7 +54,7 @@ def run(tiny_path, folder, **changes):
 
 
 def resume(run_dir, **changes):
-    return flora.train(flora.Args(resume=str(run_dir), **changes))
+    return flora.train(replace(flora.stored_args(run_dir), **changes))
 
 
 def read_rows(run_dir):
@@ -149,7 +149,7 @@ def slow_flow(flows, z):
     log_det = 0.0
     for u, w, b in zip(flows.u, flows.w, flows.b):
         wu = torch.dot(w, u)
-        corrected = u + (-1 + torch.log1p(torch.exp(wu)) - wu) * w / torch.dot(w, w)
+        corrected = u + (-1 + torch.log1p((math.e - 1) * torch.exp(wu)) - wu) * w / torch.dot(w, w)
         h = torch.tanh(torch.dot(w, z) + b)
         log_det = log_det + torch.log(torch.abs(1 + torch.dot(corrected, (1 - h * h) * w)))
         z = z + corrected * h
@@ -169,6 +169,29 @@ def slow_posterior(agent, context):
         means.append(weighted / precision)
         variances.append(1 / precision)
     return torch.stack(means), torch.stack(variances)
+
+
+def slow_net(net, *inputs, member=0):
+    """One member of an MLP at one row: plain layers on the concatenated inputs, the last of which is z."""
+    h, first = torch.cat(inputs), torch.cat([net.w_x[member], net.w_z[member]])
+    h = h @ first + net.b_1[member, 0]
+    for weight, bias in ((net.w_2, net.b_2), (net.w_3, net.b_3)):
+        h = (h - h.mean()) / (h.var(correction=0) + 1e-5).sqrt()
+        h = torch.where(h > 0, h, 0.0) @ weight[member] + bias[member, 0]
+    return h
+
+
+def slow_psi(net, *inputs):
+    return [slow_net(net, *inputs, member=member) for member in range(2)]
+
+
+def slow_policy(agent, obs, z):
+    """Policy and behavior policy at one obs -> mean, log_std, behavior mean, behavior log_std."""
+    behavior, shift = slow_net(agent.behavior, obs, z), slow_net(agent.actor, obs, z)
+    half = behavior.shape[-1] // 2
+    b_mean, b_log_std = behavior[..., :half], behavior[..., half:].clamp(-3, 1)
+    log_std = torch.clamp(b_log_std.detach() + shift[..., half:], -5, 2)
+    return b_mean.detach() + shift[..., :half], log_std, b_mean, b_log_std
 
 
 def huber(error):
@@ -193,11 +216,11 @@ def slow_losses(agent, context, batch, args):
         for b in range(BATCH):
             obs, act, rew, next_obs, term = (x[m, b] for x in batch)
             reward, discount = args.reward_scale * rew, args.gamma * (1 - term)
-            next_mean, next_log_std = agent.actor(next_obs, fixed_z)
+            next_mean, next_log_std, _, _ = slow_policy(agent, next_obs, fixed_z)
             next_act = torch.tanh(next_mean + torch.exp(next_log_std) * noise_act[m, b])
-            next_psi = [psi(next_obs, next_act, fixed_z).detach() for psi in agent.psi_target]
-            phi = agent.phi(obs, act, next_obs, z)
-            psi = [psi(obs, act, z) for psi in agent.psi]
+            next_psi = [psi.detach() for psi in slow_psi(agent.psi_target, next_obs, next_act, fixed_z)]
+            phi = slow_net(agent.phi, obs, act, next_obs, z)
+            psi = slow_psi(agent.psi, obs, act, z)
             error, q_target = reward, reward.detach()
             for d in range(args.feature_dim):
                 middle = (next_psi[0][d] + next_psi[1][d]) / 2
@@ -210,17 +233,16 @@ def slow_losses(agent, context, batch, args):
             sums["reward"] += 0.5 * error**2 / (TASKS * BATCH)
             for e in range(2):
                 value = sum(psi[e][d] * w[d] for d in range(args.feature_dim))
-                sums["likelihood"] -= 0.5 * (value - q_target.detach()) ** 2 / (2 * TASKS)
-            pi_mean, pi_log_std = agent.actor(obs, fixed_z)
-            b_mean, b_log_std = agent.behavior(obs, fixed_z)
+                sums["likelihood"] -= 0.5 * (value - q_target.detach()) ** 2 / (2 * TASKS * BATCH)
+            pi_mean, pi_log_std, b_mean, b_log_std = slow_policy(agent, obs, fixed_z)
             behavior = TransformedDistribution(Normal(b_mean, b_log_std.exp()), TanhTransform())
             sums["behavior"] -= behavior.log_prob(act).sum() / (TASKS * BATCH)
             fixed_b = Normal(b_mean.detach(), b_log_std.exp().detach())
             sums["divergence"] += kl_divergence(Normal(pi_mean, pi_log_std.exp()), fixed_b).sum() / (TASKS * BATCH)
             pi_act = torch.tanh(pi_mean + torch.exp(pi_log_std) * noise_act[m, b])
-            values = [torch.dot(psi(obs, pi_act, fixed_z), fixed_w) for psi in agent.psi]
+            values = [torch.dot(psi_e, fixed_w) for psi_e in slow_psi(agent.psi, obs, pi_act, fixed_z)]
             sums["q"] += min(values) / (TASKS * BATCH)
-    elbo = sums["likelihood"] - args.kl_weight * sums["kl"]
+    elbo = args.likelihood_weight * sums["likelihood"] - args.kl_weight * sums["kl"]
     return sums | {
         "encoder": args.feature_weight * (sums["reward"] + sums["feature"]) - elbo,
         "actor": agent.brac_alpha * sums["divergence"] - sums["q"],
@@ -288,28 +310,23 @@ def test_corrected_flows_are_invertible(scale):
     torch.testing.assert_close(moved, (moved * across).sum(-1, keepdim=True) * across)  # only along w
 
 
-def test_flow_whose_corrected_u_is_zero_is_the_identity():
+def test_flow_of_u_zero_is_the_identity():
     flows = random_flows(3, 5)
-    root = math.log(math.e - 1)  # m(x) = -1 + softplus(x) is 0 there
     with torch.no_grad():
-        flows.u.copy_(root * flows.w / (flows.w**2).sum(-1, keepdim=True))
+        flows.u.zero_()
     z = torch.randn(4, 5, dtype=torch.float64)
     z_k, log_det = flows(z)
     torch.testing.assert_close(z_k, z, rtol=0, atol=1e-14)
     torch.testing.assert_close(log_det, torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
-def test_flow_of_u_zero_is_the_papers_contraction_along_w():
-    """Rezende & Mohamed's m(0) = ln 2 - 1 is not 0: u = 0 squeezes along w, w^T u_hat = -0.307."""
-    flows = random_flows(1, 5)
+def test_flow_at_the_bound_of_invertibility_stays_finite():
+    flows = flora.PlanarFlows(1, 3)  # float32: w^T u_hat rounds to -1, the determinant to 0 where w^T z + b = 0
     with torch.no_grad():
-        flows.u.zero_()
-    w, b, z = flows.w[0], flows.b[0], torch.randn(4, 5, dtype=torch.float64)
-    h = torch.tanh(z @ w + b)
-    z_k, log_det = flows(z)
-    shift = math.log(2) - 1
-    torch.testing.assert_close(z_k, z + h[:, None] * shift * w / (w @ w))
-    torch.testing.assert_close(log_det, torch.log(1 + (1 - h**2) * shift))
+        flows.w.copy_(torch.tensor([[1.0, 0.0, 0.0]]))
+        flows.u.copy_(-100 * flows.w)
+    assert (flows.w * flows.corrected_u()).sum() == -1
+    assert flows(torch.zeros(1, 3))[1].isfinite().all()
 
 
 def test_no_flows_is_the_identity():
@@ -341,7 +358,7 @@ def test_feature_loss_sums_over_features_and_networks_and_averages_over_transiti
     assert flora.feature_loss(psi, torch.zeros(3, 4, 5, dtype=torch.float64)).item() == pytest.approx(2 * 5 * 0.125)
 
 
-def test_value_log_likelihood_is_a_sum_over_the_transitions_of_a_task():
+def test_value_log_likelihood_is_a_mean_over_networks_tasks_and_transitions():
     generator = torch.Generator().manual_seed(0)
     psi = torch.rand(2, 3, 4, 5, dtype=torch.float64, generator=generator)
     weights = torch.rand(3, 1, 5, dtype=torch.float64, generator=generator)
@@ -353,9 +370,7 @@ def test_value_log_likelihood_is_a_sum_over_the_transitions_of_a_task():
                 q = sum(psi[e, m, b, d].item() * weights[m, 0, d].item() for d in range(5))
                 total -= 0.5 * (q - q_target[m, b].item()) ** 2
     value = flora.value_log_likelihood(psi, weights, q_target)
-    assert value.item() == pytest.approx(total / (2 * 3), rel=1e-12)
-    twice = flora.value_log_likelihood(torch.cat([psi, psi], 2), weights, torch.cat([q_target, q_target], 1))
-    assert twice.item() == pytest.approx(2 * value.item(), rel=1e-12)
+    assert value.item() == pytest.approx(total / (2 * 3 * 4), rel=1e-12)
 
 
 def test_reward_loss_is_half_the_mean_squared_error():
@@ -407,7 +422,8 @@ def test_tanh_gaussian_logp_vector():
     mean, std, pre = torch.tensor([[0.3], [0.5], [0.8]], dtype=torch.float64)
     act = torch.tanh(pre)
     assert act.item() == pytest.approx(0.6640367703, abs=1e-10)
-    assert flora.tanh_gaussian_logp(mean, std.log(), act).item() == pytest.approx(-0.1442842320, abs=1e-10)
+    logp = flora.tanh_gaussian_logp(mean, std.log(), flora.pre_tanh(act))
+    assert logp.item() == pytest.approx(-0.1442842320, abs=1e-10)
 
 
 def test_tanh_gaussian_logp_is_that_of_torch_distributions():
@@ -415,12 +431,13 @@ def test_tanh_gaussian_logp_is_that_of_torch_distributions():
     mean, log_std = torch.randn(2, 20, 3, dtype=torch.float64)
     act = torch.tanh(torch.randn(20, 3, dtype=torch.float64))
     expected = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), TanhTransform()).log_prob(act)
-    torch.testing.assert_close(flora.tanh_gaussian_logp(mean, log_std, act), expected, rtol=1e-9, atol=1e-9)
+    logp = flora.tanh_gaussian_logp(mean, log_std, flora.pre_tanh(act))
+    torch.testing.assert_close(logp, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_tanh_gaussian_logp_is_finite_at_the_bounds():
     mean = torch.zeros(2, 1, requires_grad=True)
-    logp = flora.tanh_gaussian_logp(mean, torch.zeros(2, 1), torch.tensor([[1.0], [-1.0]]))
+    logp = flora.tanh_gaussian_logp(mean, torch.zeros(2, 1), flora.pre_tanh(torch.tensor([[1.0], [-1.0]])))
     logp.sum().backward()
     assert logp.isfinite().all() and mean.grad.isfinite().all()
 
@@ -523,7 +540,7 @@ def test_offline_bandit_return_is_the_value_at_the_datas_initial_states(tiny):
     agent, args = random_agent(torch.float32, obs_dim=2, ctx_dim=7, z_dim=3, context_size=6)
     value = flora.bandit_return(agent, tiny, args, torch.Generator().manual_seed(3))
     tasks = torch.as_tensor(tiny.train_ids)
-    context = tiny.sample(tasks, 6, torch.Generator().manual_seed(3))[..., :-1]
+    context = tiny.sample_episode(tasks, 6, torch.Generator().manual_seed(3))[..., :-1]
     total, count = 0.0, 0
     with torch.no_grad():
         for row, task in enumerate(tiny.train_ids):
@@ -531,8 +548,8 @@ def test_offline_bandit_return_is_the_value_at_the_datas_initial_states(tiny):
             w = agent.weights.net(z).softmax(-1)
             for episode in tiny.episodes[task]:
                 obs = episode[0, :2]
-                act = torch.tanh(agent.actor(obs, z)[0])
-                total += sum((psi(obs, act, z) * w).sum().item() / 2 for psi in agent.psi)
+                act = torch.tanh(slow_policy(agent, obs, z)[0])
+                total += sum((psi * w).sum().item() / 2 for psi in slow_psi(agent.psi, obs, act, z))
                 count += 1
     spread = tiny.episode_returns[tiny.train_ids].std()
     assert float(value) == pytest.approx(total / count / (args.reward_scale * spread), rel=1e-4)
@@ -620,7 +637,7 @@ def test_every_network_gets_the_gradient_of_its_own_loss_only(activation, num_fl
     for loss, modules in routes.items():
         params = [p for module in modules for p in module.parameters() if p.numel()]
         expected |= dict(zip(params, torch.autograd.grad(losses[loss], params, retain_graph=True)))
-    monkeypatch.setattr(agent.opt, "step", lambda: None)
+    monkeypatch.setattr(agent.opts[0], "step", lambda: None)
     flora.update(agent, context, batch, args)
     for name, param in agent.named_parameters():
         if name.startswith("psi_target"):
@@ -633,7 +650,7 @@ def test_every_network_gets_the_gradient_of_its_own_loss_only(activation, num_fl
 def test_gradients_do_not_pile_up_over_updates(known_noise, monkeypatch):
     agent, args = random_agent()
     context, batch = random_batch()
-    monkeypatch.setattr(agent.opt, "step", lambda: None)
+    monkeypatch.setattr(agent.opts[0], "step", lambda: None)
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda *_: None)
     agent.arm.fill_(0)
     seen = []
@@ -658,10 +675,10 @@ def test_every_network_moves_in_one_update(known_noise):
 def constant_critic(agent, value, phi):
     """Targets and psi of `value` and features of `phi` everywhere."""
     with torch.no_grad():
-        for module, constant in ((agent.phi, phi), *((psi, value) for psi in (*agent.psi, *agent.psi_target))):
+        for module, constant in ((agent.phi, phi), (agent.psi, value), (agent.psi_target, value)):
             for parameter in module.parameters():
                 parameter.zero_()
-            module.net[-1].bias.fill_(constant)
+            module.b_3.fill_(constant)
 
 
 def test_target_bootstraps_except_where_the_task_terminated(known_noise, monkeypatch):
@@ -694,7 +711,7 @@ def test_targets_follow_by_polyak_averaging(known_noise, monkeypatch):
     for name, target in agent.psi_target.state_dict().items():
         expected = 0.995 * before[name] + 0.005 * agent.psi.state_dict()[name]
         torch.testing.assert_close(target, expected, rtol=1e-12, atol=1e-14)
-    monkeypatch.setattr(agent.opt, "step", lambda: None)
+    monkeypatch.setattr(agent.opts[0], "step", lambda: None)
     with torch.no_grad():
         for module, value in ((agent.psi_target, 1.0), (agent.psi, 3.0)):
             for parameter in module.parameters():
@@ -735,10 +752,14 @@ def test_multiplier_moves_towards_the_target_divergence_within_its_bounds(known_
 
 def test_pessimistic_q_is_the_smaller_of_the_two():
     agent, _ = random_agent()
-    obs, act, z = (3 * torch.randn(TASKS, 50, size).double() for size in (OBS_DIM, ACT_DIM, 3))
+    obs, act = (3 * torch.randn(TASKS, 50, size).double() for size in (OBS_DIM, ACT_DIM))
+    z = 3 * torch.randn(TASKS, 3).double()
     weights = torch.randn(TASKS, 1, 4).double()
     q, psi = agent.q(obs, act, z, weights)
-    both = torch.stack([(psi_e(obs, act, z) * weights).sum(-1) for psi_e in agent.psi])
+    both = torch.zeros(2, TASKS, 50).double()
+    for m in range(TASKS):
+        for b in range(50):
+            both[:, m, b] = torch.stack(slow_psi(agent.psi, obs[m, b], act[m, b], z[m])) @ weights[m, 0]
     assert (both[0] < both[1]).any() and (both[0] > both[1]).any()
     torch.testing.assert_close(q, torch.where(both[0] < both[1], both[0], both[1]))
     assert psi.shape == (2, TASKS, 50, 4)
@@ -756,12 +777,27 @@ def test_softmax_weights_are_a_convex_mix_and_the_others_are_linear():
 
 def test_policy_deviations_stay_within_their_bounds():
     agent, _ = random_agent()
-    obs, z = torch.zeros(1, OBS_DIM).double(), torch.zeros(1, 3).double()
-    for policy, low, high in ((agent.actor, -5, 2), (agent.behavior, -3, 1)):
-        for bias, expected in ((-50.0, low), (50.0, high)):
-            with torch.no_grad():
-                policy.net[-1].bias.fill_(bias)
-            assert (policy(obs, z)[1] == expected).all()
+    obs, z = torch.zeros(1, 1, OBS_DIM).double(), torch.zeros(1, 3).double()
+    for bias, low_b, low in ((-50.0, -3, -5), (50.0, 1, 2)):
+        with torch.no_grad():
+            agent.behavior.b_3.fill_(bias)
+            agent.actor.b_3.fill_(bias)
+        mean_b, log_std_b = agent.behavior_policy(obs, z)
+        assert (log_std_b == low_b).all() and (agent.policy(obs, z, mean_b, log_std_b)[1] == low).all()
+
+
+def test_policy_starts_at_the_behavior_policy():
+    args = flora.Args(**METHOD)
+    torch.manual_seed(0)
+    agent = flora.Agent(OBS_DIM, ACT_DIM, 2 * OBS_DIM + ACT_DIM + 1, args)
+    with torch.no_grad():
+        for parameter in agent.behavior.parameters():
+            parameter.normal_(0, 0.4)
+    obs, z = torch.randn(50, 2, OBS_DIM), torch.randn(50, 3)
+    behavior = agent.behavior_policy(obs, z)
+    policy = agent.policy(obs, z, *behavior)
+    assert behavior[0].abs().max() > 0.3
+    assert flora.gaussian_kl(*policy, *behavior).abs().max() < 1e-3
 
 
 class HostReads(TorchDispatchMode):
@@ -797,7 +833,7 @@ def test_latent_may_be_wider_than_a_transition(tiny_path, tmp_path):
 
 def test_actions_lie_strictly_within_the_bounds_and_move_the_point_by_a_tenth():
     agent, _ = random_agent()
-    act = agent.actor.mode(torch.randn(200, OBS_DIM).double(), torch.randn(200, 3).double())
+    act = agent.act(torch.randn(200, 1, OBS_DIM).double(), torch.randn(200, 3).double())[:, 0]
     assert act.shape == (200, ACT_DIM) and (act.abs() < 1).all() and act.abs().max() > 0.3
     family = dc.FAMILIES["point-robot"]
     env = dc.TaskEnv(family, family.draw()[0], [0, 1])
@@ -812,13 +848,13 @@ def test_adapt_acts_on_the_posterior_mean_through_the_flows():
     act = flora.adapt(agent, context, torch.ones(TASKS, 5))(obs[:, 0], rew[:, 0])
     for m in range(TASKS):
         z, _ = slow_flow(agent.flows, slow_posterior(agent, context[m])[0])
-        torch.testing.assert_close(act[m], torch.tanh(agent.actor(obs[m, 0], z)[0]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(act[m], torch.tanh(slow_policy(agent, obs[m, 0], z)[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_adapt_without_context_acts_on_the_prior_and_explores_by_sampling():
     agent, _ = random_agent(torch.float32)
     used = []
-    agent.actor.mode = lambda obs, z: used.append(z)
+    agent.act = lambda obs, z: used.append(z) or obs
     rows = 4000
     context, mask, obs, rew = torch.zeros(rows, 0, 9), torch.zeros(rows, 0), torch.zeros(rows, 3), torch.zeros(rows)
     flora.adapt(agent, context, mask)(obs, rew)
@@ -850,8 +886,8 @@ def test_q_error_is_that_of_a_plain_loop():
 
     def value(obs, z):
         obs = torch.as_tensor(obs)
-        act, w = torch.tanh(agent.actor(obs, z)[0]), agent.weights.net(z).softmax(-1)
-        return min((psi(obs, act, z) * w).sum().item() for psi in agent.psi)
+        act, w = torch.tanh(slow_policy(agent, obs, z)[0]), agent.weights.net(z).softmax(-1)
+        return min((psi * w).sum().item() for psi in slow_psi(agent.psi, obs, act, z))
 
     errors = []
     with torch.no_grad():
@@ -991,34 +1027,84 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_others(smoke, tiny_path
 # ---- interruption ---------------------------------------------------------------------
 
 
-def assert_same_run(resumed, straight, interrupted_at=None):
-    """The same metrics, in the same order, and the same final state. The end of a shorter run was evaluated
-    with more protocols, so at `interrupted_at` the resumed run has additional rows."""
-    rows, expected = read_rows(resumed), read_rows(straight)
-    common = {tag for step, tag, _ in expected if step == interrupted_at}
-    kept = [row for row in rows if row[0] != interrupted_at or row[1] in common]
-    assert sorted(kept) == sorted(expected)
+def assert_same_run(resumed, straight):
+    """The same metrics, in the same order, and the same final state."""
+    assert read_rows(resumed) == read_rows(straight)
     one, two = load(resumed), load(straight)
-    for key in ("agent", "opt", "generator", "rng", "step"):
+    for key in ("agent", "opts", "generator", "rng", "step"):
         assert_same_state(one[key], two[key])
 
 
-def test_resumed_run_equals_the_straight_one(half, smoke, tmp_path):
-    run_dir = shutil.copytree(half, tmp_path / "run")
-    assert load(run_dir)["step"] == 30
-    result = resume(run_dir, total_updates=60)
-    assert_same_run(run_dir, smoke.run_dir, interrupted_at=30)
+@pytest.fixture
+def cut(smoke, tiny_path, tmp_path, monkeypatch):
+    """The smoke run as a kill at update 35 leaves it -> its run directory."""
+    update, count = flora.update, [0]
+
+    def killed(*inputs):
+        count[0] += 1
+        if count[0] > 35:
+            raise KeyboardInterrupt
+        return update(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flora, "update", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_path, tmp_path)
+    (run_dir,) = tmp_path.glob("*/*/*")
+    return run_dir
+
+
+def test_resumed_run_equals_the_straight_one(cut, smoke):
+    assert load(cut)["step"] == 30
+    result = resume(cut)
+    assert_same_run(cut, smoke.run_dir)
+    assert (cut / "metrics.csv").read_bytes() == (smoke.run_dir / "metrics.csv").read_bytes()
     assert {k: v for k, v in result.items() if k not in ("run_dir", "updates_per_sec")} == {
         k: v for k, v in smoke.result.items() if k not in ("run_dir", "updates_per_sec")
     }
 
 
-def test_resumed_run_drops_rows_after_the_checkpoint_and_a_torn_one(half, smoke, tmp_path):
+def test_resumed_run_drops_rows_after_the_checkpoint_and_a_torn_one(cut, smoke):
+    with open(cut / "metrics.csv", "a", newline="") as file:
+        file.write("40,losses/reward,123.0\n4")
+    resume(cut)
+    assert_same_run(cut, smoke.run_dir)
+
+
+def test_finished_run_can_be_continued_further(half, tmp_path):
     run_dir = shutil.copytree(half, tmp_path / "run")
-    with open(run_dir / "metrics.csv", "a", newline="") as file:
-        file.write("40,losses/reward,123.0\r\n4")
-    resume(run_dir, total_updates=60)
-    assert_same_run(run_dir, smoke.run_dir, interrupted_at=30)
+    result = resume(run_dir, total_updates=40)
+    assert result["step"] == load(run_dir)["step"] == 40
+    assert [step for step, tag, _ in read_rows(run_dir) if tag == "losses/reward"] == [10, 20, 30, 40]
+
+
+def test_resume_notices_another_dataset_file(half, tiny_path, tmp_path):
+    with np.load(tiny_path) as file:
+        arrays = dict(file)
+    header = json.loads(str(arrays["header"]))
+    header["behavior_return"] += 1.0
+    np.savez_compressed(tmp_path / "other.npz", **arrays | {"header": np.array(json.dumps(header))})
+    message = stop_message(lambda: resume(half, dataset=str(tmp_path / "other.npz")))
+    assert "other.npz" in message and "--dataset" in message
+
+
+def test_default_given_on_the_command_line_wins_over_the_stored_value(half, tmp_path, monkeypatch):
+    run_dir = shutil.copytree(half, tmp_path / "run")
+    settings = json.loads((run_dir / "args.json").read_text())["args"]
+    assert settings["total_updates"] != flora.Args.total_updates and settings["lr"] != flora.Args.lr
+    shown = []
+    monkeypatch.setattr(flora, "train", shown.append)
+    flora.main(["--resume", str(run_dir), "--total-updates", str(flora.Args.total_updates)])
+    assert shown[0].total_updates == flora.Args.total_updates and shown[0].lr == settings["lr"]
+    assert shown[0].resume == str(run_dir)
+
+
+@pytest.mark.parametrize("done, share", [(0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0)])
+def test_learning_rate_is_constant_and_then_falls_linearly(done, share):
+    agent, args = random_agent()
+    flora.anneal(agent.opts, 0.01, done)
+    rates = [group["lr"].item() for opt in agent.opts for group in opt.param_groups]
+    assert rates == pytest.approx([0.01 * share])
 
 
 def test_resuming_a_finished_run_keeps_its_results(smoke, tmp_path):
@@ -1113,7 +1199,7 @@ def broken_at(monkeypatch):
             count[0] += 1
             if count[0] == limit:
                 with torch.no_grad():
-                    agent.actor.net[0].weight.fill_(math.nan)
+                    agent.actor.w_2.fill_(math.nan)
                     agent.encoder.net[0].weight.fill_(math.nan)
             return metrics
 
@@ -1126,7 +1212,7 @@ def test_run_stops_at_a_loss_that_is_not_finite(broken_at, tiny_path, tmp_path):
     broken_at(25)
     message = stop_message(lambda: run(tiny_path, tmp_path, eval_every=60, bandit_every=60))
     (run_dir,) = tmp_path.glob("*/*/*")
-    assert re.search(r"update 30\b", message) and re.search(r"\b(losses|stats|z)/\w+ is nan", message)
+    assert re.search(r"update 30\b", message) and re.search(r"\b(losses|stats|z)/\w+ \(nan\)", message)
     assert str(run_dir / "checkpoint.pt") in message
     saved = load(run_dir)
     assert saved["step"] == 20 and all(p.isfinite().all() for p in saved["agent"].values())
@@ -1143,7 +1229,7 @@ def test_run_stops_cleanly_when_something_meets_the_nan_before_the_log_line(firs
     changes = {"eval_every": 60, "bandit_every": 60} | NAN_MEETS[first]
     message = stop_message(lambda: run(tiny_path, tmp_path, **changes))
     (run_dir,) = tmp_path.glob("*/*/*")
-    assert "nan" in message and str(run_dir / "checkpoint.pt") in message
+    assert "not finite" in message and str(run_dir / "checkpoint.pt") in message
     saved = load(run_dir)
     assert saved["step"] == 20 and all(p.isfinite().all() for p in saved["agent"].values())
     assert not (run_dir / "result.json").exists()

@@ -1,0 +1,657 @@
+"""FOCAL: fully-offline meta-reinforcement learning with distance metric learning and behavior regularization.
+
+Li, Yang, Luo, ICLR 2021, arXiv 2010.01112.
+A task is a point z: the mean over the context of a deterministic, bounded embedding of each transition. The
+encoder is trained by a metric loss alone, which pulls contexts of one task together and pushes those of
+different tasks apart by an inverse power of their distance; z never gets a gradient of the reinforcement
+learning, which is a behavior-regularized actor-critic (BRAC).
+
+Deviations from the paper and from the official code:
+  D1  Metric loss in the form of the official code: mean over the dimensions of z, square root in the
+      attraction, positive and negative pairs averaged apart. Tasks are drawn with replacement: without, as
+      in the code, there is no positive pair and no attraction.
+  D2  The divergence D_KL(pi || pi_beta) is by default taken against a behavior policy fitted to the data
+      (`--divergence primal`, BRAC's other estimator, in closed form); `dual` is the paper's critic, with a
+      penalty on the real gradient (`--gp-mode output`: on the critic's output, as in the official code).
+  D3  Twin critics with targets instead of a V network; no entropy term unless --entropy-weight is given.
+  D4  Time limits are no terminations.
+  D5  All losses of a step use the parameters from before the step, but for the dual critic, trained first.
+  D6  With the primal divergence the policy is the fitted behavior policy plus a learned shift of mean and
+      log_std. As two networks of their own, they differed by 0.6 nats at any rho1.
+  D7  Layer normalization in all networks on transitions but the encoder; the learning rate falls to 0
+      in the second half.
+
+Run:     python focal.py --env ant-dir
+Paper:   --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --brac-alpha 50 --brac-alpha-lr 1
+         --brac-alpha-max 2000 --batch-size 256 --context-size 200 --lr 3e-4 --total-updates 200000
+"""
+
+import copy
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import data_collect as dc
+
+# ---- arguments --------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    # run
+    exp_name: str = "focal"
+    """name of the experiment: the folder between env and seed in the run directory"""
+    seed: int = 0
+    """seed of initialization and batches (tasks and data are fixed by the dataset file)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one"""
+    compile: bool = False
+    """compile the update with torch.compile (pays on a GPU, is slower on a CPU)"""
+    total_updates: int = 12_000
+    """updates of the policy [gradient steps]"""
+    log_every: int = 250
+    """updates between two log lines [gradient steps]"""
+    eval_every: int = 1_000
+    """updates between two evaluations [gradient steps]"""
+    save_every: int = 1_000
+    """updates between two checkpoints [gradient steps]"""
+    run_dir: str = "runs"
+    """parent of all run directories: {run_dir}/{env}/{exp_name}/seed{seed}-{time}"""
+    resume: str | None = None
+    """run directory to continue, with the arguments stored there"""
+    eval_only: bool = False
+    """with --resume: evaluate its checkpoint with all protocols and stop"""
+    # data and evaluation
+    env: dc.EnvName = "ant-dir"
+    """task family"""
+    dataset: str | None = None
+    """dataset file; by default datasets/{env}.npz"""
+    eval_episodes: int = 2
+    """episodes per task and evaluation"""
+    meta_batch: int = 16
+    """tasks per update, drawn with replacement [tasks]"""
+    batch_size: int = 32
+    """transitions per task and update [transitions]"""
+    context_size: int = 64
+    """transitions of one episode that a task is inferred from in training [transitions]"""
+    # method
+    gamma: float | None = None
+    """discount; None = ENV_ARGS"""
+    reward_scale: float | None = None
+    """factor on the rewards in all losses; None = ENV_ARGS"""
+    lr: float = 1.2e-3
+    """Adam's learning rate of all networks in the first half of the training; then it falls linearly to 0"""
+    tau: float = 0.005
+    """rate at which the target networks follow (zeta)"""
+    width: int = 256
+    """hidden units of policy and critics, two layers"""
+    encoder_width: int = 200
+    """hidden units of the encoder, two layers"""
+    z_dim: int | None = None
+    """size of the task latent; None = ENV_ARGS"""
+    metric_weight: float = 10.0
+    """factor on the metric loss"""
+    entropy_weight: float = 0.0
+    """weight of the policy's entropy in target and policy loss"""
+    divergence: Literal["primal", "dual"] = "primal"
+    """estimator of D_KL(pi || pi_beta): fitted behavior policy, or the paper's dual critic (D2)"""
+    gp_mode: Literal["gradient", "output"] = "gradient"
+    """what the dual critic's penalty acts on"""
+    gp_weight: float = 5.0
+    """weight of that penalty"""
+    dual_lr: float = 1e-4
+    """learning rate of the dual critic"""
+    dual_iters: int = 3
+    """steps of the dual critic per update"""
+    brac_alpha: float | None = None
+    """initial weight of the divergence in the policy loss (rho1); None = ENV_ARGS"""
+    brac_alpha_lr: float | None = None
+    """step of rho1 towards the target divergence; 0 = fixed; None = ENV_ARGS"""
+    brac_alpha_max: float = 100.0
+    """largest rho1"""
+    divergence_target: float | None = None
+    """divergence that rho1 aims at [nats]; None = ENV_ARGS"""
+
+
+# what the environments need differently, for arguments left at None
+ENV_ARGS = {
+    "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0, divergence_target=0.05),
+    "mujoco": dict(gamma=0.97, reward_scale=0.5, z_dim=20, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.05),
+}
+
+MAY_BE_ZERO = {"seed", "metric_weight", "entropy_weight", "gp_weight"}
+MAY_BE_ZERO |= {"brac_alpha", "brac_alpha_lr", "divergence_target"}
+RANGES = {"gamma": (0, 1), "tau": (0, 1)}
+
+# ---- networks ---------------------------------------------------------------
+
+
+def mlp(*sizes, norm=False):
+    """Multilayer perceptron with a linear output; hidden layers: linear, layer normalization if `norm`, ReLU."""
+    layers = []
+    for fan_in, fan_out in zip(sizes[:-2], sizes[1:-1]):
+        layers += [nn.Linear(fan_in, fan_out), nn.LayerNorm(fan_out) if norm else nn.Identity(), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+
+
+class Gaussian(nn.Module):
+    """Mean and log_std of a Gaussian over the action before its tanh, given (obs, z)."""
+
+    def __init__(self, obs_dim, act_dim, z_dim, width):
+        super().__init__()
+        self.net = mlp(obs_dim + z_dim, width, width, 2 * act_dim, norm=True)
+        nn.init.uniform_(self.net[-1].weight, -1e-3, 1e-3)
+        nn.init.uniform_(self.net[-1].bias, -1e-3, 1e-3)
+
+    def forward(self, obs, z):
+        """obs [.., obs_dim], z [.., z_dim] -> two tensors [.., act_dim]."""
+        return self.net(torch.cat([obs, z], -1)).chunk(2, -1)
+
+
+class Encoder(nn.Module):
+    """Deterministic task embedding z(context): mean of the bounded embeddings of the transitions."""
+
+    def __init__(self, ctx_dim, z_dim, width):
+        super().__init__()
+        self.net = mlp(ctx_dim, width, width, z_dim)
+
+    def forward(self, context, mask):
+        """context [M, K, ctx_dim], mask [M, K] 1 = real -> z [M, z_dim] in (-1, 1); 0 without any transition."""
+        each = torch.tanh(self.net(context)) * mask[..., None]
+        return each.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+class Critic(nn.Module):
+    """Q(obs, act, z), or the dual critic c(obs, act, z) -> [..]."""
+
+    def __init__(self, obs_dim, act_dim, z_dim, width):
+        super().__init__()
+        self.net = mlp(obs_dim + act_dim + z_dim, width, width, 1, norm=True)
+
+    def forward(self, *inputs):
+        return self.net(torch.cat(inputs, -1))[..., 0]
+
+
+# ---- losses -----------------------------------------------------------------
+
+EPS = 1e-3  # of the metric loss, as in the official code
+
+
+def metric_loss(z, task_ids):
+    """z [M, z_dim], task_ids [M] -> scalar, over all pairs: root distance within a task, inverse distance across."""
+    distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
+    pairs = torch.ones_like(distance).triu(1)
+    same = pairs * (task_ids[:, None] == task_ids)
+    other = pairs - same
+    pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
+    push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
+    return pull + push  # [code: D1] metric loss with inverse-square repulsion
+
+
+def dual_divergence(c_data, c_policy):
+    """Dual critic at the data's and at the policy's actions [..] -> lower bound of D_KL(pi || pi_beta) [..]."""
+    return 1 - F.softplus(c_data) + torch.log(F.softplus(c_policy) + 1e-8)  # [BRAC, dual form of the KL]
+
+
+def slope_penalty(critic, obs, act_data, act_policy, z, mode):
+    """How far the dual critic is from slope 1 between the two actions -> scalar; mode: see --gp-mode."""
+    share = torch.rand_like(act_data[..., :1])
+    act = (act_policy + share * (act_data - act_policy)).requires_grad_(mode == "gradient")
+    value = critic(obs, act, z)
+    if mode == "output":
+        return (torch.sqrt(1e-8 + value.pow(2)) - 1).relu().pow(2).mean()  # [code]
+    (slope,) = torch.autograd.grad(value.sum(), act, create_graph=True)
+    return (torch.sqrt(1e-8 + slope.pow(2).sum(-1)) - 1).relu().pow(2).mean()
+
+
+def gaussian_kl(mean, log_std, mean_b, log_std_b):
+    """D_KL(N(mean, std) || N(mean_b, std_b)), all [.., act_dim] -> [..] nats."""
+    ratio = (2 * (log_std - log_std_b)).exp()
+    distance = ((mean - mean_b) * (-log_std_b).exp()).pow(2)
+    return 0.5 * (ratio + distance - 1).sum(-1) - (log_std - log_std_b).sum(-1)  # [ours: D2]
+
+
+def pre_tanh(act):
+    """act [.., act_dim] in [-1, 1] -> its value before the tanh, finite at the bounds."""
+    return torch.atanh(act.clamp(-0.999, 0.999))
+
+
+def tanh_gaussian_logp(mean, log_std, pre):
+    """Log-density of the action tanh(pre) under tanh(N(mean, std)), all [.., act_dim] -> [..]."""
+    logp = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std - 0.5 * math.log(2 * math.pi)
+    return (logp - 2 * (math.log(2) - pre - F.softplus(-2 * pre))).sum(-1)
+
+
+# ---- agent ------------------------------------------------------------------
+
+
+class Agent(nn.Module):
+    """Networks, targets and the multiplier rho1; `opts`: Adam with one group per network, and the dual critic's."""
+
+    def __init__(self, obs_dim, act_dim, ctx_dim, args):
+        super().__init__()
+        z_dim, width = args.z_dim, args.width
+        self.encoder = Encoder(ctx_dim, z_dim, args.encoder_width)
+        self.q = nn.ModuleList([Critic(obs_dim, act_dim, z_dim, width) for _ in range(2)])
+        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
+        self.actor = Gaussian(obs_dim, act_dim, z_dim, width)  # primal: the policy's shift against behavior
+        self.primal = args.divergence == "primal"
+        if self.primal:
+            self.behavior = Gaussian(obs_dim, act_dim, z_dim, width)
+        else:
+            self.dual = Critic(obs_dim, act_dim, z_dim, width)
+        self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
+        trained = [self.encoder, self.q, self.actor] + [self.behavior] * self.primal
+        self.params = [list(module.parameters()) for module in trained]
+
+    def make_optimizer(self, args):
+        groups = [{"params": params} for params in self.params]
+        self.opts = [torch.optim.Adam(groups, torch.tensor(args.lr), fused=True)]  # a tensor: `anneal` changes it
+        if not self.primal:
+            self.opts += [torch.optim.Adam(self.dual.parameters(), torch.tensor(args.dual_lr), fused=True)]
+
+    def behavior_policy(self, obs, z):
+        """pi_beta as mean and log_std before the tanh [.., act_dim], fitted to the data; zeros without it (D2)."""
+        if not self.primal:
+            return obs.new_zeros(()), obs.new_zeros(())
+        mean, log_std = self.behavior(obs, z)
+        return mean, log_std.clamp(-3, 1)
+
+    def policy(self, obs, z, mean_b, log_std_b):
+        """pi = pi_beta (as of behavior_policy, detached) moved by the actor (D6) -> mean, log_std before the tanh."""
+        mean, log_std = self.actor(obs, z)
+        return mean_b.detach() + mean, (log_std_b.detach() + log_std).clamp(-5, 2)
+
+    def act(self, obs, z):
+        """The policy's deterministic action [.., act_dim] in (-1, 1)."""
+        return torch.tanh(self.policy(obs, z, *self.behavior_policy(obs, z))[0])
+
+
+def anneal(opts, lr, done):
+    """Learning rate of all optimizers: `lr` for the first half of the training, then linear to 0; done in [0, 1]."""
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))
+
+
+# ---- update -----------------------------------------------------------------
+
+
+def dual_step(agent, batch, z, act_policy, args):
+    """One step of the dual critic. batch: obs [M, B, obs_dim], act; z [M, B, z_dim]; act_policy [M, B, act_dim]."""
+    obs, act = batch
+    estimate = dual_divergence(agent.dual(obs, act, z), agent.dual(obs, act_policy, z))
+    penalty = slope_penalty(agent.dual, obs, act, act_policy, z, args.gp_mode)
+    loss = args.gp_weight * penalty - estimate.mean()
+    opt = agent.opts[1]
+    opt.zero_grad()
+    loss.backward(inputs=list(agent.dual.parameters()))
+    opt.step()
+    return loss.detach()
+
+
+def update(agent, task_ids, context, batches, args):
+    """One step of every network. task_ids [M]; context [M, K, ctx_dim]; batches: list of independent draws, each
+    obs [M, B, obs_dim], act, rew [M, B], next_obs, term [M, B]; the first is the batch of all losses, the
+    others serve the dual critic alone -> dict of detached 0-d tensors."""
+    obs, act, rew, next_obs, term = batches[0]
+    rew = args.reward_scale * rew
+    opt = agent.opts[0]
+    opt.zero_grad()
+
+    # task inference: the metric loss alone trains the encoder
+    z = agent.encoder(context, torch.ones_like(context[..., 0]))  # [M, z_dim]
+    encoder_loss = args.metric_weight * metric_loss(z, task_ids)
+    encoder, q_params, actor_params = agent.params[:3]
+    encoder_loss.backward(inputs=encoder)
+    z_b = z.detach()[:, None].expand(-1, obs.shape[1], -1)  # [M, B, z_dim]
+
+    # critics
+    with torch.no_grad():
+        mean, log_std = agent.policy(next_obs, z_b, *agent.behavior_policy(next_obs, z_b))
+        next_pre = mean + log_std.exp() * torch.randn_like(mean)
+        next_act = torch.tanh(next_pre)
+        q_next = torch.stack([q(next_obs, next_act, z_b) for q in agent.q_target]).amin(0)
+        if args.entropy_weight:
+            q_next = q_next - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
+        q_target = rew + args.gamma * (1 - term) * q_next  # [M, B]
+    q = torch.stack([q(obs, act, z_b) for q in agent.q])  # [2, M, B]
+    q_loss = (q - q_target).pow(2).mean((1, 2)).sum()
+    q_loss.backward(inputs=q_params)
+
+    # policy, regularized towards the behavior policy
+    metrics = {}
+    mean_b, log_std_b = agent.behavior_policy(obs, z_b)
+    mean, log_std = agent.policy(obs, z_b, mean_b, log_std_b)
+    pi_pre = mean + log_std.exp() * torch.randn_like(mean)
+    pi_act = torch.tanh(pi_pre)
+    if agent.primal:
+        behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
+        behavior_loss.backward(inputs=agent.params[3])
+        metrics["losses/behavior"] = behavior_loss.detach()
+        divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
+    else:
+        dual_loss = dual_step(agent, (obs, act), z_b, pi_act.detach(), args)
+        for obs_k, act_k, *_ in batches[1:]:
+            with torch.no_grad():
+                mean_k, log_std_k = agent.policy(obs_k, z_b, *agent.behavior_policy(obs_k, z_b))
+                pi_act_k = torch.tanh(mean_k + log_std_k.exp() * torch.randn_like(mean_k))
+            dual_loss = dual_step(agent, (obs_k, act_k), z_b, pi_act_k, args)
+        metrics["losses/dual"] = dual_loss
+        with torch.no_grad():
+            c_data = agent.dual(obs, act, z_b)
+        divergence = dual_divergence(c_data, agent.dual(obs, pi_act, z_b)).mean()
+    pi_q = torch.stack([q(obs, pi_act, z_b) for q in agent.q]).amin(0).mean()
+    actor_loss = agent.brac_alpha * divergence - pi_q
+    if args.entropy_weight:
+        actor_loss = actor_loss + args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean()
+    actor_loss.backward(inputs=actor_params)
+    opt.step()
+    with torch.no_grad():
+        # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
+        agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
+        torch._foreach_lerp_(list(agent.q_target.parameters()), q_params, args.tau)
+        return metrics | {
+            "losses/encoder": encoder_loss.detach(),
+            "losses/q": q_loss.detach(),
+            "losses/actor": actor_loss.detach(),
+            "stats/q_mean": pi_q.detach(),
+            "stats/divergence": divergence.detach(),
+            "stats/brac_alpha": agent.brac_alpha.clone(),
+            "z/between_std": z.std(0).mean(),
+            "z/norm": z.norm(dim=-1).mean(),
+        }
+
+
+# ---- adaptation -------------------------------------------------------------
+
+
+def adapt(agent, context, mask, explore=False):
+    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0;
+    explore changes nothing, z has no spread -> policy(obs [R, obs_dim], rew [R]) -> act."""
+    z = embed(agent, context, mask)
+    return lambda obs, rew: agent.act(obs, z)
+
+
+def embed(agent, context, mask):
+    """context [R, K, ctx_dim], mask [R, K] -> z [R, z_dim]."""
+    with torch.no_grad():
+        return agent.encoder(context, mask)
+
+
+def evaluate_all(agent, data, args, protocols):
+    """Returns and quality of z -> dict tag -> float."""
+    results = dc.evaluate(data, partial(adapt, agent), protocols, args.eval_episodes)
+    return results | dc.embedding_quality(data, partial(embed, agent))
+
+
+CONSOLE_TAGS = ("losses/encoder", "losses/q", "losses/actor", "stats/q_mean", "stats/divergence")
+
+# ---- the run ----------------------------------------------------------------
+
+
+def resolve(args):
+    """Check the arguments, fill in those left at None -> args. One line for whatever is wrong."""
+    defaults = ENV_ARGS["point" if args.env.endswith(("robot", "wind")) else "mujoco"]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.dataset is None:
+        args.dataset = f"datasets/{args.env}.npz"
+    for name, value in asdict(args).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        least, most = RANGES.get(name, (0, math.inf))
+        if not least <= value <= most or value == math.inf or (value == 0 and name not in MAY_BE_ZERO):
+            limits = "be at least 0" if name in MAY_BE_ZERO else "be positive"
+            limits = f"lie between {least} and {most}" if name in RANGES else limits
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must {limits}")
+    return args
+
+
+def write_json(path, content):
+    dc.atomic_save(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def load_checkpoint(directory, device):
+    """Checkpoint of a run directory as a dict; one line if there is none of this script."""
+    path = Path(directory) / "checkpoint.pt"
+    if not path.is_file():
+        raise SystemExit(f"--resume {directory}: no checkpoint.pt there; give the run directory that training printed")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except Exception:
+        raise SystemExit(f"{path} is damaged; start the run anew without --resume")
+    if not isinstance(saved, dict) or set(saved.get("args", ())) != {f.name for f in fields(Args)}:
+        raise SystemExit(f"--resume {directory}: that run is of another script or version")
+    return saved
+
+
+def stored_args(directory):
+    """Arguments of the run in a directory, set to continue it."""
+    return Args(**load_checkpoint(directory, "cpu")["args"] | {"resume": str(directory)})
+
+
+def check_resumed(args, saved, data):
+    """A resumed run may get other lengths, intervals and device; whatever shapes the training must agree."""
+    free = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "device", "compile"}
+    for name in sorted(set(saved["args"]) - free - {"resume", "eval_only", "run_dir", "dataset"}):
+        if getattr(args, name) != saved["args"][name]:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise SystemExit(f"{flag}: the run to resume has {saved['args'][name]}; drop the flag")
+    if data.header != saved["data"]:
+        raise SystemExit(f"{args.dataset} is not the file that the run to resume was trained on; use that: --dataset")
+
+
+def eval_line(results):
+    """One line of the returns per protocol, normalized in brackets."""
+    names = [p for p in dc.PROTOCOLS if f"eval/{p}/return" in results]
+    cells = [f"{p} {results[f'eval/{p}/return']:.1f} ({results[f'eval/{p}/normalized']:.0f})" for p in names]
+    return "  ".join(["eval", *cells, f"z acc {results['z/nearest_task_acc']:.2f} R2 {results['z/probe_r2']:.2f}"])
+
+
+class Run:
+    """The run directory of one training: restores a run to resume, then counts, logs, evaluates and saves.
+
+    The training loop calls going() before and advance(metrics) after every update, and finish() at the end.
+    `agent` has `opts`, the list of its optimizers; `generator` draws the batches."""
+
+    def __init__(self, args, data, agent, generator):
+        self.args, self.data, self.agent, self.generator = args, data, agent, generator
+        self.step, self.results, self.stopping = 0, {}, False
+        self.dir = Path(args.resume or "")
+        rows = 1
+        if args.resume:
+            saved = load_checkpoint(self.dir, data.device)
+            check_resumed(args, saved, data)
+            agent.load_state_dict(saved["agent"])
+            for opt, state in zip(agent.opts, saved["opts"]):
+                opt.load_state_dict(state)
+            generator.set_state(saved["generator"].cpu())
+            dc.restore_rng(saved["rng"])
+            self.step, rows = saved["step"], saved["rows"]
+        else:
+            name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+            self.dir = Path(args.run_dir) / args.env / args.exp_name / name
+            try:
+                self.dir.mkdir(parents=True)
+            except OSError as error:
+                raise SystemExit(f"cannot make {self.dir}: {error.strerror}; choose another --run-dir")
+        self.finished = self.step >= args.total_updates and (self.dir / "result.json").is_file()
+        if not self.finished and not args.eval_only:
+            self.open_files(rows)
+        self.start_step, self.start, self.tick, self.timed = self.step, time.time(), time.perf_counter(), 0.0
+
+    def open_files(self, rows):
+        """args.json, TensorBoard events and metrics.csv, of which the first `rows` lines stay."""
+        args, data = self.args, self.data
+        versions = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
+        stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
+        about = {"args": stored, "versions": versions | {"python": sys.version.split()[0]}}
+        write_json(self.dir / "args.json", about | {"command": sys.argv, "dataset": data.header})
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
+        self.writer.add_text("args", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in stored.items()))
+        path = self.dir / "metrics.csv"
+        kept = path.read_text().splitlines(keepends=True)[:rows] if path.exists() else ["step,tag,value\n"]
+        dc.atomic_save(path, lambda file: file.write("".join(kept).encode()))
+        self.csv, self.rows = open(path, "a"), len(kept)
+        tasks = f"{len(data.train_ids)} training and {len(data.test_ids)} test tasks"
+        print(f"{self.dir}: {args.env}, {tasks}, device {data.device}")
+        worst, best = data.random_returns[data.test_ids].mean(), data.expert_returns[data.test_ids].mean()
+        returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {data.behavior_return:.1f}"
+        print(f"  mean return on the test tasks: {returns}", flush=True)
+
+    def __enter__(self):
+        def on_interrupt(*_):
+            self.stopping = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+        self.previous_handler = signal.signal(signal.SIGINT, on_interrupt)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous_handler)
+        if hasattr(self, "csv"):
+            self.csv.close()
+            self.writer.close()
+
+    def log(self, values):
+        """dict tag -> number, to metrics.csv and TensorBoard."""
+        for tag, value in values.items():
+            self.csv.write(f"{self.step},{tag},{float(value)!r}\n")
+            if "/return_task_" not in tag:
+                self.writer.add_scalar(tag, value, self.step)
+        self.csv.flush()
+        self.rows += len(values)
+
+    def save(self):
+        """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
+        state = {"agent": self.agent.state_dict(), "opts": [opt.state_dict() for opt in self.agent.opts]}
+        state |= {"generator": self.generator.get_state(), "rng": dc.rng_state(), "step": self.step, "rows": self.rows}
+        state |= {"args": asdict(self.args), "data": self.data.header}
+        if all(p.isfinite().all() for p in self.agent.parameters()):
+            dc.atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def going(self):
+        return self.step < self.args.total_updates and not self.stopping and not self.args.eval_only
+
+    def advance(self, metrics):
+        """Count an update; log, evaluate and save when it is time. metrics: dict tag -> 0-d tensor."""
+        args = self.args
+        self.step += 1
+        last = self.step == args.total_updates
+        if last or any(self.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every)):
+            values = self.read(metrics)
+        self.timed += time.perf_counter() - self.tick
+        if self.step % args.log_every == 0:
+            self.log(values)
+            self.print_progress(values)
+        if self.step % args.eval_every == 0 or last:
+            self.results = evaluate_all(self.agent, self.data, args, dc.PROTOCOLS if last else ("iid", "train"))
+            self.log(self.results)
+            print("  " + eval_line(self.results), flush=True)
+        if self.step % args.save_every == 0 or last:
+            self.save()
+        self.tick = time.perf_counter()
+
+    def read(self, metrics):
+        """The only place where training reads from the device -> dict tag -> float; all must be finite."""
+        values = {tag: value.item() for tag, value in metrics.items()}
+        state = self.agent.named_parameters()
+        broken = [f"parameter {name}" for name, p in state if not p.isfinite().all()]
+        broken = [f"{tag} ({v})" for tag, v in values.items() if not math.isfinite(v)] + broken
+        if broken:
+            good = self.dir / "checkpoint.pt"
+            remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
+            raise SystemExit(f"stopped at update {self.step}: {broken[0]} is not finite; {remedy}")
+        return values
+
+    def print_progress(self, values):
+        total, done = self.args.total_updates, self.step - self.start_step
+        speed, elapsed = done / self.timed, time.time() - self.start
+        self.writer.add_scalar("charts/updates_per_sec", speed, self.step)
+        self.writer.add_scalar("charts/wall_clock_s", elapsed, self.step)
+        eta = dc.duration(elapsed / done * (total - self.step))
+        cells = "  ".join(f"{tag.split('/')[1]} {values[tag]:.3g}" for tag in CONSOLE_TAGS)
+        share = f"{self.step:>7}/{total} {100 * self.step // total:>3}%"
+        print(f"[{share}] {speed:.1f} upd/s  eta {eta}  {cells}", flush=True)
+
+    def finish(self):
+        """-> dict: the last evaluation, run_dir, updates_per_sec; also in result.json."""
+        args, agent, data = self.args, self.agent, self.data
+        if args.eval_only:
+            results = evaluate_all(agent, data, args, dc.PROTOCOLS)
+            print(f"{self.dir} after {self.step} updates\n  " + eval_line(results))
+            write_json(self.dir / "eval.json", {"step": self.step} | results)
+            return results | {"run_dir": str(self.dir)}
+        if self.finished:
+            print(f"{self.dir} is finished after {self.step} updates; --total-updates continues it further")
+            return json.loads((self.dir / "result.json").read_text())
+        if self.step < args.total_updates:
+            self.save()
+            script = Path(sys.argv[0]).name
+            print(f"interrupted after {self.step} updates; continue with: python {script} --resume {self.dir}")
+            raise SystemExit(130)
+        if not self.results:  # the run was cut off between the last checkpoint and result.json
+            self.results = evaluate_all(agent, data, args, dc.PROTOCOLS)
+        z, labels = dc.label_contexts(data, partial(embed, agent))
+        self.writer.add_embedding(z, metadata=labels, global_step=self.step, tag="z")
+        speed = (self.step - self.start_step) / max(self.timed, 1e-9)
+        self.results |= {"run_dir": str(self.dir), "updates_per_sec": speed, "step": self.step}
+        write_json(self.dir / "result.json", self.results)
+        return self.results
+
+
+# ---- training ---------------------------------------------------------------
+
+
+def train(args):
+    """Train and evaluate -> what Run.finish returns."""
+    if args.eval_only and not args.resume:
+        raise SystemExit("--eval-only needs --resume RUN_DIR")
+    args, device = resolve(args), dc.resolve_device(args.device)
+    data = dc.load_dataset(args.env, args.dataset, device)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    agent = Agent(data.obs_dim, data.act_dim, data.ctx_dim, args).to(device)
+    agent.make_optimizer(args)
+    step_fn = torch.compile(update) if args.compile else update
+    tasks = torch.as_tensor(data.train_ids, device=device)
+    draws = 1 if agent.primal else args.dual_iters
+    with Run(args, data, agent, generator) as run:
+        while run.going():
+            task_ids = tasks[torch.randint(len(tasks), (args.meta_batch,), device=device, generator=generator)]
+            context = data.sample_episode(task_ids, args.context_size, generator)[..., :-1]
+            batches = [data.unpack(data.sample(task_ids, args.batch_size, generator)) for _ in range(draws)]
+            anneal(agent.opts[:1], args.lr, run.step / args.total_updates)
+            run.advance(step_fn(agent, task_ids, context, batches, args))
+        return run.finish()
+
+
+# ---- main -------------------------------------------------------------------
+
+
+def main(arguments=None):
+    """Command line (list of str, by default the process's own); with --resume the stored arguments are the defaults."""
+    cli = partial(tyro.cli, Args, description=__doc__.split("\n\n")[0], args=arguments)
+    args = cli()
+    train(cli(default=stored_args(args.resume)) if args.resume else args)
+
+
+if __name__ == "__main__":
+    main()
