@@ -181,19 +181,6 @@ class MLP(nn.Module):
         return h.unflatten(1, x.shape[:2])
 
 
-class Gaussian(MLP):
-    """Mean and log_std of a Gaussian over the action before its tanh, given (obs, z); near 0 at first."""
-
-    def __init__(self, obs_dim, act_dim, z_dim, width):
-        super().__init__(1, obs_dim, z_dim, width, 2 * act_dim)
-        nn.init.uniform_(self.w_3, -1e-3, 1e-3)
-        nn.init.uniform_(self.b_3, -1e-3, 1e-3)
-
-    def forward(self, obs, z):
-        """obs [M, B, obs_dim], z [M, z_dim] -> two tensors [M, B, act_dim]."""
-        return super().forward(obs, z)[0].chunk(2, -1)
-
-
 class Encoder(nn.Module):
     """Gaussian posterior q0(z | context): product of one Gaussian factor per transition."""
 
@@ -320,15 +307,16 @@ class Agent(nn.Module):
         self.weights = Weights(z_dim, d, width, args.weight_activation)
         self.psi = MLP(2, obs_dim + act_dim, z_dim, width, d)
         self.psi_target = copy.deepcopy(self.psi).requires_grad_(False)
-        self.behavior = Gaussian(obs_dim, act_dim, z_dim, width)
-        self.actor = Gaussian(obs_dim, act_dim, z_dim, width)  # the policy's shift against the behavior policy
+        self.gaussians = MLP(2, obs_dim, z_dim, width, 2 * act_dim)  # of the behavior policy, and the policy's shift
+        for parameter in (self.gaussians.w_3, self.gaussians.b_3):
+            nn.init.uniform_(parameter, -1e-3, 1e-3)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
         self.register_buffer("arms", torch.linspace(args.alpha_min, 0, args.num_arms))
         self.arm_tags = [f"bandit/prob_{arm:.2f}" for arm in self.arms.tolist()]
         self.register_buffer("arm_logits", torch.zeros(args.num_arms))
         self.register_buffer("arm", torch.zeros((), dtype=torch.long))
         self.register_buffer("last_return", torch.tensor(float("nan")))
-        trained = [self.encoder, self.flows, self.phi, self.weights, self.psi, self.actor, self.behavior]
+        trained = [self.encoder, self.flows, self.phi, self.weights, self.psi, self.gaussians]
         self.params = [list(module.parameters()) for module in trained]
 
     def make_optimizer(self, args):
@@ -349,19 +337,16 @@ class Agent(nn.Module):
         psi = self.psi(torch.cat([obs, act], -1), z)
         return (psi * weights).sum(-1).amin(0), psi  # (Eq. 12)
 
-    def behavior_policy(self, obs, z):
-        """pi_beta as mean and log_std before the tanh [M, B, act_dim], fitted to the data (D3)."""
-        mean, log_std = self.behavior(obs, z)
-        return mean, log_std.clamp(-3, 1)
-
-    def policy(self, obs, z, mean_b, log_std_b):
-        """pi = pi_beta (as of behavior_policy, detached) moved by the actor (D7) -> mean, log_std before the tanh."""
-        mean, log_std = self.actor(obs, z)
-        return mean_b.detach() + mean, (log_std_b.detach() + log_std).clamp(-5, 2)
+    def policies(self, obs, z):
+        """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi and
+        the same of the behavior policy pi_beta, fitted to the data (D3); pi is pi_beta, detached, plus a shift (D7)."""
+        (mean_b, log_std_b), (mean, log_std) = (out.chunk(2, -1) for out in self.gaussians(obs, z))
+        log_std_b = log_std_b.clamp(-3, 1)
+        return mean_b.detach() + mean, (log_std_b.detach() + log_std).clamp(-5, 2), mean_b, log_std_b
 
     def act(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> the policy's deterministic action [M, B, act_dim] in (-1, 1)."""
-        return torch.tanh(self.policy(obs, z, *self.behavior_policy(obs, z))[0])
+        return torch.tanh(self.policies(obs, z)[0])
 
     def arm_probs(self):
         floor = 0.05
@@ -399,7 +384,7 @@ def update(agent, context, batch, args):
 
     # targets: features of the next action, corrected by alpha times their spread
     with torch.no_grad():
-        mean, log_std = agent.policy(next_obs, z_fixed, *agent.behavior_policy(next_obs, z_fixed))
+        mean, log_std, _, _ = agent.policies(next_obs, z_fixed)
         next_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
         psi_mean, psi_spread = feature_spread(agent.psi_target(torch.cat([next_obs, next_act], -1), z_fixed))
         next_psi = psi_mean + alpha * psi_spread  # (Eq. 9)
@@ -415,23 +400,21 @@ def update(agent, context, batch, args):
     likelihood = args.likelihood_weight * value_log_likelihood(psi, weights, q_target)  # [ours: D2]
     elbo = likelihood - args.kl_weight * kl.mean()  # (Eq. 17)
     encoder_loss = args.feature_weight * (loss_r + loss_psi) - elbo  # (Eq. 18)
-    encoder, flows, phi_params, weight_params, psi_params, actor_params, behavior_params = agent.params
+    encoder, flows, phi_params, weight_params, psi_params, gaussian_params = agent.params
     (opt,) = agent.opts
     opt.zero_grad()
     encoder_loss.backward(inputs=encoder + flows, retain_graph=True)
     loss_psi.backward(inputs=psi_params, retain_graph=True)
     loss_r.backward(inputs=phi_params + weight_params)
 
-    # policy, regularized towards the behavior policy
-    mean_b, log_std_b = agent.behavior_policy(obs, z_fixed)
+    # behavior policy by maximum likelihood, and the policy, regularized towards it
+    mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
     behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
-    behavior_loss.backward(inputs=behavior_params)
-    mean, log_std = agent.policy(obs, z_fixed, mean_b, log_std_b)
     pi_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
     q, pi_psi = agent.q(obs, pi_act, z_fixed, weights.detach())
     divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
     actor_loss = agent.brac_alpha * divergence - q.mean()  # (Eq. 13)
-    actor_loss.backward(inputs=actor_params)
+    (behavior_loss + actor_loss).backward(inputs=gaussian_params)  # each reaches its own member alone
     opt.step()
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place

@@ -141,26 +141,44 @@ RANGES = {"gamma": (0, 1), "tau": (0, 1)}
 # ---- networks ---------------------------------------------------------------
 
 
-def mlp(*sizes, norm=False):
-    """Multilayer perceptron with a linear output; hidden layers: linear, layer normalization if `norm`, ReLU."""
-    layers = []
-    for fan_in, fan_out in zip(sizes[:-2], sizes[1:-1]):
-        layers += [nn.Linear(fan_in, fan_out), nn.LayerNorm(fan_out) if norm else nn.Identity(), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+class MLP(nn.Module):
+    """`members` networks of one shape on (x, z), evaluated together; two hidden layers, each linear, layer
+    normalization (without scale and shift of its own), ReLU; linear output. z enters as a bias per task, which
+    equals a first layer on the concatenation (x, z) and saves its repetition over the task's rows."""
+
+    def __init__(self, members, in_dim, z_dim, width, out_dim):
+        super().__init__()
+
+        def parameter(fan_in, *shape):  # initialized as in nn.Linear
+            return nn.Parameter(torch.empty(members, *shape).uniform_(-1, 1) / math.sqrt(fan_in))
+
+        self.w_x, self.w_z = (parameter(in_dim + z_dim, size, width) for size in (in_dim, z_dim))
+        self.b_1 = parameter(in_dim + z_dim, 1, width)
+        self.w_2, self.b_2 = parameter(width, width, width), parameter(width, 1, width)
+        self.w_3, self.b_3 = parameter(width, width, out_dim), parameter(width, 1, out_dim)
+
+    def forward(self, x, z):
+        """x [M, B, in_dim], z [M, z_dim] -> [members, M, B, out_dim]."""
+        members = len(self.w_x)
+        of_task = torch.baddbmm(self.b_1, z.expand(members, *z.shape), self.w_z)  # [members, M, width]
+        h = torch.bmm(x.flatten(0, 1).expand(members, -1, -1), self.w_x).unflatten(1, x.shape[:2])
+        h = (h + of_task[:, :, None]).flatten(1, 2)  # [members, M * B, width]
+        for weight, bias in ((self.w_2, self.b_2), (self.w_3, self.b_3)):
+            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)
+        return h.unflatten(1, x.shape[:2])
 
 
-class Gaussian(nn.Module):
-    """Mean and log_std of a Gaussian over the action before its tanh, given (obs, z)."""
+class Gaussian(MLP):
+    """Mean and log_std of a Gaussian over the action before its tanh, given (obs, z); near 0 at first."""
 
     def __init__(self, obs_dim, act_dim, z_dim, width):
-        super().__init__()
-        self.net = mlp(obs_dim + z_dim, width, width, 2 * act_dim, norm=True)
-        nn.init.uniform_(self.net[-1].weight, -1e-3, 1e-3)
-        nn.init.uniform_(self.net[-1].bias, -1e-3, 1e-3)
+        super().__init__(1, obs_dim, z_dim, width, 2 * act_dim)
+        nn.init.uniform_(self.w_3, -1e-3, 1e-3)
+        nn.init.uniform_(self.b_3, -1e-3, 1e-3)
 
     def forward(self, obs, z):
-        """obs [.., obs_dim], z [.., z_dim] -> two tensors [.., act_dim]."""
-        return self.net(torch.cat([obs, z], -1)).chunk(2, -1)
+        """obs [M, B, obs_dim], z [M, z_dim] -> two tensors [M, B, act_dim]."""
+        return super().forward(obs, z)[0].chunk(2, -1)
 
 
 class Encoder(nn.Module):
@@ -168,7 +186,8 @@ class Encoder(nn.Module):
 
     def __init__(self, ctx_dim, z_dim, width):
         super().__init__()
-        self.net = mlp(ctx_dim, width, width, z_dim)
+        layers = [nn.Linear(ctx_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(width, z_dim))
 
     def forward(self, context, mask):
         """context [M, K, ctx_dim], mask [M, K] 1 = real -> z [M, z_dim] in (-1, 1); 0 without any transition."""
@@ -176,15 +195,15 @@ class Encoder(nn.Module):
         return each.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
-class Critic(nn.Module):
-    """Q(obs, act, z), or the dual critic c(obs, act, z) -> [..]."""
+class Critics(MLP):
+    """`members` scalar functions of (obs, act, z): the twin Q, and the dual critic c."""
 
-    def __init__(self, obs_dim, act_dim, z_dim, width):
-        super().__init__()
-        self.net = mlp(obs_dim + act_dim + z_dim, width, width, 1, norm=True)
+    def __init__(self, members, obs_dim, act_dim, z_dim, width):
+        super().__init__(members, obs_dim + act_dim, z_dim, width, 1)
 
-    def forward(self, *inputs):
-        return self.net(torch.cat(inputs, -1))[..., 0]
+    def forward(self, obs, act, z):
+        """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> [members, M, B]."""
+        return super().forward(torch.cat([obs, act], -1), z)[..., 0]
 
 
 # ---- losses -----------------------------------------------------------------
@@ -211,7 +230,7 @@ def dual_divergence(c_data, c_policy):
 def slope_penalty(critic, obs, act_data, act_policy, z, mode):
     """How far the dual critic is from slope 1 between the two actions -> scalar; mode: see --gp-mode."""
     share = torch.rand_like(act_data[..., :1])
-    act = (act_policy + share * (act_data - act_policy)).requires_grad_(mode == "gradient")
+    act = (act_policy + share * (act_data - act_policy)).requires_grad_(mode == "gradient")  # a leaf: both actions are detached
     value = critic(obs, act, z)
     if mode == "output":
         return (torch.sqrt(1e-8 + value.pow(2)) - 1).relu().pow(2).mean()  # [code]
@@ -241,27 +260,27 @@ def tanh_gaussian_logp(mean, log_std, pre):
 
 
 class Agent(nn.Module):
-    """Networks, targets and the multiplier rho1; `opts`: Adam with one group per network, and the dual critic's."""
+    """Networks, targets and the multiplier rho1; `opts`: Adam for all, and the dual critic's."""
 
     def __init__(self, obs_dim, act_dim, ctx_dim, args):
         super().__init__()
         z_dim, width = args.z_dim, args.width
         self.encoder = Encoder(ctx_dim, z_dim, args.encoder_width)
-        self.q = nn.ModuleList([Critic(obs_dim, act_dim, z_dim, width) for _ in range(2)])
+        self.q = Critics(2, obs_dim, act_dim, z_dim, width)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
         self.actor = Gaussian(obs_dim, act_dim, z_dim, width)  # primal: the policy's shift against behavior
         self.primal = args.divergence == "primal"
         if self.primal:
             self.behavior = Gaussian(obs_dim, act_dim, z_dim, width)
         else:
-            self.dual = Critic(obs_dim, act_dim, z_dim, width)
+            self.dual = Critics(1, obs_dim, act_dim, z_dim, width)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
         trained = [self.encoder, self.q, self.actor] + [self.behavior] * self.primal
         self.params = [list(module.parameters()) for module in trained]
 
     def make_optimizer(self, args):
-        groups = [{"params": params} for params in self.params]
-        self.opts = [torch.optim.Adam(groups, torch.tensor(args.lr), fused=True)]  # a tensor: `anneal` changes it
+        params = [parameter for group in self.params for parameter in group]
+        self.opts = [torch.optim.Adam(params, torch.tensor(args.lr), fused=True)]  # a tensor: `anneal` changes it
         if not self.primal:
             self.opts += [torch.optim.Adam(self.dual.parameters(), torch.tensor(args.dual_lr), fused=True)]
 
@@ -278,7 +297,7 @@ class Agent(nn.Module):
         return mean_b.detach() + mean, (log_std_b.detach() + log_std).clamp(-5, 2)
 
     def act(self, obs, z):
-        """The policy's deterministic action [.., act_dim] in (-1, 1)."""
+        """obs [M, B, obs_dim], z [M, z_dim] -> the policy's deterministic action [M, B, act_dim] in (-1, 1)."""
         return torch.tanh(self.policy(obs, z, *self.behavior_policy(obs, z))[0])
 
 
@@ -293,7 +312,7 @@ def anneal(opts, lr, done):
 
 
 def dual_step(agent, batch, z, act_policy, args):
-    """One step of the dual critic. batch: obs [M, B, obs_dim], act; z [M, B, z_dim]; act_policy [M, B, act_dim]."""
+    """One step of the dual critic. batch: obs [M, B, obs_dim], act; z [M, z_dim]; act_policy [M, B, act_dim]."""
     obs, act = batch
     estimate = dual_divergence(agent.dual(obs, act, z), agent.dual(obs, act_policy, z))
     penalty = slope_penalty(agent.dual, obs, act, act_policy, z, args.gp_mode)
@@ -319,25 +338,25 @@ def update(agent, task_ids, context, batches, args):
     encoder_loss = args.metric_weight * metric_loss(z, task_ids)
     encoder, q_params, actor_params = agent.params[:3]
     encoder_loss.backward(inputs=encoder)
-    z_b = z.detach()[:, None].expand(-1, obs.shape[1], -1)  # [M, B, z_dim]
+    z_fixed = z.detach()
 
     # critics
     with torch.no_grad():
-        mean, log_std = agent.policy(next_obs, z_b, *agent.behavior_policy(next_obs, z_b))
+        mean, log_std = agent.policy(next_obs, z_fixed, *agent.behavior_policy(next_obs, z_fixed))
         next_pre = mean + log_std.exp() * torch.randn_like(mean)
         next_act = torch.tanh(next_pre)
-        q_next = torch.stack([q(next_obs, next_act, z_b) for q in agent.q_target]).amin(0)
+        q_next = agent.q_target(next_obs, next_act, z_fixed).amin(0)
         if args.entropy_weight:
             q_next = q_next - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
         q_target = rew + args.gamma * (1 - term) * q_next  # [M, B]
-    q = torch.stack([q(obs, act, z_b) for q in agent.q])  # [2, M, B]
+    q = agent.q(obs, act, z_fixed)  # [2, M, B]
     q_loss = (q - q_target).pow(2).mean((1, 2)).sum()
     q_loss.backward(inputs=q_params)
 
     # policy, regularized towards the behavior policy
     metrics = {}
-    mean_b, log_std_b = agent.behavior_policy(obs, z_b)
-    mean, log_std = agent.policy(obs, z_b, mean_b, log_std_b)
+    mean_b, log_std_b = agent.behavior_policy(obs, z_fixed)
+    mean, log_std = agent.policy(obs, z_fixed, mean_b, log_std_b)
     pi_pre = mean + log_std.exp() * torch.randn_like(mean)
     pi_act = torch.tanh(pi_pre)
     if agent.primal:
@@ -346,17 +365,17 @@ def update(agent, task_ids, context, batches, args):
         metrics["losses/behavior"] = behavior_loss.detach()
         divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
     else:
-        dual_loss = dual_step(agent, (obs, act), z_b, pi_act.detach(), args)
+        dual_loss = dual_step(agent, (obs, act), z_fixed, pi_act.detach(), args)
         for obs_k, act_k, *_ in batches[1:]:
             with torch.no_grad():
-                mean_k, log_std_k = agent.policy(obs_k, z_b, *agent.behavior_policy(obs_k, z_b))
+                mean_k, log_std_k = agent.policy(obs_k, z_fixed, *agent.behavior_policy(obs_k, z_fixed))
                 pi_act_k = torch.tanh(mean_k + log_std_k.exp() * torch.randn_like(mean_k))
-            dual_loss = dual_step(agent, (obs_k, act_k), z_b, pi_act_k, args)
+            dual_loss = dual_step(agent, (obs_k, act_k), z_fixed, pi_act_k, args)
         metrics["losses/dual"] = dual_loss
         with torch.no_grad():
-            c_data = agent.dual(obs, act, z_b)
-        divergence = dual_divergence(c_data, agent.dual(obs, pi_act, z_b)).mean()
-    pi_q = torch.stack([q(obs, pi_act, z_b) for q in agent.q]).amin(0).mean()
+            c_data = agent.dual(obs, act, z_fixed)
+        divergence = dual_divergence(c_data, agent.dual(obs, pi_act, z_fixed)).mean()
+    pi_q = agent.q(obs, pi_act, z_fixed).amin(0).mean()
     actor_loss = agent.brac_alpha * divergence - pi_q
     if args.entropy_weight:
         actor_loss = actor_loss + args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean()
@@ -385,7 +404,7 @@ def adapt(agent, context, mask, explore=False):
     """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0;
     explore changes nothing, z has no spread -> policy(obs [R, obs_dim], rew [R]) -> act."""
     z = embed(agent, context, mask)
-    return lambda obs, rew: agent.act(obs, z)
+    return lambda obs, rew: agent.act(obs[:, None], z)[:, 0]
 
 
 def embed(agent, context, mask):

@@ -32,7 +32,8 @@ import data_collect as dc
 import flora
 
 METHOD = {"gamma": 0.9, "reward_scale": 5.0, "lr": 1e-3, "tau": 0.005, "width": 16, "encoder_width": 16, "z_dim": 3}
-METHOD |= {"likelihood_weight": 32.0, "feature_dim": 4, "weight_activation": "softmax", "num_flows": 2, "kl_weight": 0.1, "feature_weight": 0.01}
+METHOD |= {"likelihood_weight": 32.0}
+METHOD |= {"feature_dim": 4, "weight_activation": "softmax", "num_flows": 2, "kl_weight": 0.1, "feature_weight": 0.01}
 METHOD |= {"alpha_min": -1.0, "num_arms": 5, "bandit_every": 10, "bandit_lr": 0.1, "bandit_feedback": "offline"}
 METHOD |= {"brac_alpha": 1.5, "brac_alpha_lr": 0.01, "brac_alpha_max": 100.0, "divergence_target": 0.05}
 SMALL = METHOD | {"env": "point-robot", "device": "cpu", "seed": 0, "total_updates": 60, "log_every": 10}
@@ -187,7 +188,7 @@ def slow_psi(net, *inputs):
 
 def slow_policy(agent, obs, z):
     """Policy and behavior policy at one obs -> mean, log_std, behavior mean, behavior log_std."""
-    behavior, shift = slow_net(agent.behavior, obs, z), slow_net(agent.actor, obs, z)
+    behavior, shift = (slow_net(agent.gaussians, obs, z, member=member) for member in range(2))
     half = behavior.shape[-1] // 2
     b_mean, b_log_std = behavior[..., :half], behavior[..., half:].clamp(-3, 1)
     log_std = torch.clamp(b_log_std.detach() + shift[..., half:], -5, 2)
@@ -632,8 +633,13 @@ def test_every_network_gets_the_gradient_of_its_own_loss_only(activation, num_fl
     context, batch = random_batch()
     losses = slow_losses(agent, context, batch, args)
     routes = {"encoder": [agent.encoder, agent.flows], "feature": [agent.psi], "reward": [agent.phi, agent.weights]}
-    routes |= {"actor": [agent.actor], "behavior": [agent.behavior]}
     expected = {}
+    policies = list(agent.gaussians.parameters())
+    for member, loss in enumerate(("behavior", "actor")):
+        grads = torch.autograd.grad(losses[loss], policies, retain_graph=True)
+        assert all((grad[1 - member] == 0).all() for grad in grads), loss
+        for param, grad in zip(policies, grads):
+            expected[param] = expected.get(param, 0) + grad
     for loss, modules in routes.items():
         params = [p for module in modules for p in module.parameters() if p.numel()]
         expected |= dict(zip(params, torch.autograd.grad(losses[loss], params, retain_graph=True)))
@@ -780,10 +786,9 @@ def test_policy_deviations_stay_within_their_bounds():
     obs, z = torch.zeros(1, 1, OBS_DIM).double(), torch.zeros(1, 3).double()
     for bias, low_b, low in ((-50.0, -3, -5), (50.0, 1, 2)):
         with torch.no_grad():
-            agent.behavior.b_3.fill_(bias)
-            agent.actor.b_3.fill_(bias)
-        mean_b, log_std_b = agent.behavior_policy(obs, z)
-        assert (log_std_b == low_b).all() and (agent.policy(obs, z, mean_b, log_std_b)[1] == low).all()
+            agent.gaussians.b_3.fill_(bias)
+        _, log_std, _, log_std_b = agent.policies(obs, z)
+        assert (log_std_b == low_b).all() and (log_std == low).all()
 
 
 def test_policy_starts_at_the_behavior_policy():
@@ -791,13 +796,12 @@ def test_policy_starts_at_the_behavior_policy():
     torch.manual_seed(0)
     agent = flora.Agent(OBS_DIM, ACT_DIM, 2 * OBS_DIM + ACT_DIM + 1, args)
     with torch.no_grad():
-        for parameter in agent.behavior.parameters():
-            parameter.normal_(0, 0.4)
+        for parameter in agent.gaussians.parameters():
+            parameter[0].normal_(0, 0.4)
     obs, z = torch.randn(50, 2, OBS_DIM), torch.randn(50, 3)
-    behavior = agent.behavior_policy(obs, z)
-    policy = agent.policy(obs, z, *behavior)
-    assert behavior[0].abs().max() > 0.3
-    assert flora.gaussian_kl(*policy, *behavior).abs().max() < 1e-3
+    mean, log_std, mean_b, log_std_b = agent.policies(obs, z)
+    assert mean_b.abs().max() > 0.3
+    assert flora.gaussian_kl(mean, log_std, mean_b, log_std_b).abs().max() < 1e-3
 
 
 class HostReads(TorchDispatchMode):
@@ -1199,7 +1203,7 @@ def broken_at(monkeypatch):
             count[0] += 1
             if count[0] == limit:
                 with torch.no_grad():
-                    agent.actor.w_2.fill_(math.nan)
+                    agent.gaussians.w_2.fill_(math.nan)
                     agent.encoder.net[0].weight.fill_(math.nan)
             return metrics
 
@@ -1352,11 +1356,11 @@ def test_compiled_run_has_the_losses_of_the_plain_one(half, tiny_path, tmp_path,
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", trace_only)
-    result = run(tiny_path, tmp_path, total_updates=10, eval_every=10, compile=True)
+    result = run(tiny_path, tmp_path, total_updates=20, eval_every=20, compile=True)
     assert compiled == [flora.update]
-    expected = {tag: float(value) for step, tag, value in read_rows(half) if step == 10}
+    expected = {tag: float(value) for step, tag, value in read_rows(half) if step == 10}  # before the rate falls
     for step, tag, value in read_rows(result["run_dir"]):
-        if tag.startswith(("losses/", "stats/", "z/")):
+        if step == 10 and tag.startswith(("losses/", "stats/", "z/")):
             assert float(value) == pytest.approx(expected[tag], rel=1e-3, abs=1e-4), tag
 
 
