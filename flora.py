@@ -67,7 +67,7 @@ class Args:
     """auto takes the GPU if there is one"""
     compile: bool = False
     """compile the update with torch.compile (pays on a GPU, is slower on a CPU)"""
-    total_updates: int = 12_000
+    total_updates: int = 8_000
     """updates of the policy [gradient steps]"""
     log_every: int = 250
     """updates between two log lines [gradient steps]"""
@@ -142,9 +142,9 @@ class Args:
 
 
 # what the environments need differently, for arguments left at None
-ENV_ARGS = {
+ENV_ARGS = {  # the first entry whose key is part of the family's name
     "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0, divergence_target=0.05),
-    "mujoco": dict(gamma=0.97, reward_scale=0.5, z_dim=20, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.05),
+    "": dict(gamma=0.97, reward_scale=0.5, z_dim=20, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.05),
 }
 
 MAY_BE_ZERO = {"seed", "num_flows", "likelihood_weight", "kl_weight", "feature_weight", "alpha_min"}
@@ -307,7 +307,7 @@ class Agent(nn.Module):
         self.weights = Weights(z_dim, d, width, args.weight_activation)
         self.psi = MLP(2, obs_dim + act_dim, z_dim, width, d)
         self.psi_target = copy.deepcopy(self.psi).requires_grad_(False)
-        self.gaussians = MLP(2, obs_dim, z_dim, width, 2 * act_dim)  # of the behavior policy, and the policy's shift
+        self.gaussians = MLP(2, obs_dim, z_dim, width, 2 * act_dim)  # of pi_beta, and pi's shift
         for parameter in (self.gaussians.w_3, self.gaussians.b_3):
             nn.init.uniform_(parameter, -1e-3, 1e-3)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
@@ -511,7 +511,7 @@ CONSOLE_TAGS = ("losses/encoder", "losses/feature", "losses/actor", "losses/kl",
 
 def resolve(args):
     """Check the arguments, fill in those left at None -> args. One line for whatever is wrong."""
-    defaults = ENV_ARGS["point" if args.env.endswith(("robot", "wind")) else "mujoco"]
+    defaults = next(values for key, values in ENV_ARGS.items() if key in args.env)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -572,12 +572,14 @@ def eval_line(results):
 class Run:
     """The run directory of one training: restores a run to resume, then counts, logs, evaluates and saves.
 
-    The training loop calls going() before and advance(metrics) after every update, and finish() at the end.
-    `agent` has `opts`, the list of its optimizers; `generator` draws the batches."""
+    A training has one or more phases, the last of which is "policy". The loop of a phase calls going(phase) before
+    and advance(metrics) after every update; finish() comes at the end. `agent` has `opts`, the list of its
+    optimizers; `generator` draws the batches; --{phase}-updates is a phase's length."""
 
-    def __init__(self, args, data, agent, generator):
+    def __init__(self, args, data, agent, generator, phases=("policy",)):
         self.args, self.data, self.agent, self.generator = args, data, agent, generator
-        self.step, self.results, self.stopping = 0, {}, False
+        self.steps, self.phase = dict.fromkeys(phases, 0), phases[-1]  # updates done per phase
+        self.results, self.stopping, self.timed, self.born = {}, False, 0.0, time.time()
         self.dir = Path(args.resume or "")
         rows = 1
         if args.resume:
@@ -588,7 +590,8 @@ class Run:
                 opt.load_state_dict(state)
             generator.set_state(saved["generator"].cpu())
             dc.restore_rng(saved["rng"])
-            self.step, rows = saved["step"], saved["rows"]
+            self.steps, rows = saved["steps"], saved["rows"]
+            self.born -= saved["seconds"]
         else:
             name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
             self.dir = Path(args.run_dir) / args.env / args.exp_name / name
@@ -599,7 +602,16 @@ class Run:
         self.finished = self.step >= args.total_updates and (self.dir / "result.json").is_file()
         if not self.finished and not args.eval_only:
             self.open_files(rows)
-        self.start_step, self.start, self.tick, self.timed = self.step, time.time(), time.perf_counter(), 0.0
+
+    @property
+    def step(self):
+        """Updates done in the current phase."""
+        return self.steps[self.phase]
+
+    @property
+    def total(self):
+        """Updates that the current phase has in all."""
+        return self.args.total_updates if self.phase == "policy" else getattr(self.args, f"{self.phase}_updates")
 
     def open_files(self, rows):
         """args.json, TensorBoard events and metrics.csv, of which the first `rows` lines stay."""
@@ -608,7 +620,7 @@ class Run:
         stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
         about = {"args": stored, "versions": versions | {"python": sys.version.split()[0]}}
         write_json(self.dir / "args.json", about | {"command": sys.argv, "dataset": data.header})
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
+        self.writer = SummaryWriter(str(self.dir), purge_step=sum(self.steps.values()) + 1 if args.resume else None)
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in stored.items()))
         path = self.dir / "metrics.csv"
         kept = path.read_text().splitlines(keepends=True)[:rows] if path.exists() else ["step,tag,value\n"]
@@ -639,33 +651,39 @@ class Run:
         for tag, value in values.items():
             self.csv.write(f"{self.step},{tag},{float(value)!r}\n")
             if "/return_task_" not in tag:
-                self.writer.add_scalar(tag, value, self.step)
+                self.writer.add_scalar(tag, value, sum(self.steps.values()))
         self.csv.flush()
         self.rows += len(values)
 
     def save(self):
         """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
         state = {"agent": self.agent.state_dict(), "opts": [opt.state_dict() for opt in self.agent.opts]}
-        state |= {"generator": self.generator.get_state(), "rng": dc.rng_state(), "step": self.step, "rows": self.rows}
-        state |= {"args": asdict(self.args), "data": self.data.header}
+        state |= {"generator": self.generator.get_state(), "rng": dc.rng_state(), "data": self.data.header}
+        state |= {"steps": self.steps, "rows": self.rows, "seconds": time.time() - self.born, "args": asdict(self.args)}
         if all(p.isfinite().all() for p in self.agent.parameters()):
             dc.atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
-    def going(self):
-        return self.step < self.args.total_updates and not self.stopping and not self.args.eval_only
+    def going(self, phase="policy"):
+        """Whether an update of this phase is to be done."""
+        if self.stopping or self.args.eval_only:
+            return False
+        if self.phase != phase or not self.timed:
+            self.phase = phase
+            self.start_step, self.start, self.tick, self.timed = self.step, time.time(), time.perf_counter(), 1e-9
+        return self.step < self.total
 
     def advance(self, metrics):
         """Count an update; log, evaluate and save when it is time. metrics: dict tag -> 0-d tensor."""
         args = self.args
-        self.step += 1
-        last = self.step == args.total_updates
+        self.steps[self.phase] += 1
+        last, policy = self.step == self.total, self.phase == "policy"
         if last or any(self.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every)):
             values = self.read(metrics)
         self.timed += time.perf_counter() - self.tick
         if self.step % args.log_every == 0:
             self.log(values)
             self.print_progress(values)
-        if self.step % args.eval_every == 0 or last:
+        if policy and (self.step % args.eval_every == 0 or last):
             self.results = evaluate_all(self.agent, self.data, args, dc.PROTOCOLS if last else ("iid", "train"))
             self.log(self.results)
             print("  " + eval_line(self.results), flush=True)
@@ -676,9 +694,8 @@ class Run:
     def read(self, metrics):
         """The only place where training reads from the device -> dict tag -> float; all must be finite."""
         values = {tag: value.item() for tag, value in metrics.items()}
-        state = self.agent.named_parameters()
-        broken = [f"parameter {name}" for name, p in state if not p.isfinite().all()]
-        broken = [f"{tag} ({v})" for tag, v in values.items() if not math.isfinite(v)] + broken
+        broken = [f"{tag} ({value})" for tag, value in values.items() if not math.isfinite(value)]
+        broken += [f"parameter {name}" for name, p in self.agent.named_parameters() if not p.isfinite().all()]
         if broken:
             good = self.dir / "checkpoint.pt"
             remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
@@ -686,17 +703,18 @@ class Run:
         return values
 
     def print_progress(self, values):
-        total, done = self.args.total_updates, self.step - self.start_step
-        speed, elapsed = done / self.timed, time.time() - self.start
-        self.writer.add_scalar("charts/updates_per_sec", speed, self.step)
-        self.writer.add_scalar("charts/wall_clock_s", elapsed, self.step)
-        eta = dc.duration(elapsed / done * (total - self.step))
-        cells = "  ".join(f"{tag.split('/')[1]} {values[tag]:.3g}" for tag in CONSOLE_TAGS)
-        share = f"{self.step:>7}/{total} {100 * self.step // total:>3}%"
+        done, elapsed = self.step - self.start_step, time.time() - self.start
+        speed = done / self.timed
+        if self.phase == "policy":
+            self.writer.add_scalar("charts/updates_per_sec", speed, sum(self.steps.values()))
+            self.writer.add_scalar("charts/wall_clock_s", time.time() - self.born, sum(self.steps.values()))
+        eta = dc.duration(elapsed / done * (self.total - self.step))
+        share = f"{self.phase} {self.step:>7}/{self.total} {100 * self.step // self.total:>3}%"
+        cells = "  ".join(f"{tag.split('/')[1]} {values[tag]:.3g}" for tag in CONSOLE_TAGS if tag in values)
         print(f"[{share}] {speed:.1f} upd/s  eta {eta}  {cells}", flush=True)
 
     def finish(self):
-        """-> dict: the last evaluation, run_dir, updates_per_sec; also in result.json."""
+        """-> dict: the last evaluation, run_dir, step, updates_per_sec, wall_clock_s; also in result.json."""
         args, agent, data = self.args, self.agent, self.data
         if args.eval_only:
             results = evaluate_all(agent, data, args, dc.PROTOCOLS)
@@ -706,17 +724,19 @@ class Run:
         if self.finished:
             print(f"{self.dir} is finished after {self.step} updates; --total-updates continues it further")
             return json.loads((self.dir / "result.json").read_text())
-        if self.step < args.total_updates:
+        if self.stopping:
             self.save()
             script = Path(sys.argv[0]).name
-            print(f"interrupted after {self.step} updates; continue with: python {script} --resume {self.dir}")
+            where = f"{self.step} updates ({self.phase})"
+            print(f"interrupted after {where}; continue with: python {script} --resume {self.dir}")
             raise SystemExit(130)
         if not self.results:  # the run was cut off between the last checkpoint and result.json
             self.results = evaluate_all(agent, data, args, dc.PROTOCOLS)
         z, labels = dc.label_contexts(data, partial(embed, agent))
-        self.writer.add_embedding(z, metadata=labels, global_step=self.step, tag="z")
-        speed = (self.step - self.start_step) / max(self.timed, 1e-9)
-        self.results |= {"run_dir": str(self.dir), "updates_per_sec": speed, "step": self.step}
+        self.writer.add_embedding(z, metadata=labels, global_step=sum(self.steps.values()), tag="z")
+        speed = (self.step - self.start_step) / self.timed if self.timed else 0.0
+        self.results |= {"run_dir": str(self.dir), "step": self.step}
+        self.results |= {"updates_per_sec": speed, "wall_clock_s": time.time() - self.born}
         write_json(self.dir / "result.json", self.results)
         return self.results
 

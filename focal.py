@@ -62,7 +62,7 @@ class Args:
     """auto takes the GPU if there is one"""
     compile: bool = False
     """compile the update with torch.compile (pays on a GPU, is slower on a CPU)"""
-    total_updates: int = 12_000
+    total_updates: int = 8_000
     """updates of the policy [gradient steps]"""
     log_every: int = 250
     """updates between two log lines [gradient steps]"""
@@ -129,9 +129,9 @@ class Args:
 
 
 # what the environments need differently, for arguments left at None
-ENV_ARGS = {
+ENV_ARGS = {  # the first entry whose key is part of the family's name
     "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0, divergence_target=0.05),
-    "mujoco": dict(gamma=0.97, reward_scale=0.5, z_dim=20, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.05),
+    "": dict(gamma=0.97, reward_scale=0.5, z_dim=20, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.05),
 }
 
 MAY_BE_ZERO = {"seed", "metric_weight", "entropy_weight", "gp_weight"}
@@ -166,19 +166,6 @@ class MLP(nn.Module):
         for weight, bias in ((self.w_2, self.b_2), (self.w_3, self.b_3)):
             h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)
         return h.unflatten(1, x.shape[:2])
-
-
-class Gaussian(MLP):
-    """Mean and log_std of a Gaussian over the action before its tanh, given (obs, z); near 0 at first."""
-
-    def __init__(self, obs_dim, act_dim, z_dim, width):
-        super().__init__(1, obs_dim, z_dim, width, 2 * act_dim)
-        nn.init.uniform_(self.w_3, -1e-3, 1e-3)
-        nn.init.uniform_(self.b_3, -1e-3, 1e-3)
-
-    def forward(self, obs, z):
-        """obs [M, B, obs_dim], z [M, z_dim] -> two tensors [M, B, act_dim]."""
-        return super().forward(obs, z)[0].chunk(2, -1)
 
 
 class Encoder(nn.Module):
@@ -227,15 +214,14 @@ def dual_divergence(c_data, c_policy):
     return 1 - F.softplus(c_data) + torch.log(F.softplus(c_policy) + 1e-8)  # [BRAC, dual form of the KL]
 
 
-def slope_penalty(critic, obs, act_data, act_policy, z, mode):
-    """How far the dual critic is from slope 1 between the two actions -> scalar; mode: see --gp-mode."""
-    share = torch.rand_like(act_data[..., :1])
-    act = (act_policy + share * (act_data - act_policy)).requires_grad_(mode == "gradient")  # a leaf: both actions are detached
-    value = critic(obs, act, z)
-    if mode == "output":
-        return (torch.sqrt(1e-8 + value.pow(2)) - 1).relu().pow(2).mean()  # [code]
-    (slope,) = torch.autograd.grad(value.sum(), act, create_graph=True)
-    return (torch.sqrt(1e-8 + slope.pow(2).sum(-1)) - 1).relu().pow(2).mean()
+def slope_penalty(value, act):
+    """Dual critic's value [.., B] between the data's and the policy's actions -> scalar: how far its slope in
+    act [.., B, act_dim] exceeds 1; without act, the value in place of the slope, as in the official code (D2)."""
+    slope = value
+    if act is not None:
+        (slope,) = torch.autograd.grad(value.sum(), act, create_graph=True)
+        slope = torch.sqrt(1e-8 + slope.pow(2).sum(-1))
+    return (slope.abs() - 1).relu().pow(2).mean()
 
 
 def gaussian_kl(mean, log_std, mean_b, log_std_b):
@@ -268,14 +254,14 @@ class Agent(nn.Module):
         self.encoder = Encoder(ctx_dim, z_dim, args.encoder_width)
         self.q = Critics(2, obs_dim, act_dim, z_dim, width)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
-        self.actor = Gaussian(obs_dim, act_dim, z_dim, width)  # primal: the policy's shift against behavior
         self.primal = args.divergence == "primal"
-        if self.primal:
-            self.behavior = Gaussian(obs_dim, act_dim, z_dim, width)
-        else:
+        self.gaussians = MLP(1 + self.primal, obs_dim, z_dim, width, 2 * act_dim)  # of pi_beta, and pi's shift
+        for parameter in (self.gaussians.w_3, self.gaussians.b_3):
+            nn.init.uniform_(parameter, -1e-3, 1e-3)
+        if not self.primal:
             self.dual = Critics(1, obs_dim, act_dim, z_dim, width)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
-        trained = [self.encoder, self.q, self.actor] + [self.behavior] * self.primal
+        trained = [self.encoder, self.q, self.gaussians]
         self.params = [list(module.parameters()) for module in trained]
 
     def make_optimizer(self, args):
@@ -284,21 +270,19 @@ class Agent(nn.Module):
         if not self.primal:
             self.opts += [torch.optim.Adam(self.dual.parameters(), torch.tensor(args.dual_lr), fused=True)]
 
-    def behavior_policy(self, obs, z):
-        """pi_beta as mean and log_std before the tanh [.., act_dim], fitted to the data; zeros without it (D2)."""
+    def policies(self, obs, z):
+        """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi and
+        the same of the behavior policy pi_beta, fitted to the data (D2); pi is pi_beta, detached, plus a shift (D6)."""
         if not self.primal:
-            return obs.new_zeros(()), obs.new_zeros(())
-        mean, log_std = self.behavior(obs, z)
-        return mean, log_std.clamp(-3, 1)
-
-    def policy(self, obs, z, mean_b, log_std_b):
-        """pi = pi_beta (as of behavior_policy, detached) moved by the actor (D6) -> mean, log_std before the tanh."""
-        mean, log_std = self.actor(obs, z)
-        return mean_b.detach() + mean, (log_std_b.detach() + log_std).clamp(-5, 2)
+            mean, log_std = self.gaussians(obs, z)[0].chunk(2, -1)
+            return mean, log_std.clamp(-5, 2), None, None
+        (mean_b, log_std_b), (mean, log_std) = (out.chunk(2, -1) for out in self.gaussians(obs, z))
+        log_std_b = log_std_b.clamp(-3, 1)
+        return mean_b.detach() + mean, (log_std_b.detach() + log_std).clamp(-5, 2), mean_b, log_std_b
 
     def act(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> the policy's deterministic action [M, B, act_dim] in (-1, 1)."""
-        return torch.tanh(self.policy(obs, z, *self.behavior_policy(obs, z))[0])
+        return torch.tanh(self.policies(obs, z)[0])
 
 
 def anneal(opts, lr, done):
@@ -311,17 +295,28 @@ def anneal(opts, lr, done):
 # ---- update -----------------------------------------------------------------
 
 
-def dual_step(agent, batch, z, act_policy, args):
-    """One step of the dual critic. batch: obs [M, B, obs_dim], act; z [M, z_dim]; act_policy [M, B, act_dim]."""
-    obs, act = batch
-    estimate = dual_divergence(agent.dual(obs, act, z), agent.dual(obs, act_policy, z))
-    penalty = slope_penalty(agent.dual, obs, act, act_policy, z, args.gp_mode)
-    loss = args.gp_weight * penalty - estimate.mean()
-    opt = agent.opts[1]
-    opt.zero_grad()
-    loss.backward(inputs=list(agent.dual.parameters()))
-    opt.step()
-    return loss.detach()
+def dual_steps(agent, batches, z, act_policy, args):
+    """One step of the dual critic per batch: obs [M, B, obs_dim] and act of each; act_policy [M, B, act_dim], the
+    policy's actions at the first -> loss of the last step, and the critic at the first batch's data [M, B]."""
+    count = args.batch_size
+    if len(batches) > 1:
+        with torch.no_grad():  # the policy does not change meanwhile
+            mean, log_std, _, _ = agent.policies(torch.cat([batch[0] for batch in batches[1:]], 1), z)
+            others = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
+        act_policy = torch.cat([act_policy, others], 1)
+    for (obs, act, *_), pi_act in zip(batches, act_policy.split(count, 1)):
+        between = pi_act + torch.rand_like(act[..., :1]) * (act - pi_act)
+        between.requires_grad_(args.gp_mode == "gradient")
+        c = agent.dual(obs.repeat(1, 3, 1), torch.cat([act, pi_act, between], 1), z)
+        c_data, c_policy, c_between = c[0].split(count, 1)
+        penalty = slope_penalty(c_between, between if args.gp_mode == "gradient" else None)
+        loss = args.gp_weight * penalty - dual_divergence(c_data, c_policy).mean()
+        agent.opts[1].zero_grad()
+        loss.backward(inputs=list(agent.dual.parameters()))
+        agent.opts[1].step()
+        if act is batches[0][1]:
+            first = c_data.detach()
+    return loss.detach(), first
 
 
 def update(agent, task_ids, context, batches, args):
@@ -330,66 +325,53 @@ def update(agent, task_ids, context, batches, args):
     others serve the dual critic alone -> dict of detached 0-d tensors."""
     obs, act, rew, next_obs, term = batches[0]
     rew = args.reward_scale * rew
+    encoder, q_params, gaussian_params = agent.params
     opt = agent.opts[0]
     opt.zero_grad()
 
     # task inference: the metric loss alone trains the encoder
     z = agent.encoder(context, torch.ones_like(context[..., 0]))  # [M, z_dim]
     encoder_loss = args.metric_weight * metric_loss(z, task_ids)
-    encoder, q_params, actor_params = agent.params[:3]
-    encoder_loss.backward(inputs=encoder)
-    z_fixed = z.detach()
+    z_fixed = z.detach()  # nothing else trains the encoder
 
     # critics
     with torch.no_grad():
-        mean, log_std = agent.policy(next_obs, z_fixed, *agent.behavior_policy(next_obs, z_fixed))
+        mean, log_std, _, _ = agent.policies(next_obs, z_fixed)
         next_pre = mean + log_std.exp() * torch.randn_like(mean)
         next_act = torch.tanh(next_pre)
         q_next = agent.q_target(next_obs, next_act, z_fixed).amin(0)
         if args.entropy_weight:
             q_next = q_next - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
         q_target = rew + args.gamma * (1 - term) * q_next  # [M, B]
-    q = agent.q(obs, act, z_fixed)  # [2, M, B]
-    q_loss = (q - q_target).pow(2).mean((1, 2)).sum()
-    q_loss.backward(inputs=q_params)
+    q_loss = (agent.q(obs, act, z_fixed) - q_target).pow(2).mean((1, 2)).sum()
+    (encoder_loss + q_loss).backward(inputs=encoder + q_params)
 
-    # policy, regularized towards the behavior policy
-    metrics = {}
-    mean_b, log_std_b = agent.behavior_policy(obs, z_fixed)
-    mean, log_std = agent.policy(obs, z_fixed, mean_b, log_std_b)
+    # behavior policy by maximum likelihood, and the policy, regularized towards it
+    mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
     pi_pre = mean + log_std.exp() * torch.randn_like(mean)
     pi_act = torch.tanh(pi_pre)
     if agent.primal:
         behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
-        behavior_loss.backward(inputs=agent.params[3])
-        metrics["losses/behavior"] = behavior_loss.detach()
         divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
     else:
-        dual_loss = dual_step(agent, (obs, act), z_fixed, pi_act.detach(), args)
-        for obs_k, act_k, *_ in batches[1:]:
-            with torch.no_grad():
-                mean_k, log_std_k = agent.policy(obs_k, z_fixed, *agent.behavior_policy(obs_k, z_fixed))
-                pi_act_k = torch.tanh(mean_k + log_std_k.exp() * torch.randn_like(mean_k))
-            dual_loss = dual_step(agent, (obs_k, act_k), z_fixed, pi_act_k, args)
-        metrics["losses/dual"] = dual_loss
-        with torch.no_grad():
-            c_data = agent.dual(obs, act, z_fixed)
-        divergence = dual_divergence(c_data, agent.dual(obs, pi_act, z_fixed)).mean()
-    pi_q = agent.q(obs, pi_act, z_fixed).amin(0).mean()
-    actor_loss = agent.brac_alpha * divergence - pi_q
+        behavior_loss, c_data = dual_steps(agent, batches, z_fixed, pi_act.detach(), args)
+        divergence = dual_divergence(c_data, agent.dual(obs, pi_act, z_fixed)[0]).mean()
+    q = agent.q(obs, pi_act, z_fixed).amin(0)
+    actor_loss = agent.brac_alpha * divergence - q.mean()
     if args.entropy_weight:
         actor_loss = actor_loss + args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean()
-    actor_loss.backward(inputs=actor_params)
+    (behavior_loss + actor_loss).backward(inputs=gaussian_params)  # each reaches its own member alone
     opt.step()
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
         agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
         torch._foreach_lerp_(list(agent.q_target.parameters()), q_params, args.tau)
-        return metrics | {
+        return {
             "losses/encoder": encoder_loss.detach(),
             "losses/q": q_loss.detach(),
             "losses/actor": actor_loss.detach(),
-            "stats/q_mean": pi_q.detach(),
+            "losses/behavior": behavior_loss.detach(),
+            "stats/q_mean": q.mean().detach(),
             "stats/divergence": divergence.detach(),
             "stats/brac_alpha": agent.brac_alpha.clone(),
             "z/between_std": z.std(0).mean(),
@@ -426,7 +408,7 @@ CONSOLE_TAGS = ("losses/encoder", "losses/q", "losses/actor", "stats/q_mean", "s
 
 def resolve(args):
     """Check the arguments, fill in those left at None -> args. One line for whatever is wrong."""
-    defaults = ENV_ARGS["point" if args.env.endswith(("robot", "wind")) else "mujoco"]
+    defaults = next(values for key, values in ENV_ARGS.items() if key in args.env)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -487,12 +469,14 @@ def eval_line(results):
 class Run:
     """The run directory of one training: restores a run to resume, then counts, logs, evaluates and saves.
 
-    The training loop calls going() before and advance(metrics) after every update, and finish() at the end.
-    `agent` has `opts`, the list of its optimizers; `generator` draws the batches."""
+    A training has one or more phases, the last of which is "policy". The loop of a phase calls going(phase) before
+    and advance(metrics) after every update; finish() comes at the end. `agent` has `opts`, the list of its
+    optimizers; `generator` draws the batches; --{phase}-updates is a phase's length."""
 
-    def __init__(self, args, data, agent, generator):
+    def __init__(self, args, data, agent, generator, phases=("policy",)):
         self.args, self.data, self.agent, self.generator = args, data, agent, generator
-        self.step, self.results, self.stopping = 0, {}, False
+        self.steps, self.phase = dict.fromkeys(phases, 0), phases[-1]  # updates done per phase
+        self.results, self.stopping, self.timed, self.born = {}, False, 0.0, time.time()
         self.dir = Path(args.resume or "")
         rows = 1
         if args.resume:
@@ -503,7 +487,8 @@ class Run:
                 opt.load_state_dict(state)
             generator.set_state(saved["generator"].cpu())
             dc.restore_rng(saved["rng"])
-            self.step, rows = saved["step"], saved["rows"]
+            self.steps, rows = saved["steps"], saved["rows"]
+            self.born -= saved["seconds"]
         else:
             name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
             self.dir = Path(args.run_dir) / args.env / args.exp_name / name
@@ -514,7 +499,16 @@ class Run:
         self.finished = self.step >= args.total_updates and (self.dir / "result.json").is_file()
         if not self.finished and not args.eval_only:
             self.open_files(rows)
-        self.start_step, self.start, self.tick, self.timed = self.step, time.time(), time.perf_counter(), 0.0
+
+    @property
+    def step(self):
+        """Updates done in the current phase."""
+        return self.steps[self.phase]
+
+    @property
+    def total(self):
+        """Updates that the current phase has in all."""
+        return self.args.total_updates if self.phase == "policy" else getattr(self.args, f"{self.phase}_updates")
 
     def open_files(self, rows):
         """args.json, TensorBoard events and metrics.csv, of which the first `rows` lines stay."""
@@ -523,7 +517,7 @@ class Run:
         stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
         about = {"args": stored, "versions": versions | {"python": sys.version.split()[0]}}
         write_json(self.dir / "args.json", about | {"command": sys.argv, "dataset": data.header})
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
+        self.writer = SummaryWriter(str(self.dir), purge_step=sum(self.steps.values()) + 1 if args.resume else None)
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in stored.items()))
         path = self.dir / "metrics.csv"
         kept = path.read_text().splitlines(keepends=True)[:rows] if path.exists() else ["step,tag,value\n"]
@@ -554,33 +548,39 @@ class Run:
         for tag, value in values.items():
             self.csv.write(f"{self.step},{tag},{float(value)!r}\n")
             if "/return_task_" not in tag:
-                self.writer.add_scalar(tag, value, self.step)
+                self.writer.add_scalar(tag, value, sum(self.steps.values()))
         self.csv.flush()
         self.rows += len(values)
 
     def save(self):
         """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
         state = {"agent": self.agent.state_dict(), "opts": [opt.state_dict() for opt in self.agent.opts]}
-        state |= {"generator": self.generator.get_state(), "rng": dc.rng_state(), "step": self.step, "rows": self.rows}
-        state |= {"args": asdict(self.args), "data": self.data.header}
+        state |= {"generator": self.generator.get_state(), "rng": dc.rng_state(), "data": self.data.header}
+        state |= {"steps": self.steps, "rows": self.rows, "seconds": time.time() - self.born, "args": asdict(self.args)}
         if all(p.isfinite().all() for p in self.agent.parameters()):
             dc.atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
-    def going(self):
-        return self.step < self.args.total_updates and not self.stopping and not self.args.eval_only
+    def going(self, phase="policy"):
+        """Whether an update of this phase is to be done."""
+        if self.stopping or self.args.eval_only:
+            return False
+        if self.phase != phase or not self.timed:
+            self.phase = phase
+            self.start_step, self.start, self.tick, self.timed = self.step, time.time(), time.perf_counter(), 1e-9
+        return self.step < self.total
 
     def advance(self, metrics):
         """Count an update; log, evaluate and save when it is time. metrics: dict tag -> 0-d tensor."""
         args = self.args
-        self.step += 1
-        last = self.step == args.total_updates
+        self.steps[self.phase] += 1
+        last, policy = self.step == self.total, self.phase == "policy"
         if last or any(self.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every)):
             values = self.read(metrics)
         self.timed += time.perf_counter() - self.tick
         if self.step % args.log_every == 0:
             self.log(values)
             self.print_progress(values)
-        if self.step % args.eval_every == 0 or last:
+        if policy and (self.step % args.eval_every == 0 or last):
             self.results = evaluate_all(self.agent, self.data, args, dc.PROTOCOLS if last else ("iid", "train"))
             self.log(self.results)
             print("  " + eval_line(self.results), flush=True)
@@ -591,9 +591,8 @@ class Run:
     def read(self, metrics):
         """The only place where training reads from the device -> dict tag -> float; all must be finite."""
         values = {tag: value.item() for tag, value in metrics.items()}
-        state = self.agent.named_parameters()
-        broken = [f"parameter {name}" for name, p in state if not p.isfinite().all()]
-        broken = [f"{tag} ({v})" for tag, v in values.items() if not math.isfinite(v)] + broken
+        broken = [f"{tag} ({value})" for tag, value in values.items() if not math.isfinite(value)]
+        broken += [f"parameter {name}" for name, p in self.agent.named_parameters() if not p.isfinite().all()]
         if broken:
             good = self.dir / "checkpoint.pt"
             remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
@@ -601,17 +600,18 @@ class Run:
         return values
 
     def print_progress(self, values):
-        total, done = self.args.total_updates, self.step - self.start_step
-        speed, elapsed = done / self.timed, time.time() - self.start
-        self.writer.add_scalar("charts/updates_per_sec", speed, self.step)
-        self.writer.add_scalar("charts/wall_clock_s", elapsed, self.step)
-        eta = dc.duration(elapsed / done * (total - self.step))
-        cells = "  ".join(f"{tag.split('/')[1]} {values[tag]:.3g}" for tag in CONSOLE_TAGS)
-        share = f"{self.step:>7}/{total} {100 * self.step // total:>3}%"
+        done, elapsed = self.step - self.start_step, time.time() - self.start
+        speed = done / self.timed
+        if self.phase == "policy":
+            self.writer.add_scalar("charts/updates_per_sec", speed, sum(self.steps.values()))
+            self.writer.add_scalar("charts/wall_clock_s", time.time() - self.born, sum(self.steps.values()))
+        eta = dc.duration(elapsed / done * (self.total - self.step))
+        share = f"{self.phase} {self.step:>7}/{self.total} {100 * self.step // self.total:>3}%"
+        cells = "  ".join(f"{tag.split('/')[1]} {values[tag]:.3g}" for tag in CONSOLE_TAGS if tag in values)
         print(f"[{share}] {speed:.1f} upd/s  eta {eta}  {cells}", flush=True)
 
     def finish(self):
-        """-> dict: the last evaluation, run_dir, updates_per_sec; also in result.json."""
+        """-> dict: the last evaluation, run_dir, step, updates_per_sec, wall_clock_s; also in result.json."""
         args, agent, data = self.args, self.agent, self.data
         if args.eval_only:
             results = evaluate_all(agent, data, args, dc.PROTOCOLS)
@@ -621,17 +621,19 @@ class Run:
         if self.finished:
             print(f"{self.dir} is finished after {self.step} updates; --total-updates continues it further")
             return json.loads((self.dir / "result.json").read_text())
-        if self.step < args.total_updates:
+        if self.stopping:
             self.save()
             script = Path(sys.argv[0]).name
-            print(f"interrupted after {self.step} updates; continue with: python {script} --resume {self.dir}")
+            where = f"{self.step} updates ({self.phase})"
+            print(f"interrupted after {where}; continue with: python {script} --resume {self.dir}")
             raise SystemExit(130)
         if not self.results:  # the run was cut off between the last checkpoint and result.json
             self.results = evaluate_all(agent, data, args, dc.PROTOCOLS)
         z, labels = dc.label_contexts(data, partial(embed, agent))
-        self.writer.add_embedding(z, metadata=labels, global_step=self.step, tag="z")
-        speed = (self.step - self.start_step) / max(self.timed, 1e-9)
-        self.results |= {"run_dir": str(self.dir), "updates_per_sec": speed, "step": self.step}
+        self.writer.add_embedding(z, metadata=labels, global_step=sum(self.steps.values()), tag="z")
+        speed = (self.step - self.start_step) / self.timed if self.timed else 0.0
+        self.results |= {"run_dir": str(self.dir), "step": self.step}
+        self.results |= {"updates_per_sec": speed, "wall_clock_s": time.time() - self.born}
         write_json(self.dir / "result.json", self.results)
         return self.results
 

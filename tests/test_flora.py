@@ -1035,7 +1035,7 @@ def assert_same_run(resumed, straight):
     """The same metrics, in the same order, and the same final state."""
     assert read_rows(resumed) == read_rows(straight)
     one, two = load(resumed), load(straight)
-    for key in ("agent", "opts", "generator", "rng", "step"):
+    for key in ("agent", "opts", "generator", "rng", "steps"):
         assert_same_state(one[key], two[key])
 
 
@@ -1059,12 +1059,12 @@ def cut(smoke, tiny_path, tmp_path, monkeypatch):
 
 
 def test_resumed_run_equals_the_straight_one(cut, smoke):
-    assert load(cut)["step"] == 30
+    assert load(cut)["steps"]["policy"] == 30
     result = resume(cut)
     assert_same_run(cut, smoke.run_dir)
     assert (cut / "metrics.csv").read_bytes() == (smoke.run_dir / "metrics.csv").read_bytes()
-    assert {k: v for k, v in result.items() if k not in ("run_dir", "updates_per_sec")} == {
-        k: v for k, v in smoke.result.items() if k not in ("run_dir", "updates_per_sec")
+    assert {k: v for k, v in result.items() if k not in ("run_dir", "updates_per_sec", "wall_clock_s")} == {
+        k: v for k, v in smoke.result.items() if k not in ("run_dir", "updates_per_sec", "wall_clock_s")
     }
 
 
@@ -1078,7 +1078,7 @@ def test_resumed_run_drops_rows_after_the_checkpoint_and_a_torn_one(cut, smoke):
 def test_finished_run_can_be_continued_further(half, tmp_path):
     run_dir = shutil.copytree(half, tmp_path / "run")
     result = resume(run_dir, total_updates=40)
-    assert result["step"] == load(run_dir)["step"] == 40
+    assert result["step"] == load(run_dir)["steps"]["policy"] == 40
     assert [step for step, tag, _ in read_rows(run_dir) if tag == "losses/reward"] == [10, 20, 30, 40]
 
 
@@ -1158,7 +1158,7 @@ def stop_at_update(folder, tiny_path, update, signal_number):
     stdout = ""
     for line in process.stdout:
         stdout += line
-        if re.match(rf"\[ *{update}/", line):
+        if re.match(rf"\[policy *{update}/", line):
             process.send_signal(signal_number)
     stderr = process.stderr.read()
     (run_dir,) = (folder / "runs").glob("*/*/*")
@@ -1168,7 +1168,7 @@ def stop_at_update(folder, tiny_path, update, signal_number):
 def test_killed_run_resumes_to_the_straight_one(long_run, tiny_path, tmp_path):
     code, _, _, run_dir = stop_at_update(tmp_path, tiny_path, 110, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert 100 <= load(run_dir)["step"] < 300
+    assert 100 <= load(run_dir)["steps"]["policy"] < 300
     resume(run_dir)
     assert_same_run(run_dir, long_run)
     assert (run_dir / "metrics.csv").read_bytes() == (long_run / "metrics.csv").read_bytes()
@@ -1183,7 +1183,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(long_run, tiny_path, tmp_path):
     assert "Traceback" not in stderr
     (command,) = [line for line in stdout.splitlines() if "--resume" in line]
     assert command.endswith(f"python flora.py --resume {run_dir.relative_to(tmp_path)}")
-    assert 90 <= load(run_dir)["step"] < 300 and not (run_dir / "result.json").exists()
+    assert 90 <= load(run_dir)["steps"]["policy"] < 300 and not (run_dir / "result.json").exists()
     resume(run_dir)
     assert_same_run(run_dir, long_run)
     assert (run_dir / "metrics.csv").read_bytes() == (long_run / "metrics.csv").read_bytes()
@@ -1219,7 +1219,7 @@ def test_run_stops_at_a_loss_that_is_not_finite(broken_at, tiny_path, tmp_path):
     assert re.search(r"update 30\b", message) and re.search(r"\b(losses|stats|z)/\w+ \(nan\)", message)
     assert str(run_dir / "checkpoint.pt") in message
     saved = load(run_dir)
-    assert saved["step"] == 20 and all(p.isfinite().all() for p in saved["agent"].values())
+    assert saved["steps"]["policy"] == 20 and all(p.isfinite().all() for p in saved["agent"].values())
     assert all(math.isfinite(float(value)) for _, _, value in read_rows(run_dir))
 
 
@@ -1235,7 +1235,7 @@ def test_run_stops_cleanly_when_something_meets_the_nan_before_the_log_line(firs
     (run_dir,) = tmp_path.glob("*/*/*")
     assert "not finite" in message and str(run_dir / "checkpoint.pt") in message
     saved = load(run_dir)
-    assert saved["step"] == 20 and all(p.isfinite().all() for p in saved["agent"].values())
+    assert saved["steps"]["policy"] == 20 and all(p.isfinite().all() for p in saved["agent"].values())
     assert not (run_dir / "result.json").exists()
 
 
