@@ -295,8 +295,10 @@ def pre_tanh(act):
 
 def tanh_gaussian_logp(mean, log_std, pre):
     """Log-density of the action tanh(pre) under tanh(N(mean, std)), all [.., act_dim] -> [..]."""
-    logp = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std - 0.5 * math.log(2 * math.pi)
-    return (logp - 2 * (math.log(2) - pre - F.softplus(-2 * pre))).sum(-1)
+    gaussian = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std
+    log_slope = -2 * (pre + F.softplus(-2 * pre))  # of the tanh, but for its constant 2 log 2
+    constant = 0.5 * math.log(2 * math.pi) + 2 * math.log(2)
+    return (gaussian - log_slope).sum(-1) - constant * pre.shape[-1]
 
 
 # ---- agent ------------------------------------------------------------------
@@ -353,13 +355,19 @@ def anneal(opts, lr, done):
 # ---- update -----------------------------------------------------------------
 
 
+def set_grads(loss, params, retain_graph=False):
+    """Put the gradient of a scalar loss into .grad of exactly these parameters."""
+    grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+    for parameter, grad in zip(params, grads):
+        parameter.grad = grad
+
+
 def update_cvae(agent, rows, args):
     """One step of the VAE. rows [B, ctx_dim] of all training tasks -> dict of detached 0-d tensors."""
     prediction, mean, log_var = agent.cvae(rows)
     kl = latent_kl(mean, log_var)
     loss = cvae_loss(prediction, rows[:, agent.cvae.sizes[0] :], kl, args.cvae_kl_weight)
-    agent.opts[2].zero_grad()
-    loss.backward()
+    set_grads(loss, list(agent.cvae.parameters()))
     agent.opts[2].step()
     return {"losses/cvae": loss.detach(), "stats/cvae_kl": kl.mean().detach()}
 
@@ -381,12 +389,12 @@ def make_negatives(agent, query, others, obs_dim, args):
 def update_encoder(agent, query, key, negatives, args):
     """One step of the transition encoder. query, key [B, ctx_dim] of one task each, negatives [B, n, ctx_dim]
     -> dict of detached 0-d tensors."""
-    rows = torch.cat([query[:, None], key[:, None], negatives], 1)
-    z_query, z_others = agent.encoder(rows).split([1, rows.shape[1] - 1], 1)
+    rows = torch.cat([query[:, None], key[:, None], negatives], 1)  # [B, 2 + n, ctx_dim]
+    z = agent.encoder(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+    z_query, z_others = z.split([1, z.shape[1] - 1], 1)
     similarity = (z_query * z_others).sum(-1)  # [B, 1 + n], cosine
     loss, logits = info_nce(similarity[:, 0], similarity[:, 1:], args.temperature)
-    agent.opts[1].zero_grad()
-    loss.backward()
+    set_grads(loss, list(agent.encoder.parameters()))
     agent.opts[1].step()
     with torch.no_grad():
         return {
@@ -404,8 +412,6 @@ def update(agent, each, batch, args):
     obs, act, rew, next_obs, term = batch
     rew = args.reward_scale * rew
     aggregator, q_params, gaussian_params = agent.params
-    opt = agent.opts[0]
-    opt.zero_grad()
 
     # task inference
     z = agent.aggregator(each, torch.ones_like(each[..., 0]))  # [M, z_dim]
@@ -421,22 +427,22 @@ def update(agent, each, batch, args):
             q_next = q_next - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
         q_target = rew + args.gamma * (1 - term) * q_next  # [M, B]
     q_loss = (agent.q(obs, act, z) - q_target).pow(2).mean((1, 2)).sum()
-    q_loss.backward(inputs=aggregator + q_params)  # the critic's loss alone trains the aggregator
+    set_grads(q_loss, aggregator + q_params)  # the critic's loss alone trains the aggregator
 
     # behavior policy by maximum likelihood, and the policy, regularized towards it
     mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
     pi_pre = mean + log_std.exp() * torch.randn_like(mean)
     pi_act = torch.tanh(pi_pre)
-    q = agent.q(obs, pi_act, z_fixed).amin(0)
+    q_mean = agent.q(obs, pi_act, z_fixed).amin(0).mean()
     if agent.brac:
         behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
         divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
-        actor_loss = agent.brac_alpha * divergence - q.mean()
+        actor_loss = agent.brac_alpha * divergence - q_mean
     else:
         behavior_loss = divergence = torch.zeros_like(q_loss)
-        actor_loss = args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean() - q.mean()
-    (behavior_loss + actor_loss).backward(inputs=gaussian_params)  # each reaches its own member alone
-    opt.step()
+        actor_loss = args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean() - q_mean
+    set_grads(behavior_loss + actor_loss, gaussian_params)  # each reaches its own member alone
+    agent.opts[0].step()
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
         agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
@@ -445,11 +451,10 @@ def update(agent, each, batch, args):
             "losses/q": q_loss.detach(),
             "losses/actor": actor_loss.detach(),
             "losses/behavior": behavior_loss.detach(),
-            "stats/q_mean": q.mean().detach(),
+            "stats/q_mean": q_mean.detach(),
             "stats/divergence": divergence.detach(),
             "stats/brac_alpha": agent.brac_alpha.clone(),
             "z/between_std": z.std(0).mean(),
-            "z/norm": z.norm(dim=-1).mean(),
         }
 
 
@@ -467,6 +472,14 @@ def embed(agent, context, mask):
     """context [R, K, ctx_dim], mask [R, K] -> z [R, z_dim]."""
     with torch.no_grad():
         return agent.aggregator(agent.encoder(context), mask)
+
+
+def embed_dataset(agent, data):
+    """The dataset with every transition embedded by the frozen encoder, [T, N, H, z_dim] in place of the rows."""
+    embedded = copy.copy(data)
+    with torch.no_grad():
+        embedded.episodes = torch.stack([agent.encoder(episodes[..., :-1]) for episodes in data.episodes])
+    return embedded
 
 
 def evaluate_all(agent, data, args, protocols):
@@ -747,9 +760,7 @@ def train(args):
             others = draw(args.num_queries * args.num_negatives, 1)[0][:, 0, :-1].unflatten(0, (args.num_queries, -1))
             negatives = make_negatives(agent, pairs[:, 0], others, data.obs_dim, args)
             run.advance(update_encoder(agent, pairs[:, 0], pairs[:, 1], negatives, args))
-        embedded = copy.copy(data)  # the frozen encoder sees every transition once
-        with torch.no_grad():
-            embedded.episodes = torch.stack([agent.encoder(episodes[..., :-1]) for episodes in data.episodes])
+        embedded = embed_dataset(agent, data)
         while run.going():
             each, task_ids = draw(args.meta_batch, args.context_size, embedded.sample_episode)
             batch = data.unpack(data.sample(task_ids, args.batch_size, generator))

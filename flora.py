@@ -191,7 +191,7 @@ class Encoder(nn.Module):
 
     def forward(self, context, mask):
         """context [M, K, ctx_dim], mask [M, K] 1 = real -> mean [M, z_dim], var [M, z_dim] > 0."""
-        mean, var = self.net(context).chunk(2, -1)
+        mean, var = self.net(context.flatten(0, 1)).unflatten(0, mask.shape).chunk(2, -1)
         precision = mask[..., None] / F.softplus(var).clamp(min=1e-7)  # [M, K, z_dim]
         var = 1 / precision.sum(1)
         return var * (precision * mean).sum(1), var
@@ -288,8 +288,10 @@ def pre_tanh(act):
 
 def tanh_gaussian_logp(mean, log_std, pre):
     """Log-density of the action tanh(pre) under tanh(N(mean, std)), all [.., act_dim] -> [..]."""
-    logp = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std - 0.5 * math.log(2 * math.pi)
-    return (logp - 2 * (math.log(2) - pre - F.softplus(-2 * pre))).sum(-1)
+    gaussian = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std
+    log_slope = -2 * (pre + F.softplus(-2 * pre))  # of the tanh, but for its constant 2 log 2
+    constant = 0.5 * math.log(2 * math.pi) + 2 * math.log(2)
+    return (gaussian - log_slope).sum(-1) - constant * pre.shape[-1]
 
 
 # ---- agent ------------------------------------------------------------------
@@ -371,6 +373,13 @@ def anneal(opts, lr, done):
 # ---- update -----------------------------------------------------------------
 
 
+def set_grads(loss, params, retain_graph=False):
+    """Put the gradient of a scalar loss into .grad of exactly these parameters."""
+    grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+    for parameter, grad in zip(params, grads):
+        parameter.grad = grad
+
+
 def update(agent, context, batch, args):
     """One step of every network (Algorithm 1). context [M, K, ctx_dim]; batch: obs [M, B, obs_dim], act,
     rew [M, B], next_obs, term [M, B] (independent draws) -> dict of detached 0-d tensors."""
@@ -393,7 +402,7 @@ def update(agent, context, batch, args):
     phi = agent.phi(torch.cat([obs, act, next_obs], -1), z)[0]
     psi_target = phi.detach() + discount[..., None] * next_psi
 
-    # task inference and critic; each loss reaches exactly the networks named in its backward
+    # task inference and critic; each loss reaches exactly the networks named beside it
     psi = agent.psi(torch.cat([obs, act], -1), z)  # [2, M, B, D]
     loss_r = reward_loss(phi, weights, rew)
     loss_psi = feature_loss(psi, psi_target)
@@ -401,11 +410,9 @@ def update(agent, context, batch, args):
     elbo = likelihood - args.kl_weight * kl.mean()  # (Eq. 17)
     encoder_loss = args.feature_weight * (loss_r + loss_psi) - elbo  # (Eq. 18)
     encoder, flows, phi_params, weight_params, psi_params, gaussian_params = agent.params
-    (opt,) = agent.opts
-    opt.zero_grad()
-    encoder_loss.backward(inputs=encoder + flows, retain_graph=True)
-    loss_psi.backward(inputs=psi_params, retain_graph=True)
-    loss_r.backward(inputs=phi_params + weight_params)
+    set_grads(encoder_loss, encoder + flows, retain_graph=True)
+    set_grads(loss_psi, psi_params, retain_graph=True)
+    set_grads(loss_r, phi_params + weight_params)
 
     # behavior policy by maximum likelihood, and the policy, regularized towards it
     mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
@@ -414,8 +421,8 @@ def update(agent, context, batch, args):
     q, pi_psi = agent.q(obs, pi_act, z_fixed, weights.detach())
     divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
     actor_loss = agent.brac_alpha * divergence - q.mean()  # (Eq. 13)
-    (behavior_loss + actor_loss).backward(inputs=gaussian_params)  # each reaches its own member alone
-    opt.step()
+    set_grads(behavior_loss + actor_loss, gaussian_params)  # each reaches its own member alone
+    agent.opts[0].step()
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
         agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)

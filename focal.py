@@ -178,7 +178,7 @@ class Encoder(nn.Module):
 
     def forward(self, context, mask):
         """context [M, K, ctx_dim], mask [M, K] 1 = real -> z [M, z_dim] in (-1, 1); 0 without any transition."""
-        each = torch.tanh(self.net(context)) * mask[..., None]
+        each = torch.tanh(self.net(context.flatten(0, 1))).unflatten(0, mask.shape) * mask[..., None]
         return each.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -238,8 +238,10 @@ def pre_tanh(act):
 
 def tanh_gaussian_logp(mean, log_std, pre):
     """Log-density of the action tanh(pre) under tanh(N(mean, std)), all [.., act_dim] -> [..]."""
-    logp = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std - 0.5 * math.log(2 * math.pi)
-    return (logp - 2 * (math.log(2) - pre - F.softplus(-2 * pre))).sum(-1)
+    gaussian = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std
+    log_slope = -2 * (pre + F.softplus(-2 * pre))  # of the tanh, but for its constant 2 log 2
+    constant = 0.5 * math.log(2 * math.pi) + 2 * math.log(2)
+    return (gaussian - log_slope).sum(-1) - constant * pre.shape[-1]
 
 
 # ---- agent ------------------------------------------------------------------
@@ -295,6 +297,13 @@ def anneal(opts, lr, done):
 # ---- update -----------------------------------------------------------------
 
 
+def set_grads(loss, params, retain_graph=False):
+    """Put the gradient of a scalar loss into .grad of exactly these parameters."""
+    grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+    for parameter, grad in zip(params, grads):
+        parameter.grad = grad
+
+
 def dual_steps(agent, batches, z, act_policy, args):
     """One step of the dual critic per batch: obs [M, B, obs_dim] and act of each; act_policy [M, B, act_dim], the
     policy's actions at the first -> loss of the last step, and the critic at the first batch's data [M, B]."""
@@ -311,8 +320,7 @@ def dual_steps(agent, batches, z, act_policy, args):
         c_data, c_policy, c_between = c[0].split(count, 1)
         penalty = slope_penalty(c_between, between if args.gp_mode == "gradient" else None)
         loss = args.gp_weight * penalty - dual_divergence(c_data, c_policy).mean()
-        agent.opts[1].zero_grad()
-        loss.backward(inputs=list(agent.dual.parameters()))
+        set_grads(loss, list(agent.dual.parameters()))
         agent.opts[1].step()
         if act is batches[0][1]:
             first = c_data.detach()
@@ -326,8 +334,6 @@ def update(agent, task_ids, context, batches, args):
     obs, act, rew, next_obs, term = batches[0]
     rew = args.reward_scale * rew
     encoder, q_params, gaussian_params = agent.params
-    opt = agent.opts[0]
-    opt.zero_grad()
 
     # task inference: the metric loss alone trains the encoder
     z = agent.encoder(context, torch.ones_like(context[..., 0]))  # [M, z_dim]
@@ -344,7 +350,7 @@ def update(agent, task_ids, context, batches, args):
             q_next = q_next - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
         q_target = rew + args.gamma * (1 - term) * q_next  # [M, B]
     q_loss = (agent.q(obs, act, z_fixed) - q_target).pow(2).mean((1, 2)).sum()
-    (encoder_loss + q_loss).backward(inputs=encoder + q_params)
+    set_grads(encoder_loss + q_loss, encoder + q_params)
 
     # behavior policy by maximum likelihood, and the policy, regularized towards it
     mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
@@ -356,12 +362,12 @@ def update(agent, task_ids, context, batches, args):
     else:
         behavior_loss, c_data = dual_steps(agent, batches, z_fixed, pi_act.detach(), args)
         divergence = dual_divergence(c_data, agent.dual(obs, pi_act, z_fixed)[0]).mean()
-    q = agent.q(obs, pi_act, z_fixed).amin(0)
-    actor_loss = agent.brac_alpha * divergence - q.mean()
+    q_mean = agent.q(obs, pi_act, z_fixed).amin(0).mean()
+    actor_loss = agent.brac_alpha * divergence - q_mean
     if args.entropy_weight:
         actor_loss = actor_loss + args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean()
-    (behavior_loss + actor_loss).backward(inputs=gaussian_params)  # each reaches its own member alone
-    opt.step()
+    set_grads(behavior_loss + actor_loss, gaussian_params)  # each reaches its own member alone
+    agent.opts[0].step()
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
         agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
@@ -371,11 +377,10 @@ def update(agent, task_ids, context, batches, args):
             "losses/q": q_loss.detach(),
             "losses/actor": actor_loss.detach(),
             "losses/behavior": behavior_loss.detach(),
-            "stats/q_mean": q.mean().detach(),
+            "stats/q_mean": q_mean.detach(),
             "stats/divergence": divergence.detach(),
             "stats/brac_alpha": agent.brac_alpha.clone(),
             "z/between_std": z.std(0).mean(),
-            "z/norm": z.norm(dim=-1).mean(),
         }
 
 

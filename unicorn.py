@@ -210,7 +210,8 @@ class Encoder(nn.Module):
     def forward(self, context, mask, noise):
         """context [M, K, ctx_dim], mask [M, K] 1 = real, noise [M, K, z_dim] or 0 -> z [M, z_dim] in (-1, 1)."""
         std = self.log_var.exp().clamp(0.1, 10).sqrt()
-        each = torch.tanh(self.net(context) + std * noise) * mask[..., None]
+        mean = self.net(context.flatten(0, 1)).unflatten(0, mask.shape)
+        each = torch.tanh(mean + std * noise) * mask[..., None]
         return each.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -285,8 +286,10 @@ def pre_tanh(act):
 
 def tanh_gaussian_logp(mean, log_std, pre):
     """Log-density of the action tanh(pre) under tanh(N(mean, std)), all [.., act_dim] -> [..]."""
-    logp = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std - 0.5 * math.log(2 * math.pi)
-    return (logp - 2 * (math.log(2) - pre - F.softplus(-2 * pre))).sum(-1)
+    gaussian = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std
+    log_slope = -2 * (pre + F.softplus(-2 * pre))  # of the tanh, but for its constant 2 log 2
+    constant = 0.5 * math.log(2 * math.pi) + 2 * math.log(2)
+    return (gaussian - log_slope).sum(-1) - constant * pre.shape[-1]
 
 
 # ---- agent ------------------------------------------------------------------
@@ -346,6 +349,13 @@ def anneal(opts, lr, done):
 # ---- update -----------------------------------------------------------------
 
 
+def set_grads(loss, params, retain_graph=False):
+    """Put the gradient of a scalar loss into .grad of exactly these parameters."""
+    grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+    for parameter, grad in zip(params, grads):
+        parameter.grad = grad
+
+
 def task_loss(agent, z, labels, context, args):
     """What trains the encoder. z [M, z_dim], labels [M] training task of each context, context as parts obs [M, K, ..],
     act, rew [M, K], next_obs -> scalar."""
@@ -365,8 +375,6 @@ def update(agent, labels, context, batch, args):
     obs, act, rew, next_obs, term = batch
     rew = args.reward_scale * rew
     encoder, q_params, gaussian_params = agent.params
-    (opt,) = agent.opts
-    opt.zero_grad()
 
     # task inference
     c_obs, c_act, c_rew, c_next_obs, _ = context
@@ -386,22 +394,22 @@ def update(agent, labels, context, batch, args):
             q_next = q_next - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
         q_target = rew + args.gamma * (1 - term) * q_next  # [M, B]
     q_loss = (agent.q(obs, act, z_fixed) - q_target).pow(2).mean((1, 2)).sum()
-    (encoder_loss + q_loss).backward(inputs=encoder + q_params)
+    set_grads(encoder_loss + q_loss, encoder + q_params)
 
     # behavior policy by maximum likelihood, and the policy, regularized towards it
     mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
     pi_pre = mean + log_std.exp() * torch.randn_like(mean)
     pi_act = torch.tanh(pi_pre)
-    q = agent.q(obs, pi_act, z_fixed).amin(0)
+    q_mean = agent.q(obs, pi_act, z_fixed).amin(0).mean()
     if agent.brac:
         behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
         divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
-        actor_loss = agent.brac_alpha * divergence - q.mean()
+        actor_loss = agent.brac_alpha * divergence - q_mean
     else:
         behavior_loss = divergence = torch.zeros_like(q_loss)
-        actor_loss = args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean() - q.mean()
-    (behavior_loss + actor_loss).backward(inputs=gaussian_params)  # each reaches its own member alone
-    opt.step()
+        actor_loss = args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean() - q_mean
+    set_grads(behavior_loss + actor_loss, gaussian_params)  # each reaches its own member alone
+    agent.opts[0].step()
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
         agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
@@ -411,11 +419,10 @@ def update(agent, labels, context, batch, args):
             "losses/q": q_loss.detach(),
             "losses/actor": actor_loss.detach(),
             "losses/behavior": behavior_loss.detach(),
-            "stats/q_mean": q.mean().detach(),
+            "stats/q_mean": q_mean.detach(),
             "stats/divergence": divergence.detach(),
             "stats/brac_alpha": agent.brac_alpha.clone(),
             "z/between_std": z.std(0).mean(),
-            "z/norm": z.norm(dim=-1).mean(),
         }
 
 
