@@ -283,9 +283,9 @@ def cvae_loss(prediction, target, kl, kl_weight):
 
 def gaussian_kl(mean, log_std, mean_b, log_std_b):
     """D_KL(N(mean, std) || N(mean_b, std_b)), all [.., act_dim] -> [..] nats."""
-    ratio = (2 * (log_std - log_std_b)).exp()
+    log_ratio = log_std - log_std_b
     distance = ((mean - mean_b) * (-log_std_b).exp()).pow(2)
-    return 0.5 * (ratio + distance - 1).sum(-1) - (log_std - log_std_b).sum(-1)  # [ours: D2]
+    return (0.5 * ((2 * log_ratio).exp() + distance - 1) - log_ratio).sum(-1)  # [ours: D2]
 
 
 def pre_tanh(act):
