@@ -175,6 +175,15 @@ def test_reward_equals_its_formula_in_numpy_and_torch(name):
     np.testing.assert_allclose(family.reward(*[x.float() for x in tensors]).numpy(), expected, atol=1e-5)
 
 
+def test_sparse_behavior_policies_are_trained_on_the_dense_reward():
+    family, dense = dc.FAMILIES["sparse-point-robot"], dc.FAMILIES["point-robot"]
+    position, act, goal = np.array([[0.0, 0.0], [0.9, 0.1]]), np.zeros((2, 2)), np.array([[1.0, 0.0]] * 2)
+    assert np.array_equal(family.training_reward(position, act, goal), dense.reward(position, act, goal))
+    assert not np.array_equal(family.training_reward(position, act, goal), family.reward(position, act, goal))
+    for other in set(dc.FAMILIES) - {"sparse-point-robot"}:
+        assert type(dc.FAMILIES[other]).training_reward is dc.Family.training_reward
+
+
 def test_sparse_reward_falls_from_one_at_the_goal_to_zero_at_the_rim():
     family = dc.FAMILIES["sparse-point-robot"]
     distance = np.array([0.0, 0.1, 0.2, 0.21, 1.0])
