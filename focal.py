@@ -307,7 +307,7 @@ def set_grads(loss, params, retain_graph=False):
 def dual_steps(agent, batches, z, act_policy, args):
     """One step of the dual critic per batch: obs [M, B, obs_dim] and act of each; act_policy [M, B, act_dim], the
     policy's actions at the first -> loss of the last step, and the critic at the first batch's data [M, B]."""
-    count = args.batch_size
+    count, at_data = args.batch_size, []
     if len(batches) > 1:
         with torch.no_grad():  # the policy does not change meanwhile
             mean, log_std, _, _ = agent.policies(torch.cat([batch[0] for batch in batches[1:]], 1), z)
@@ -322,9 +322,8 @@ def dual_steps(agent, batches, z, act_policy, args):
         loss = args.gp_weight * penalty - dual_divergence(c_data, c_policy).mean()
         set_grads(loss, list(agent.dual.parameters()))
         agent.opts[1].step()
-        if act is batches[0][1]:
-            first = c_data.detach()
-    return loss.detach(), first
+        at_data.append(c_data.detach())
+    return loss.detach(), at_data[0]
 
 
 def update(agent, task_ids, context, batches, args):

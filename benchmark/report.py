@@ -49,14 +49,15 @@ def cell(results, tag):
 
 
 def print_table(runs):
-    print("| method | seeds | updates | " + " | ".join(PROTOCOLS) + " | updates/s |")
-    print("|---" * (len(PROTOCOLS) + 4) + "|")
+    print("| method | seeds | updates | " + " | ".join(PROTOCOLS) + " | updates/s | minutes |")
+    print("|---" * (len(PROTOCOLS) + 5) + "|")
     for name, seeds in runs.items():
         results = [json.loads((run_dir / "result.json").read_text()) for run_dir in seeds.values()]
         cells = [cell(results, f"eval/{p}") if f"eval/{p}/return" in results[0] else "" for p in PROTOCOLS]
         steps = "/".join(f"{s:,}" for s in sorted({r["step"] for r in results}))
         speed = np.mean([r["updates_per_sec"] for r in results])
-        print(f"| {name} | {len(results)} | {steps} | " + " | ".join(cells) + f" | {speed:.1f} |")
+        minutes = np.mean([r["wall_clock_s"] for r in results]) / 60
+        print(f"| {name} | {len(results)} | {steps} | " + " | ".join(cells) + f" | {speed:.1f} | {minutes:.0f} |")
 
 
 def draw(runs, data, path):
