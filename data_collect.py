@@ -1183,7 +1183,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     than its mean; rew is the reward of the previous step (for policies that keep a history). Reset
     seeds and contexts are the same for every method and at every call.
 
-    iid        context = one episode of the test task's own offline data, another one per episode
+    iid        context = one episode of the test task's own offline data, drawn anew for each episode
     ood        context = an episode on the test task by the policy of another training task
     ood_random context = an episode on the test task by the uniform random policy
     online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; before

@@ -68,7 +68,7 @@ def draw(runs, data, path):
         length = min(len(values) for _, values in curves)
         steps, values = curves[0][0][:length], np.array([values[:length] for _, values in curves])
         mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(length)
-        (line,) = axes.plot(steps, mean, label=f"{name} ({len(values)} seeds)")
+        (line,) = axes.plot(steps, mean, label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})")
         axes.fill_between(steps, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
     for label, level, style in (
         ("expert", data.expert_returns[data.test_ids].mean(), "--"),
@@ -76,7 +76,8 @@ def draw(runs, data, path):
     ):
         axes.axhline(level, color="gray", linestyle=style, linewidth=1, label=label)
     axes.set(xlabel="updates", ylabel="return on the test tasks (iid context)", title=data.env)
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_ylim(top=1.05 * data.expert_returns[data.test_ids].mean())
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
 
