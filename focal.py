@@ -322,8 +322,8 @@ def dual_steps(agent, batches, z, act_policy, args):
         loss = args.gp_weight * penalty - dual_divergence(c_data, c_policy).mean()
         set_grads(loss, list(agent.dual.parameters()))
         agent.opts[1].step()
-        at_data.append(c_data.detach())
-    return loss.detach(), at_data[0]
+        at_data.append(c_data)
+    return loss.detach(), at_data[0].detach()
 
 
 def update(agent, task_ids, context, batches, args):
