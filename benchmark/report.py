@@ -1,12 +1,13 @@
-"""Table and learning curves of finished runs: mean and spread over seeds.
+"""Tables and learning curves of finished runs: mean and spread over seeds.
 
 Run:  python benchmark/report.py --env ant-dir --runs runs --figure docs/ant-dir.png
-Prints a markdown table; the newest run of each experiment name and seed counts.
+Prints markdown tables; the newest run of each experiment name and seed counts.
 """
 
 import argparse
 import csv
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -23,6 +24,8 @@ sys.path.append(str(ROOT))
 import data_collect as dc  # noqa: E402
 
 PROTOCOLS = ("iid", "ood", "ood_random", "online", "zero_shot", "train")
+STEPS = [f"adapt/return_{k}_steps" for k in (0, 1, 5, 20)]  # MACAW
+EPISODES = [f"eval/online/return_ep_{k}" for k in range(1, 6)]
 
 
 def finished_runs(folder):
@@ -41,23 +44,46 @@ def curve(run_dir, tag):
     return tuple(np.array(column) for column in zip(*points))
 
 
-def cell(results, tag):
-    """mean ± standard deviation over seeds, normalized in brackets."""
-    values = np.array([[r[f"{tag}/return"], r[f"{tag}/normalized"]] for r in results])
-    spread = f" ± {values[:, 0].std(ddof=1):.0f}" if len(values) > 1 else ""
-    return f"{values[:, 0].mean():.0f}{spread} ({values[:, 1].mean():.0f})"
+def cell(results, tag, normalized=None, digits=0):
+    """mean ± standard deviation over seeds; in brackets, if the tag `normalized` is given, its mean."""
+    if any(t not in r for r in results for t in (tag, normalized or tag)):
+        return ""
+    values = np.array([r[tag] for r in results])
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    brackets = f" ({np.mean([r[normalized] for r in results]):.0f})" if normalized else ""
+    return f"{values.mean():.{digits}f}{spread}{brackets}"
 
 
-def print_table(runs):
-    print("| method | seeds | updates | " + " | ".join(PROTOCOLS) + " | updates/s | minutes |")
-    print("|---" * (len(PROTOCOLS) + 5) + "|")
-    for name, seeds in runs.items():
-        results = [json.loads((run_dir / "result.json").read_text()) for run_dir in seeds.values()]
-        cells = [cell(results, f"eval/{p}") if f"eval/{p}/return" in results[0] else "" for p in PROTOCOLS]
-        steps = "/".join(f"{s:,}" for s in sorted({r["step"] for r in results}))
-        speed = np.mean([r["updates_per_sec"] for r in results])
-        minutes = np.mean([r["wall_clock_s"] for r in results]) / 60
-        print(f"| {name} | {len(results)} | {steps} | " + " | ".join(cells) + f" | {speed:.1f} | {minutes:.0f} |")
+def print_table(header, rows):
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def print_tables(runs):
+    """Returns per protocol with cost and quality of z; then what happens over inner steps and own episodes."""
+    results = {
+        name: [json.loads((d / "result.json").read_text()) for d in seeds.values()] for name, seeds in runs.items()
+    }
+    digits = 1 if max(abs(r["eval/iid/return"]) for group in results.values() for r in group) < 50 else 0
+
+    def cost(group):
+        steps = "/".join(f"{s:,}" for s in sorted({r["step"] for r in group}))
+        speed, minutes = (np.mean([r[tag] for r in group]) for tag in ("updates_per_sec", "wall_clock_s"))
+        quality = [cell(group, tag, digits=2) for tag in ("z/nearest_task_acc", "z/probe_r2")]
+        return [*quality, steps, f"{speed:.1f}", f"{minutes / 60:.0f}"]
+
+    def returns(group):
+        return [cell(group, f"eval/{p}/return", f"eval/{p}/normalized", digits) for p in PROTOCOLS]
+
+    header = ["method", "seeds", *PROTOCOLS, "z acc", "z R2", "updates", "updates/s", "minutes"]
+    print_table(header, [[n, str(len(g)), *returns(g), *cost(g)] for n, g in results.items()])
+    for what, tags in (("inner steps", STEPS), ("own episodes", EPISODES)):
+        groups = {name: group for name, group in results.items() if tags[0] in group[0]}
+        if groups:
+            header = [f"method, {what}", *(re.search(r"\d+", tag)[0] for tag in tags)]
+            print_table(header, [[n, *(cell(g, tag, digits=digits) for tag in tags)] for n, g in groups.items()])
 
 
 def draw(runs, data, path):
@@ -92,7 +118,7 @@ def main():
     runs = finished_runs(args.runs / args.env)
     if not runs:
         raise SystemExit(f"no finished run in {args.runs / args.env}; make them: see benchmark/README.md")
-    print_table(runs)
+    print_tables(runs)
     if args.figure:
         draw(runs, dc.load_dataset(args.env, args.dataset), args.figure)
 
