@@ -1041,7 +1041,9 @@ class Dataset:
         self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0: no episode
         steps = torch.arange(self.family.horizon, device=device)
         valid = steps < self.lengths[..., None]  # [T, N, H]
-        seen = arrays["observations"][self.train_ids, :, :-1][valid[self.train_ids].cpu().numpy()]  # [.., obs_dim]
+        recorded = valid[self.train_ids].cpu().numpy()
+        self.reward_spread = float(arrays["rewards"][self.train_ids][recorded].std(dtype=np.float64)) or 1.0
+        seen = arrays["observations"][self.train_ids, :, :-1][recorded]  # [.., obs_dim]
         mean, spread = seen.mean(0, dtype=np.float64), seen.std(0, dtype=np.float64)
         spread = spread.clip(1e-3)  # a constant observation stays 0
         self.obs_mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
@@ -1056,9 +1058,9 @@ class Dataset:
         self.counts = valid.sum(1)  # [T] transitions per task
         self.valid = valid.byte().argsort(dim=1, descending=True, stable=True)  # the first counts[i] of row i are real
         self.min_episodes = int((self.lengths[self.train_ids] > 0).sum(1).min())  # of any training task
-        recorded = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
-        self.behavior_return = float(recorded.mean())  # mean over the training data
-        self.return_spread = float(recorded.std()) or 1.0  # a scale even where all returns are equal
+        returns = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
+        self.behavior_return = float(returns.mean())  # mean over the training data
+        self.return_spread = float(returns.std()) or 1.0  # a scale even where all returns are equal
 
     def standardize(self, obs):
         """Observations of the simulation [.., obs_dim] -> as the networks see them, within +-OBS_LIMIT."""
