@@ -12,18 +12,20 @@ Deviations from the paper and from the official code:
       episode's last observation; here not after a termination, which the official code overlooks.
   D2  The inner rows are of one episode, as the contexts of the evaluation; the outer rows are of the task's other
       episodes. Official code: both of the whole buffer, possibly overlapping. Each inner step sees all inner rows.
+      --inner-segment restricts the inner rows of the training only; evaluation contexts are those of all methods.
   D3  The advantage head takes relu(h) and the action; the official code clips negative actions too.
   D4  Returns are divided by their spread in the training data, a constant of the dataset.
-  D5  The value that continues the outer target blends the generated weights before and after adaptation, the
-      official code's the parameters. The two differ in the second order of the inner rate only.
+  D5  The value that continues the outer target blends the generated weights before and after adaptation, once; the
+      official code blends the parameters after each step. For one step they differ in the second order of the inner
+      rate only.
   D6  --no-weight-transform makes plain layers; the official code's ablation has layers with a learned bias input.
-  D7  Larger outer learning rates for a hundredth of the updates; they fall to 0 in the second half.
-  D8  Online fine-tuning moves the weights that adaptation has generated, not the parameters they come from.
+  D7  Larger outer learning rates for a sixtieth of the updates; they fall to 0 in the second half.
+  D8  Online fine-tuning moves the weights that adaptation has generated, not the parameters they come from. It starts
+      after the first own episode (official: the 25th) and evaluates one episode each time (official: three).
 
 Run:     python macaw.py --env ant-dir
 Ablate:  --no-weight-transform | --no-adv-head | --first-order | --no-terminal-bootstrap | --inner-segment start
-Paper:   --meta-batch 5 --batch-size 256 --context-size 256 --gamma 0.99 --lr 1e-4 --value-lr 1e-5
-         --total-updates 500000
+Paper:   --meta-batch 5 --batch-size 256 --context-size 256 --lr 1e-4 --value-lr 1e-5 --total-updates 500000
 """
 
 import json
@@ -126,11 +128,13 @@ class Args:
     first_order: bool = False
     """hold the inner gradient constant in the outer one"""
     inner_segment: Literal["all", "start", "middle", "end"] = "all"
-    """quarter of a task's episodes, in the order of recording, that the inner rows come from"""
+    """quarter of a task's episodes, in the order of recording, that the inner rows of the training come from (D2)"""
     online_ft: int = 0
     """episodes of online fine-tuning per test task after the last evaluation [episodes]"""
     ft_lr: float = 1e-4
     """Adam's learning rate of the fine-tuning"""
+    ft_batch_size: int = 256
+    """own transitions per step of the fine-tuning [transitions]"""
     ft_value_steps: int = 100
     """steps of the value function after each of those episodes"""
     ft_policy_steps: int = 200
@@ -153,9 +157,7 @@ class Net(nn.Module):
     """Layers whose weights are generated: layer l has w = U z + u, both the matrix [in, out] and the bias [out] in one
     vector of P_l = in * out + out numbers, with a latent z [latent], a map U [P_l, latent] and an offset u [P_l], all
     three learned. With latent = 0, w = u: plain layers. The functions take w per task: list over l of [M, P_l].
-    `rho` [layers, 3]: the inner learning rates of z, U and u of each layer before their softplus.
-
-    It has three hidden layers, an output layer and, if `shapes` goes on, two layers of a head."""
+    `rho` [layers, 3]: the inner learning rates of z, U and u of each layer before their softplus."""
 
     def __init__(self, shapes, latent, rate):
         super().__init__()
@@ -175,7 +177,8 @@ class Net(nn.Module):
         return torch.baddbmm(bias[:, None], x, matrix.unflatten(1, (size, out)))
 
     def forward(self, weights, x):
-        """x [M, B, in] -> output of the first four layers [M, B, out], and what the last of them takes."""
+        """x [M, B, in] -> output of the first four layers, three of them hidden, [M, B, out], and what the fourth takes
+        [M, B, width]; further layers are the head's."""
         for index in range(3):
             x = self.layer(weights, index, x).relu()
         return self.layer(weights, 3, x), x
@@ -193,11 +196,11 @@ class Net(nn.Module):
             z_j+1 = z_j - a U_j^T G_j,   U_j+1 = U_j - b G_j z_j^T,   u_j+1 = u_j - c G_j.
         U changes by one outer product per step and is only ever multiplied by a vector, so keeping the pairs
         (G_j, z_j) of a task stands for its copy of U: the result is exact, for any number of steps."""
-        hold = torch.Tensor.detach if first_order else lambda x: x
+        hold = torch.Tensor.detach if first_order else lambda x: x  # of first order: G is a constant outside
         weights, rates, before = self.generate(tasks), F.softplus(self.rho), None
         latents, past = [z.expand(tasks, -1) for z in self.z], [[] for _ in self.shapes]
 
-        def total(weights):
+        def total(weights):  # the tasks are independent: the gradient of their sum is each one's own
             each = loss(weights)
             return each.sum(), each
 
@@ -215,7 +218,7 @@ class Net(nn.Module):
                 weight = F.linear(z, matrix, offset)  # [M, P_l], U_0 z + u_0
                 for old_grad, old_z in past[index]:
                     weight = weight - (b * (old_z * z).sum(1, keepdim=True) + c) * old_grad
-                weights.append(weight)  # [exact] phi' = phi - rate * gradient, seen in w
+                weights.append(weight)  # [inner step] w' = U' z' + u' of the adapted z', U' and u'
         return weights, before
 
 
@@ -231,7 +234,7 @@ def monte_carlo(rew, mask, ended, gamma):
         ahead = rew[..., t] * mask[..., t] + gamma * ahead
         discount = discount * (1 - (1 - gamma) * mask[..., t])
         ret[..., t], tail[..., t] = ahead, discount
-    return ret, tail  # [code: D1] the discount is 0 after a termination
+    return ret, tail  # [code: D1] the discount is 0 in a whole episode that the task ended
 
 
 def masked_mean(x, mask):
@@ -321,6 +324,7 @@ class Agent(nn.Module):
         return masked_mean(error - self.weigh(adv, mask) * logp, mask)  # [L_pi] = L_AWR + lambda L_ADV
 
     def weigh(self, adv, mask):
+        """adv, mask [M, B] -> weights [M, B], no gradient."""
         return awr_weights(adv, mask, self.args.temperature, self.args.max_weight)
 
     def inner_loop(self, batch, steps, first_order=False):
@@ -336,8 +340,8 @@ class Agent(nn.Module):
             found = self.value(value, obs)
             after = masked_mean((found - ret).pow(2), mask)
             adv = self.advantage(value, batch, found)
-        loss = partial(self.inner_policy_loss, batch=batch, adv=adv)
-        policy, policy_before = self.policy_net.descend(loss, len(obs), steps, first_order)  # [inner L_pi] theta'
+        inner_loss = partial(self.inner_policy_loss, batch=batch, adv=adv)
+        policy, policy_before = self.policy_net.descend(inner_loss, len(obs), steps, first_order)  # [inner L_pi] theta'
         metrics = {
             "losses/inner_value": before,
             "losses/inner_value_after": after,
@@ -387,9 +391,9 @@ def sample(data, table, task_ids, args, generator):
         return torch.rand(len(task_ids), size, device=device, generator=generator)
 
     # evenly spread over the inner episode with a random offset each, so that none counts much more than another
-    share = (torch.arange(args.context_size, device=device) + uniform(args.context_size)) / args.context_size
+    spread = (torch.arange(args.context_size, device=device) + uniform(args.context_size)) / args.context_size
     task, batches, (*rows, last_obs) = task_ids[:, None], [], table
-    for episode, share in ((inner, share), (outer, uniform(args.batch_size))):
+    for episode, share in ((inner, spread), (outer, uniform(args.batch_size))):
         length = lengths.gather(1, episode)
         step = (share * length).long().minimum(length - 1)
         batch = [x[task, episode, step] for x in rows]
@@ -445,7 +449,7 @@ def adapted(agent, context, mask, steps):
         if not context.shape[1] or not steps:
             return agent.value_net.generate(rows), agent.policy_net.generate(rows)
         context, mask = (x.unflatten(1, (-1, horizon)) for x in (context, mask))  # [R, E, H, ..]
-        ended = (mask.sum(-1) < horizon).float()  # only a termination ends an episode before the time limit
+        ended = (mask.sum(-1) < horizon).float()  # a termination in the very last step passes for the time limit
         *batch, last_obs = agent.label(context, mask, ended)
         batch = [x.flatten(1, 2) for x in (*batch, last_obs.expand(-1, -1, horizon, -1), mask)]
         return agent.inner_loop(batch, steps)[:2]
@@ -455,7 +459,7 @@ def adapt(agent, context, mask, explore=False, steps=None):
     """Gradient steps on the context, by default --inner-steps; explore: act with the policy's noise.
     context [R, E * H, ctx_dim] of whole episodes, mask [R, E * H] -> policy(obs [R, obs_dim], rew [R]) -> act."""
     _, weights = adapted(agent, context, mask, agent.args.inner_steps if steps is None else steps)
-    generator = torch.Generator(context.device).manual_seed(0)  # the same at every call
+    generator = torch.Generator(context.device).manual_seed(context.shape[1])  # the same at every evaluation
 
     def policy(obs, rew):
         act = agent.act(weights, obs[:, None])[:, 0]
@@ -530,7 +534,7 @@ def fine_tune(agent, data, args):
         table = [torch.cat(x, 1) for x in zip(*own)]  # each [R, episodes * H, ..]
         for opt, count in zip(opts, (args.ft_value_steps, args.ft_policy_steps)):
             for _ in range(count):
-                pick = torch.multinomial(table[-1], args.batch_size, True, generator=generator)
+                pick = torch.multinomial(table[-1], args.ft_batch_size, True, generator=generator)
                 batch = [x[torch.arange(len(tasks), device=device)[:, None], pick] for x in table]
                 if opt is opts[0]:
                     step(opt, (agent.value(value, batch[0]) - batch[2]).pow(2).mean(1), value)
@@ -812,6 +816,7 @@ def label_data(agent, data):
     agent keeps with eight observations for `embed` -> list of tensors [T, N, H, ..], the last [T, N, 1, obs_dim]."""
     rows = data.episodes
     mask = (torch.arange(rows.shape[2], device=data.device) < data.lengths[..., None]).float()
+    agent.return_spread.fill_(1)  # to label unscaled returns
     table = list(agent.label(rows[..., :-1], mask, rows[..., -1].amax(-1)))
     obs, ret, seen = table[0][data.train_ids], table[2][data.train_ids], mask[data.train_ids] > 0
     agent.return_spread.copy_(ret[seen].std().clamp(min=1e-6))
