@@ -6,8 +6,8 @@ next state; so z is to depend on the task, and little on who acted. It is frozen
 every state token regresses the actions of the data, given the return that is still to come. Few-shot, a prompt stands
 in front: the k steps of an earlier episode of the task that the world model predicts worst, hence what z is missing.
 
-Phases: (1) the world model, in every update on --context-size steps of one episode per task;
-        (2) the transformer on windows with z and prompts from the frozen world model, per task and update as many as
+Phases: (1) the world model, in every update on --context-size steps of --meta-batch episodes;
+        (2) the transformer on windows with z and prompts from the frozen world model, --meta-batch times as many as
             hold --batch-size transitions.
 
 Deviations from the paper and from the official code:
@@ -16,17 +16,20 @@ Deviations from the paper and from the official code:
   D2  The world model is trained for a fixed number of updates (official: selected on the test tasks' data), on several
       steps of one episode per task.
   D3  Prompts are dropped with a probability, so that one network serves zero- and few-shot (official: none in the first
-      updates, then always), and drawn anew in every update (official: once), never from the window's own episode.
+      updates, then always), and drawn anew in every update (official: once), never from the window's own episode, but
+      from the best three others of its task.
   D4  The prompt starts where the error of its k steps is largest, as in the paper; in training it is drawn in
       proportion to that error (official: drawn also at test, where the sum runs to the end of the episode).
   D5  The return to aim at is known from the training tasks; `--target-return task_max` is the official one, the best in
       the test task's own data, which no agent on a new task knows.
   D6  The learning rate is larger and falls to 0 in the second half, for trainings far shorter than the official ones.
+  D7  Windows are those of a rollout: the K steps up to a uniform one, early on the first K (official: from a uniform
+      step on, so that few show how an episode starts, and those at its end are short).
 As in the official code, z is part of the state token (paper: a token of its own), the encoder does not see s_t, and
 only the decoder of what differs between the tasks is trained (paper: both, here `--world-model-loss both`).
 
 Run:     python meta_dt.py --env ant-dir
-Paper:   --target-return task_max --batch-size 160 --lr 5e-5 --warmup-updates 10000 --total-updates 500000
+Closest to the paper: --target-return task_max --batch-size 160 --lr 5e-5 --warmup-updates 10000 --total-updates 500000
 """
 
 import json
@@ -121,8 +124,8 @@ class Args:
     prompt_dropout: float = 0.25
     """share of training windows without a prompt; 1 = purely zero-shot, no prompt at test either"""
     world_model_updates: int | None = None
-    """updates of the world model [gradient steps]; None = half of --total-updates, which at the default sizes is the
-    official number of transitions per update of the transformer"""
+    """updates of the world model [gradient steps]; None = half of --total-updates, which at the default sizes means 512
+    transitions per update of the transformer (official: 270 to 2,700)"""
     world_model_loss: Literal["reward", "state", "both"] | None = None
     """what the world model predicts; None = state where the dynamics differ between tasks, else reward"""
     world_model_lr: float = 1e-3
@@ -227,11 +230,16 @@ class Block(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, mask, dropout):
-        """x [B, L, width], mask [B, 1, L, L] True = may attend -> [B, L, width]."""
-        q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, L, d]
-        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
-        x = x + F.dropout(self.project(attended), dropout, dropout > 0)
+    def forward(self, x, mask, dropout, read=slice(None)):
+        """x [B, L, width], mask [B, 1, L, L] True = may attend -> [B, R, width]: the R tokens of the slice `read`, by
+        default all. All are attended to; what nobody reads of the last block is not computed."""
+        weights, biases = (p.split([x.shape[-1], 2 * x.shape[-1]]) for p in (self.qkv.weight, self.qkv.bias))
+        normed = self.norm_1(x)
+        q, kv = (F.linear(part, w, b) for part, w, b in zip((normed[:, read], normed), weights, biases))
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, R, d]
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, L, d]
+        attended = F.scaled_dot_product_attention(q, k, v, mask[:, :, read], dropout).transpose(1, 2).flatten(2)
+        x = x[:, read] + F.dropout(self.project(attended), dropout, dropout > 0)
         return x + F.dropout(self.down(self.up(self.norm_2(x)).relu()), dropout, dropout > 0)
 
 
@@ -277,10 +285,10 @@ class Transformer(nn.Module):
         itself = torch.eye(len(causal), dtype=torch.bool, device=valid.device)
         mask = (causal & valid[:, None] | itself)[:, None]  # padding attends to itself: no row is left without a key
         x = F.dropout(tokens, dropout, dropout > 0)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, mask, dropout)
-        steps = window[1].shape[1]
-        return torch.tanh(self.head(self.final_norm(x[:, -3 * steps + 1 :: 3])))
+        states = slice(1 - 3 * window[1].shape[1], None, 3)  # the window's state tokens
+        return torch.tanh(self.head(self.final_norm(self.blocks[-1](x, mask, dropout, states))))
 
 
 # ---- sequences --------------------------------------------------------------
@@ -311,7 +319,8 @@ def window_scores(errors, lengths, context_horizon, count):
 
 
 def select(scores, how, generator):
-    """Start of the prompt in each of B episodes: scores [B, J], 0 = impossible -> [B]; 0 if all are impossible."""
+    """Start of the prompt in each of B episodes: scores [B, J], 0 = impossible -> [B]; step 0 if all are, that is in an
+    episode shorter than a context and a prompt."""
     if how == "argmax":
         return scores.argmax(1)
     if how == "last":
@@ -444,7 +453,8 @@ def draw_windows(sequences, best, lengths, args, generator):
     task, own = draw_episodes(lengths, count, generator)
     episode = task * lengths.shape[1] + own
     draw = torch.rand(3, count, device=lengths.device, generator=generator)
-    window = sequences.cut(episode, (draw[0] * sequences.lengths[episode]).long(), args.window)
+    last = (draw[0] * sequences.lengths[episode]).long()
+    window = sequences.cut(episode, (last - args.window + 1).clamp(min=0), args.window)  # [ours: D7]
     rank = (draw[1] * (best.shape[1] - 1)).long()  # one of n - 1; the window's own episode is skipped
     is_own = best[task] == own[:, None]  # [B, n]
     rank += is_own.cumsum(1).gather(1, rank[:, None])[:, 0]
@@ -489,7 +499,8 @@ def find_prompt(agent, context, mask):
     """context [R, n * H, ctx_dim], n whole episodes, mask [R, n * H] -> prompt as of `cut`: from one of the best
     episodes of the row, the part that the world model predicts worst. A row without a transition gets no valid step."""
     args = agent.args
-    generator = torch.Generator(context.device).manual_seed(args.seed)  # the same prompts at every evaluation
+    # the same prompts at every evaluation, another draw in every round
+    generator = torch.Generator(context.device).manual_seed(args.seed + context.shape[1])
     episodes = context.unflatten(1, (-1, agent.horizon))  # [R, n, H, ctx_dim]
     lengths = mask.unflatten(1, (-1, agent.horizon)).sum(-1).long()  # [R, n]
     rows, count = lengths.shape
