@@ -15,19 +15,20 @@ Deviations from the paper and from the official code:
   D1  The VAE sees training tasks only (the official one also the test tasks); phases have fixed numbers of updates.
   D2  By default the policy is regularized towards a behavior policy fitted to the data, as in the other scripts;
       the official code is plain SAC, here `--backbone sac`.
-  D3  Tasks are drawn anew in every update. Observations are standardized.
+  D3  Tasks are drawn anew in every update, a training context with replacement from one episode (official: the whole
+      one). Observations are standardized.
   D4  Time limits are no terminations, falls are (official: neither).
   D5  All losses of a step use the parameters from before the step.
   D6  The policy is the fitted behavior policy plus a learned shift of mean and log_std. As two networks
-      of their own, they differed by 0.6 nats at any rho1.
+      of their own, they differed by 0.6 nats at any weight.
   D7  Layer normalization in critics and policies; the learning rate falls to 0 in the second half. Sizes of the
       transition encoder and of z are those of focal.py (official: 64 to 128 wide, z of 5 to 40).
   D8  The noise of --negatives reward is relative to the spread of the rewards (official: 0.5 whatever they are, 1.8
       times the spread in point-robot, but a third of it in Ant-Dir, where the encoder collapses to a constant).
 
 Run:     python corro.py --env ant-dir
-Paper:   --backbone sac --gamma 0.99 --reward-scale 1 --batch-size 256 --context-size 200 --encoder-width 64 --z-dim 5
-         --lr 3e-4 --encoder-lr 3e-4 --total-updates 200000
+Closest to the paper: --backbone sac --gamma 0.99 --reward-scale 1 --batch-size 256 --context-size 200
+         --encoder-width 64 --z-dim 5 --lr 3e-4 --encoder-lr 3e-4 --total-updates 200000
 """
 
 import copy
@@ -101,7 +102,7 @@ class Args:
     lr: float = 1.2e-3
     """Adam's learning rate of all networks in the first half of the training; then it falls linearly to 0"""
     tau: float = 0.005
-    """rate at which the target networks follow (zeta)"""
+    """rate at which the target networks follow"""
     width: int = 256
     """hidden units of policy and critics, two layers"""
     encoder_width: int = 200
@@ -133,17 +134,17 @@ class Args:
     cvae_batch_size: int = 256
     """transitions per update of the VAE [transitions]"""
     backbone: Literal["brac", "sac"] = "brac"
-    """regularized towards the behavior policy, or plain SAC as in most released configurations (D2)"""
+    """regularized towards the behavior policy, or plain SAC as in the official code (D2)"""
     entropy_weight: float = 0.2
     """weight of the policy's entropy with --backbone sac"""
     brac_alpha: float | None = None
-    """initial weight of the divergence in the policy loss (rho1); None = ENV_ARGS"""
+    """initial weight of the divergence in the policy loss; None = ENV_ARGS"""
     brac_alpha_lr: float | None = None
-    """step of rho1 towards the target divergence; 0 = fixed; None = ENV_ARGS"""
+    """step of that weight towards the target divergence; 0 = fixed; None = ENV_ARGS"""
     brac_alpha_max: float = 100.0
-    """largest rho1"""
+    """largest weight of the divergence"""
     divergence_target: float | None = None
-    """divergence that rho1 aims at [nats]; None = ENV_ARGS"""
+    """divergence that it aims at [nats]; None = ENV_ARGS"""
 
 
 # what the environments need differently, for arguments left at None
@@ -193,13 +194,21 @@ class MLP(nn.Module):
 
     def forward(self, x, z):
         """x [M, B, in_dim], z [M, z_dim] -> [members, M, B, out_dim]."""
+        return self.rest(self.first(x, z))
+
+    def first(self, x, z):
+        """The first linear layer: x [M, B, in_dim], z [M, z_dim] -> [members, M, B, width]."""
         members = len(self.w_x)
         of_task = torch.baddbmm(self.b_1, z.expand(members, *z.shape), self.w_z)  # [members, M, width]
         h = torch.bmm(x.flatten(0, 1).expand(members, -1, -1), self.w_x).unflatten(1, x.shape[:2])
-        h = (h + of_task[:, :, None]).flatten(1, 2)  # [members, M * B, width]
+        return h + of_task[:, :, None]
+
+    def rest(self, first):
+        """What follows it: [members, M, B, width] -> [members, M, B, out_dim]."""
+        h = first.flatten(1, 2)
         for weight, bias in ((self.w_2, self.b_2), (self.w_3, self.b_3)):
-            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)
-        return h.unflatten(1, x.shape[:2])
+            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)  # [ours: D7]
+        return h.unflatten(1, first.shape[1:3])
 
 
 class TransitionEncoder(nn.Module):
@@ -222,10 +231,10 @@ class Aggregator(nn.Module):
         super().__init__()
         self.score = nn.Linear(z_dim, 1)
 
-    def forward(self, each, mask):
-        """each [M, K, z_dim], mask [M, K] 1 = real -> z [M, z_dim], norm <= 1; 0 without any transition."""
-        score = self.score(each)[..., 0].masked_fill(mask == 0, -1e9)
-        return ((score.softmax(1) * mask)[..., None] * each).sum(1)
+    def forward(self, points, mask):
+        """points [M, K, z_dim], mask [M, K] 1 = real -> z [M, z_dim], norm <= 1; 0 without any transition."""
+        score = self.score(points)[..., 0].masked_fill(mask == 0, -1e9)
+        return ((score.softmax(1) * mask)[..., None] * points).sum(1)
 
 
 class CVAE(nn.Module):
@@ -252,7 +261,7 @@ class CVAE(nn.Module):
 
 
 class Critics(MLP):
-    """`members` scalar functions of (obs, act, z): the twin Q."""
+    """`members` scalar functions of (obs, act, z), evaluated together."""
 
     def __init__(self, members, obs_dim, act_dim, z_dim, width):
         super().__init__(members, obs_dim + act_dim, z_dim, width, 1)
@@ -265,10 +274,10 @@ class Critics(MLP):
 # ---- losses -----------------------------------------------------------------
 
 
-def info_nce(positive, negatives, temperature):
-    """Similarities of the query with its key [B] and with its negatives [B, n] -> scalar, logits [B, 1 + n]."""
-    logits = torch.cat([positive[:, None], negatives], 1) / temperature
-    return F.cross_entropy(logits, torch.zeros_like(positive, dtype=torch.long)), logits
+def info_nce(similarity, temperature):
+    """similarity [B, 1 + n] of a query with its key, then with its negatives -> scalar."""
+    first = torch.zeros(len(similarity), dtype=torch.long, device=similarity.device)
+    return F.cross_entropy(similarity / temperature, first)  # [InfoNCE]
 
 
 def latent_kl(mean, log_var):
@@ -307,7 +316,7 @@ def tanh_gaussian_logp(mean, log_std, pre):
 
 
 class Agent(nn.Module):
-    """Networks, targets and the multiplier rho1; `opts`: Adam of the third phase, of the encoder, of the VAE."""
+    """Networks, targets and the weight of the divergence; `opts`: Adam of phase 3, of the encoder, of the VAE."""
 
     def __init__(self, obs_dim, act_dim, ctx_dim, args):
         super().__init__()
@@ -318,8 +327,8 @@ class Agent(nn.Module):
             self.cvae = CVAE(obs_dim, act_dim, args.cvae_dim, args.cvae_width)
         self.q = Critics(2, obs_dim, act_dim, z_dim, width)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
-        self.brac = args.backbone == "brac"
-        self.gaussians = MLP(1 + self.brac, obs_dim, z_dim, width, 2 * act_dim)  # of pi_beta, and pi's shift
+        self.fits_behavior = args.backbone == "brac"
+        self.gaussians = MLP(1 + self.fits_behavior, obs_dim, z_dim, width, 2 * act_dim)  # of pi_beta, and pi's shift
         for parameter in (self.gaussians.w_3, self.gaussians.b_3):
             nn.init.uniform_(parameter, -1e-3, 1e-3)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
@@ -334,8 +343,9 @@ class Agent(nn.Module):
 
     def policies(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi and
-        the same of the behavior policy pi_beta, fitted to the data (D2); pi is pi_beta, detached, plus a shift (D6)."""
-        if not self.brac:
+        the same of the behavior policy pi_beta, fitted to the data (D2), or None; pi is then pi_beta, detached, plus a
+        shift (D6)."""
+        if not self.fits_behavior:
             mean, log_std = self.gaussians(obs, z)[0].chunk(2, -1)
             return mean, log_std.clamp(-5, 2), None, None
         (mean_b, log_std_b), (mean, log_std) = (out.chunk(2, -1) for out in self.gaussians(obs, z))
@@ -351,7 +361,7 @@ def anneal(opts, lr, done):
     """Learning rate of all optimizers: `lr` for the first half of the training, then linear to 0; done in [0, 1]."""
     for opt in opts:
         for group in opt.param_groups:
-            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))
+            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))  # [ours: D7]
 
 
 # ---- update -----------------------------------------------------------------
@@ -374,11 +384,9 @@ def update_cvae(agent, rows, args):
     return {"losses/cvae": loss.detach(), "stats/cvae_kl": kl.mean().detach()}
 
 
-def make_negatives(agent, query, others, data, args):
-    """query [B, ctx_dim], others [B, n, ctx_dim] real transitions of random training tasks -> [B, n, ctx_dim]."""
-    if args.negatives == "none":
-        return others
-    negatives = query[:, None].expand_as(others)
+def make_negatives(agent, query, data, args):
+    """query [B, ctx_dim] -> [B, n, ctx_dim], the same (obs, act) with another (rew, next_obs)."""
+    negatives = query[:, None].expand(-1, args.num_negatives, -1)
     if args.negatives == "generative":
         with torch.no_grad():
             return agent.cvae.counterfactual(negatives)
@@ -393,22 +401,21 @@ def update_encoder(agent, query, key, negatives, args):
     -> dict of detached 0-d tensors."""
     rows = torch.cat([query[:, None], key[:, None], negatives], 1)  # [B, 2 + n, ctx_dim]
     z = agent.encoder(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
-    z_query, z_others = z.split([1, z.shape[1] - 1], 1)
-    similarity = (z_query * z_others).sum(-1)  # [B, 1 + n], cosine
-    loss, logits = info_nce(similarity[:, 0], similarity[:, 1:], args.temperature)
+    similarity = (z[:, :1] * z[:, 1:]).sum(-1)  # [B, 1 + n], cosine
+    loss = info_nce(similarity, args.temperature)
     set_grads(loss, list(agent.encoder.parameters()))
     agent.opts[1].step()
     with torch.no_grad():
         return {
             "losses/contrastive": loss.detach(),
-            "stats/contrastive_acc": (logits.argmax(1) == 0).float().mean(),
+            "stats/contrastive_acc": (similarity.argmax(1) == 0).float().mean(),
             "stats/similarity_key": similarity[:, 0].mean(),
             "stats/similarity_negatives": similarity[:, 1:].mean(),
         }
 
 
-def update(agent, each, batch, args):
-    """One step of aggregator, critics and policies. each [M, K, z_dim]: the context's transitions, embedded by the
+def update(agent, points, batch, args):
+    """One step of aggregator, critics and policies. points [M, K, z_dim]: the context's transitions, embedded by the
     frozen encoder; batch: obs [M, B, obs_dim], act, rew [M, B], next_obs, term (independent draws)
     -> dict of detached 0-d tensors."""
     obs, act, rew, next_obs, term = batch
@@ -416,7 +423,7 @@ def update(agent, each, batch, args):
     aggregator, q_params, gaussian_params = agent.params
 
     # task inference
-    z = agent.aggregator(each, torch.ones_like(each[..., 0]))  # [M, z_dim]
+    z = agent.aggregator(points, torch.ones_like(points[..., 0]))  # [M, z_dim]
     z_fixed = z.detach()
 
     # critics and aggregator
@@ -425,7 +432,7 @@ def update(agent, each, batch, args):
         next_pre = mean + log_std.exp() * torch.randn_like(mean)
         next_act = torch.tanh(next_pre)
         q_next = agent.q_target(next_obs, next_act, z_fixed).amin(0)
-        if not agent.brac:
+        if not agent.fits_behavior:
             q_next = q_next - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
         q_target = rew + args.gamma * (1 - term) * q_next  # [M, B]
     q_loss = (agent.q(obs, act, z) - q_target).pow(2).mean((1, 2)).sum()
@@ -436,7 +443,7 @@ def update(agent, each, batch, args):
     pi_pre = mean + log_std.exp() * torch.randn_like(mean)
     pi_act = torch.tanh(pi_pre)
     q_mean = agent.q(obs, pi_act, z_fixed).amin(0).mean()
-    if agent.brac:
+    if agent.fits_behavior:
         behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
         divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
         actor_loss = agent.brac_alpha * divergence - q_mean
@@ -444,10 +451,12 @@ def update(agent, each, batch, args):
         behavior_loss = divergence = torch.zeros_like(q_loss)
         actor_loss = args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean() - q_mean
     set_grads(behavior_loss + actor_loss, gaussian_params)  # each reaches its own member alone
-    agent.opts[0].step()
+    agent.opts[0].step()  # [ours: D5]
     with torch.no_grad():
-        # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
-        agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
+        if agent.fits_behavior:
+            # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
+            excess = divergence - args.divergence_target
+            agent.brac_alpha.add_(args.brac_alpha_lr * excess).clamp_(0, args.brac_alpha_max)
         torch._foreach_lerp_(list(agent.q_target.parameters()), q_params, args.tau)
         return {
             "losses/q": q_loss.detach(),
@@ -749,25 +758,30 @@ def train(args):
     tasks = torch.as_tensor(data.train_ids, device=device)
     phases = ("cvae", "encoder", "policy") if args.negatives == "generative" else ("encoder", "policy")
 
-    def draw(count, size, sample=data.sample):
-        """size rows of each of `count` random training tasks -> [count, size, ..]."""
-        task_ids = tasks[torch.randint(len(tasks), (count,), device=device, generator=generator)]
-        return sample(task_ids, size, generator), task_ids
+    def draw(count, size):
+        """size transitions of each of `count` random training tasks -> [count, size, ctx_dim]."""
+        return data.sample(draw_tasks(count), size, generator)[..., :-1]
+
+    def draw_tasks(count):
+        return tasks[torch.randint(len(tasks), (count,), device=device, generator=generator)]
 
     with Run(args, data, agent, generator, phases) as run:
         while "cvae" in phases and run.going("cvae"):
-            run.advance(update_cvae(agent, draw(args.cvae_batch_size, 1)[0][:, 0, :-1], args))
+            run.advance(update_cvae(agent, draw(args.cvae_batch_size, 1)[:, 0], args))
         while run.going("encoder"):
-            pairs = draw(args.num_queries, 2)[0][..., :-1]
-            others = draw(args.num_queries * args.num_negatives, 1)[0][:, 0, :-1].unflatten(0, (args.num_queries, -1))
-            negatives = make_negatives(agent, pairs[:, 0], others, data, args)
-            run.advance(update_encoder(agent, pairs[:, 0], pairs[:, 1], negatives, args))
+            query, key = draw(args.num_queries, 2).unbind(1)
+            if args.negatives == "none":
+                negatives = draw(args.num_queries * args.num_negatives, 1).view(len(query), -1, data.ctx_dim)
+            else:
+                negatives = make_negatives(agent, query, data, args)
+            run.advance(update_encoder(agent, query, key, negatives, args))
         embedded = embed_dataset(agent, data)
         while run.going():
-            each, task_ids = draw(args.meta_batch, args.context_size, embedded.sample_episode)
+            task_ids = draw_tasks(args.meta_batch)
+            points = embedded.sample_episode(task_ids, args.context_size, generator)
             batch = data.unpack(data.sample(task_ids, args.batch_size, generator))
             anneal(agent.opts[:1], args.lr, run.step / args.total_updates)
-            run.advance(step_fn(agent, each, batch, args))
+            run.advance(step_fn(agent, points, batch, args))
         return run.finish()
 
 

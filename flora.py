@@ -16,7 +16,7 @@ Deviations and choices where the paper's main text is silent (no official code i
   D3  D_KL(pi || pi_beta) against a behavior policy fitted to the data by maximum likelihood; both are
       tanh-Gaussians, so the divergence is the closed form of the Gaussians before the tanh.
   D4  The bandit's return R_g: by default the policy's own value at the data's initial states
-      (`offline`, weak and optimistic); `rollout` plays episodes on training tasks, the paper's reading,
+      (`offline`, weak and optimistic); `rollout` plays episodes on ten training tasks, the paper's reading,
       which is environment interaction. Both scaled by the data's return spread, differences clipped to
       +-1, probabilities floored at 0.05.
   D5  Flow parameters are global, with Rezende & Mohamed's correction so that every flow is invertible,
@@ -172,13 +172,21 @@ class MLP(nn.Module):
 
     def forward(self, x, z):
         """x [M, B, in_dim], z [M, z_dim] -> [members, M, B, out_dim]."""
+        return self.rest(self.first(x, z))
+
+    def first(self, x, z):
+        """The first linear layer: x [M, B, in_dim], z [M, z_dim] -> [members, M, B, width]."""
         members = len(self.w_x)
         of_task = torch.baddbmm(self.b_1, z.expand(members, *z.shape), self.w_z)  # [members, M, width]
         h = torch.bmm(x.flatten(0, 1).expand(members, -1, -1), self.w_x).unflatten(1, x.shape[:2])
-        h = (h + of_task[:, :, None]).flatten(1, 2)  # [members, M * B, width]
+        return h + of_task[:, :, None]
+
+    def rest(self, first):
+        """What follows it: [members, M, B, width] -> [members, M, B, out_dim]."""
+        h = first.flatten(1, 2)
         for weight, bias in ((self.w_2, self.b_2), (self.w_3, self.b_3)):
-            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)
-        return h.unflatten(1, x.shape[:2])
+            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)  # [ours: D8]
+        return h.unflatten(1, first.shape[1:3])
 
 
 class Encoder(nn.Module):
@@ -247,7 +255,7 @@ def feature_spread(psi):
 
 def reward_loss(phi, weights, rew):
     """phi [M, B, D], weights [M, 1, D], rew [M, B] -> scalar."""
-    return 0.5 * (rew - (phi * weights).sum(-1)).pow(2).mean()  # (Eq. 5)
+    return 0.5 * (rew - (phi * weights).sum(-1)).pow(2).mean()  # (Eq. 3, 5)
 
 
 def feature_loss(psi, psi_target):
@@ -337,7 +345,7 @@ class Agent(nn.Module):
         """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim], weights [M, 1, D]
         -> pessimistic Q [M, B], psi [2, M, B, D]."""
         psi = self.psi(torch.cat([obs, act], -1), z)
-        return (psi * weights).sum(-1).amin(0), psi  # (Eq. 12)
+        return (psi * weights).sum(-1).amin(0), psi  # (Eq. 4, 12)
 
     def policies(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi and
@@ -367,7 +375,7 @@ def anneal(opts, lr, done):
     """Learning rate of all optimizers: `lr` for the first half of the training, then linear to 0; done in [0, 1]."""
     for opt in opts:
         for group in opt.param_groups:
-            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))
+            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))  # [ours: D8]
 
 
 # ---- update -----------------------------------------------------------------
@@ -398,9 +406,9 @@ def update(agent, context, batch, args):
         psi_mean, psi_spread = feature_spread(agent.psi_target(torch.cat([next_obs, next_act], -1), z_fixed))
         next_psi = psi_mean + alpha * psi_spread  # (Eq. 9)
         discount = args.gamma * (1 - term)
-        q_target = rew + discount * (next_psi * weights).sum(-1)  # [M, B]
+        q_target = rew + discount * (next_psi * weights).sum(-1)  # [M, B], of (Eq. 17)
     phi = agent.phi(torch.cat([obs, act, next_obs], -1), z)[0]
-    psi_target = phi.detach() + discount[..., None] * next_psi
+    psi_target = phi.detach() + discount[..., None] * next_psi  # of (Eq. 11)
 
     # task inference and critic; each loss reaches exactly the networks named beside it
     psi = agent.psi(torch.cat([obs, act], -1), z)  # [2, M, B, D]
@@ -422,7 +430,7 @@ def update(agent, context, batch, args):
     divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
     actor_loss = agent.brac_alpha * divergence - q.mean()  # (Eq. 13)
     set_grads(behavior_loss + actor_loss, gaussian_params)  # each reaches its own member alone
-    agent.opts[0].step()
+    agent.opts[0].step()  # [ours: D6]
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
         agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)

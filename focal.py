@@ -15,15 +15,17 @@ Deviations from the paper and from the official code:
       penalty on the real gradient (`--gp-mode output`: on the critic's output, as in the official code).
   D3  Twin critics with targets instead of a V network; no entropy term unless --entropy-weight is given.
   D4  Time limits are no terminations.
-  D5  All losses of a step use the parameters from before the step, but for the dual critic, trained first.
+  D5  All losses of a step use the parameters from before the step, but for the dual critic, trained first; its value
+      at the data is that of its last step's batch. Its learning rate stays.
   D6  With the primal divergence the policy is the fitted behavior policy plus a learned shift of mean and
-      log_std. As two networks of their own, they differed by 0.6 nats at any rho1.
-  D7  Layer normalization in all networks on transitions but the encoder; the learning rate falls to 0
-      in the second half.
+      log_std. As two networks of their own, they differed by 0.6 nats at any weight.
+  D7  Layer normalization in all networks on transitions but the encoder, all with two hidden layers (paper: three);
+      the learning rate falls to 0 in the second half. No penalty on the policy's mean and log_std.
+  D8  A training context is drawn with replacement from one episode (paper: transitions of the task).
 
 Run:     python focal.py --env ant-dir
-Paper:   --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --brac-alpha 50 --brac-alpha-lr 1
-         --brac-alpha-max 2000 --batch-size 256 --context-size 200 --lr 3e-4 --total-updates 200000
+Closest to the paper: --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --brac-alpha 50
+         --brac-alpha-lr 1 --brac-alpha-max 2000 --batch-size 256 --context-size 200 --lr 3e-4 --total-updates 200000
 """
 
 import copy
@@ -97,7 +99,7 @@ class Args:
     lr: float = 1.2e-3
     """Adam's learning rate of all networks in the first half of the training; then it falls linearly to 0"""
     tau: float = 0.005
-    """rate at which the target networks follow (zeta)"""
+    """rate at which the target networks follow"""
     width: int = 256
     """hidden units of policy and critics, two layers"""
     encoder_width: int = 200
@@ -119,13 +121,13 @@ class Args:
     dual_iters: int = 3
     """steps of the dual critic per update"""
     brac_alpha: float | None = None
-    """initial weight of the divergence in the policy loss (rho1); None = ENV_ARGS"""
+    """initial weight of the divergence in the policy loss; None = ENV_ARGS"""
     brac_alpha_lr: float | None = None
-    """step of rho1 towards the target divergence; 0 = fixed; None = ENV_ARGS"""
+    """step of that weight towards the target divergence; 0 = fixed; None = ENV_ARGS"""
     brac_alpha_max: float = 100.0
-    """largest rho1"""
+    """largest weight of the divergence"""
     divergence_target: float | None = None
-    """divergence that rho1 aims at [nats]; None = ENV_ARGS"""
+    """divergence that it aims at [nats]; None = ENV_ARGS"""
 
 
 # what the environments need differently, for arguments left at None
@@ -159,13 +161,21 @@ class MLP(nn.Module):
 
     def forward(self, x, z):
         """x [M, B, in_dim], z [M, z_dim] -> [members, M, B, out_dim]."""
+        return self.rest(self.first(x, z))
+
+    def first(self, x, z):
+        """The first linear layer: x [M, B, in_dim], z [M, z_dim] -> [members, M, B, width]."""
         members = len(self.w_x)
         of_task = torch.baddbmm(self.b_1, z.expand(members, *z.shape), self.w_z)  # [members, M, width]
         h = torch.bmm(x.flatten(0, 1).expand(members, -1, -1), self.w_x).unflatten(1, x.shape[:2])
-        h = (h + of_task[:, :, None]).flatten(1, 2)  # [members, M * B, width]
+        return h + of_task[:, :, None]
+
+    def rest(self, first):
+        """What follows it: [members, M, B, width] -> [members, M, B, out_dim]."""
+        h = first.flatten(1, 2)
         for weight, bias in ((self.w_2, self.b_2), (self.w_3, self.b_3)):
-            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)
-        return h.unflatten(1, x.shape[:2])
+            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)  # [ours: D7]
+        return h.unflatten(1, first.shape[1:3])
 
 
 class Encoder(nn.Module):
@@ -183,7 +193,7 @@ class Encoder(nn.Module):
 
 
 class Critics(MLP):
-    """`members` scalar functions of (obs, act, z): the twin Q, and the dual critic c."""
+    """`members` scalar functions of (obs, act, z), evaluated together."""
 
     def __init__(self, members, obs_dim, act_dim, z_dim, width):
         super().__init__(members, obs_dim + act_dim, z_dim, width, 1)
@@ -206,7 +216,7 @@ def metric_loss(z, task_ids):
     other = pairs - same
     pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
     push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
-    return pull + push  # [code: D1] metric loss with inverse-square repulsion
+    return pull + push  # [code] metric loss with inverse-square repulsion
 
 
 def dual_divergence(c_data, c_policy):
@@ -214,14 +224,15 @@ def dual_divergence(c_data, c_policy):
     return 1 - F.softplus(c_data) + torch.log(F.softplus(c_policy) + 1e-8)  # [BRAC, dual form of the KL]
 
 
-def slope_penalty(value, act):
-    """Dual critic's value [.., B] between the data's and the policy's actions -> scalar: how far its slope in
-    act [.., B, act_dim] exceeds 1; without act, the value in place of the slope, as in the official code (D2)."""
+def slope_penalty(value, first=None, w_act=None):
+    """Dual critic's value [M, B] between the data's and the policy's actions -> scalar: mean square of how far its
+    slope in the action exceeds 1. first [1, M, B, width]: its first layer, linear in the action with weight w_act
+    [act_dim, width]; without it the value stands in place of the slope, as in the official code (D2)."""
     slope = value
-    if act is not None:
-        (slope,) = torch.autograd.grad(value.sum(), act, create_graph=True)
-        slope = torch.sqrt(1e-8 + slope.pow(2).sum(-1))
-    return (slope.abs() - 1).relu().pow(2).mean()
+    if first is not None:
+        (slope,) = torch.autograd.grad(value.sum(), first, create_graph=True)
+        slope = torch.sqrt(1e-8 + (slope @ w_act.T).pow(2).sum(-1))
+    return F.mse_loss(slope, slope.detach().clamp(-1, 1))
 
 
 def gaussian_kl(mean, log_std, mean_b, log_std_b):
@@ -248,7 +259,7 @@ def tanh_gaussian_logp(mean, log_std, pre):
 
 
 class Agent(nn.Module):
-    """Networks, targets and the multiplier rho1; `opts`: Adam for all, and the dual critic's."""
+    """Networks, targets and the weight of the divergence; `opts`: Adam for all, and the dual critic's."""
 
     def __init__(self, obs_dim, act_dim, ctx_dim, args):
         super().__init__()
@@ -256,11 +267,11 @@ class Agent(nn.Module):
         self.encoder = Encoder(ctx_dim, z_dim, args.encoder_width)
         self.q = Critics(2, obs_dim, act_dim, z_dim, width)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
-        self.primal = args.divergence == "primal"
-        self.gaussians = MLP(1 + self.primal, obs_dim, z_dim, width, 2 * act_dim)  # of pi_beta, and pi's shift
+        self.fits_behavior = args.divergence == "primal"
+        self.gaussians = MLP(1 + self.fits_behavior, obs_dim, z_dim, width, 2 * act_dim)  # of pi_beta, and pi's shift
         for parameter in (self.gaussians.w_3, self.gaussians.b_3):
             nn.init.uniform_(parameter, -1e-3, 1e-3)
-        if not self.primal:
+        if not self.fits_behavior:
             self.dual = Critics(1, obs_dim, act_dim, z_dim, width)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
         trained = [self.encoder, self.q, self.gaussians]
@@ -269,13 +280,14 @@ class Agent(nn.Module):
     def make_optimizer(self, args):
         params = [parameter for group in self.params for parameter in group]
         self.opts = [torch.optim.Adam(params, torch.tensor(args.lr), fused=True)]  # a tensor: `anneal` changes it
-        if not self.primal:
+        if not self.fits_behavior:
             self.opts += [torch.optim.Adam(self.dual.parameters(), torch.tensor(args.dual_lr), fused=True)]
 
     def policies(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi and
-        the same of the behavior policy pi_beta, fitted to the data (D2); pi is pi_beta, detached, plus a shift (D6)."""
-        if not self.primal:
+        the same of the behavior policy pi_beta, fitted to the data (D2), or None; pi is then pi_beta, detached, plus a
+        shift (D6)."""
+        if not self.fits_behavior:
             mean, log_std = self.gaussians(obs, z)[0].chunk(2, -1)
             return mean, log_std.clamp(-5, 2), None, None
         (mean_b, log_std_b), (mean, log_std) = (out.chunk(2, -1) for out in self.gaussians(obs, z))
@@ -291,7 +303,7 @@ def anneal(opts, lr, done):
     """Learning rate of all optimizers: `lr` for the first half of the training, then linear to 0; done in [0, 1]."""
     for opt in opts:
         for group in opt.param_groups:
-            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))
+            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))  # [ours: D7]
 
 
 # ---- update -----------------------------------------------------------------
@@ -304,26 +316,25 @@ def set_grads(loss, params, retain_graph=False):
         parameter.grad = grad
 
 
+@torch.compiler.disable  # it cannot differentiate twice
 def dual_steps(agent, batches, z, act_policy, args):
     """One step of the dual critic per batch: obs [M, B, obs_dim] and act of each; act_policy [M, B, act_dim], the
-    policy's actions at the first -> loss of the last step, and the critic at the first batch's data [M, B]."""
-    count, at_data = args.batch_size, []
+    policy's actions at the first -> loss of the last step, and the critic at its batch's data before it [M, B]."""
     if len(batches) > 1:
         with torch.no_grad():  # the policy does not change meanwhile
             mean, log_std, _, _ = agent.policies(torch.cat([batch[0] for batch in batches[1:]], 1), z)
             others = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
         act_policy = torch.cat([act_policy, others], 1)
-    for (obs, act, *_), pi_act in zip(batches, act_policy.split(count, 1)):
-        between = pi_act + torch.rand_like(act[..., :1]) * (act - pi_act)
-        between.requires_grad_(args.gp_mode == "gradient")
-        c = agent.dual(obs.repeat(1, 3, 1), torch.cat([act, pi_act, between], 1), z)
-        c_data, c_policy, c_between = c[0].split(count, 1)
-        penalty = slope_penalty(c_between, between if args.gp_mode == "gradient" else None)
-        loss = args.gp_weight * penalty - dual_divergence(c_data, c_policy).mean()
+    for (obs, act, *_), pi_act in zip(batches, act_policy.split(args.batch_size, 1)):
+        rows = torch.cat([obs.repeat(1, 2, 1), torch.cat([act, pi_act], 1)], -1)
+        data, policy = agent.dual.first(rows, z).chunk(2, 2)  # [1, M, B, width]
+        between = torch.lerp(policy, data, torch.rand_like(act[..., :1]))  # of actions between, by linearity
+        c_data, c_policy, c_between = agent.dual.rest(torch.cat([data, policy, between], 2))[0, ..., 0].chunk(3, 1)
+        gradient = (between, agent.dual.w_x[0, -act.shape[-1] :]) if args.gp_mode == "gradient" else ()
+        loss = args.gp_weight * slope_penalty(c_between, *gradient) - dual_divergence(c_data, c_policy).mean()
         set_grads(loss, list(agent.dual.parameters()))
         agent.opts[1].step()
-        at_data.append(c_data)
-    return loss.detach(), at_data[0].detach()
+    return loss.detach(), c_data.detach()
 
 
 def update(agent, task_ids, context, batches, args):
@@ -355,18 +366,18 @@ def update(agent, task_ids, context, batches, args):
     mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
     pi_pre = mean + log_std.exp() * torch.randn_like(mean)
     pi_act = torch.tanh(pi_pre)
-    if agent.primal:
+    q_mean = agent.q(obs, pi_act, z_fixed).amin(0).mean()
+    if agent.fits_behavior:
         behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
         divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
     else:
         behavior_loss, c_data = dual_steps(agent, batches, z_fixed, pi_act.detach(), args)
         divergence = dual_divergence(c_data, agent.dual(obs, pi_act, z_fixed)[0]).mean()
-    q_mean = agent.q(obs, pi_act, z_fixed).amin(0).mean()
     actor_loss = agent.brac_alpha * divergence - q_mean
     if args.entropy_weight:
         actor_loss = actor_loss + args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean()
     set_grads(behavior_loss + actor_loss, gaussian_params)  # each reaches its own member alone
-    agent.opts[0].step()
+    agent.opts[0].step()  # [ours: D5]
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
         agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
@@ -657,7 +668,7 @@ def train(args):
     agent.make_optimizer(args)
     step_fn = torch.compile(update) if args.compile else update
     tasks = torch.as_tensor(data.train_ids, device=device)
-    draws = 1 if agent.primal else args.dual_iters
+    draws = 1 if agent.fits_behavior else args.dual_iters
     with Run(args, data, agent, generator) as run:
         while run.going():
             task_ids = tasks[torch.randint(len(tasks), (args.meta_batch,), device=device, generator=generator)]

@@ -354,7 +354,7 @@ def anneal(opts, lr, done):
     """Learning rate of all optimizers: `lr` for the first half of the training, then linear to 0; done in [0, 1]."""
     for opt in opts:
         for group in opt.param_groups:
-            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))
+            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))  # [ours: D7]
 
 
 # ---- update -----------------------------------------------------------------

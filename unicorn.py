@@ -17,19 +17,20 @@ Deviations from the paper and from the official code (which contains SS only):
   D2  The divergence D_KL(pi || pi_beta) against a behavior policy fitted to the data, in closed form. The official
       code computes its divergence without gradient, so that its policy is not regularized; four of its five
       configurations are plain SAC, here `--backbone sac`.
-  D3  Tasks, batches and contexts are drawn anew in every update. Observations are standardized and so are the
-      differences of states; the terminal flag is not an input.
+  D3  Tasks, batches and contexts are drawn anew in every update. A training context is drawn with
+      replacement from one episode (official: the whole one). Observations are standardized, and the differences of
+      states are those of standardized ones; the terminal flag is not an input.
   D4  Time limits are no terminations.
   D5  All losses of a step use the parameters from before the step.
   D6  The policy is the fitted behavior policy plus a learned shift of mean and log_std. As two networks
-      of their own, they differed by 0.6 nats at any rho1.
+      of their own, they differed by 0.6 nats at any weight.
   D7  Layer normalization in all networks on (transition, z); the learning rate falls to 0 in the second
       half. Sizes are those of focal.py (the official code: encoder 64 wide, z of 5, 32 or 40).
 
 Run:     python unicorn.py --env ant-dir
 Others:  --variant ss-0, --variant sup
-Paper:   --backbone sac --gamma 0.99 --reward-scale 1 --batch-size 256 --context-size 200 --encoder-width 64 --z-dim 5
-         --lr 3e-4 --total-updates 200000
+Closest to the paper: --backbone sac --gamma 0.99 --reward-scale 1 --batch-size 256 --context-size 200
+         --encoder-width 64 --z-dim 5 --lr 3e-4 --total-updates 200000
 """
 
 import copy
@@ -103,7 +104,7 @@ class Args:
     lr: float = 1.2e-3
     """Adam's learning rate of all networks in the first half of the training; then it falls linearly to 0"""
     tau: float = 0.005
-    """rate at which the target networks follow (zeta)"""
+    """rate at which the target networks follow"""
     width: int = 256
     """hidden units of policy and critics, two layers"""
     encoder_width: int = 200
@@ -125,13 +126,13 @@ class Args:
     entropy_weight: float = 0.2
     """weight of the policy's entropy with --backbone sac"""
     brac_alpha: float | None = None
-    """initial weight of the divergence in the policy loss (rho1); None = ENV_ARGS"""
+    """initial weight of the divergence in the policy loss; None = ENV_ARGS"""
     brac_alpha_lr: float | None = None
-    """step of rho1 towards the target divergence; 0 = fixed; None = ENV_ARGS"""
+    """step of that weight towards the target divergence; 0 = fixed; None = ENV_ARGS"""
     brac_alpha_max: float = 100.0
-    """largest rho1"""
+    """largest weight of the divergence"""
     divergence_target: float | None = None
-    """divergence that rho1 aims at [nats]; None = ENV_ARGS"""
+    """divergence that it aims at [nats]; None = ENV_ARGS"""
 
 
 # what the environments need differently, for arguments left at None
@@ -189,13 +190,21 @@ class MLP(nn.Module):
 
     def forward(self, x, z):
         """x [M, B, in_dim], z [M, z_dim] -> [members, M, B, out_dim]."""
+        return self.rest(self.first(x, z))
+
+    def first(self, x, z):
+        """The first linear layer: x [M, B, in_dim], z [M, z_dim] -> [members, M, B, width]."""
         members = len(self.w_x)
         of_task = torch.baddbmm(self.b_1, z.expand(members, *z.shape), self.w_z)  # [members, M, width]
         h = torch.bmm(x.flatten(0, 1).expand(members, -1, -1), self.w_x).unflatten(1, x.shape[:2])
-        h = (h + of_task[:, :, None]).flatten(1, 2)  # [members, M * B, width]
+        return h + of_task[:, :, None]
+
+    def rest(self, first):
+        """What follows it: [members, M, B, width] -> [members, M, B, out_dim]."""
+        h = first.flatten(1, 2)
         for weight, bias in ((self.w_2, self.b_2), (self.w_3, self.b_3)):
-            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)
-        return h.unflatten(1, x.shape[:2])
+            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)  # [ours: D7]
+        return h.unflatten(1, first.shape[1:3])
 
 
 class Encoder(nn.Module):
@@ -229,7 +238,7 @@ class Decoder(MLP):
 
 
 class Critics(MLP):
-    """`members` scalar functions of (obs, act, z): the twin Q."""
+    """`members` scalar functions of (obs, act, z), evaluated together."""
 
     def __init__(self, members, obs_dim, act_dim, z_dim, width):
         super().__init__(members, obs_dim + act_dim, z_dim, width, 1)
@@ -252,7 +261,7 @@ def metric_loss(z, task_ids):
     other = pairs - same
     pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
     push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
-    return pull + push  # metric loss of FOCAL, official form
+    return pull + push  # [code] metric loss with inverse-square repulsion
 
 
 def soft_clamp(x, low, high):
@@ -296,7 +305,7 @@ def tanh_gaussian_logp(mean, log_std, pre):
 
 
 class Agent(nn.Module):
-    """Networks, targets and the multiplier rho1; `opts` holds Adam for all of them."""
+    """Networks, targets and the weight of the divergence; `opts` holds Adam for all of them."""
 
     def __init__(self, obs_dim, act_dim, ctx_dim, num_tasks, args):
         super().__init__()
@@ -312,8 +321,8 @@ class Agent(nn.Module):
             self.heads.extend(Decoder(obs_dim, act_dim, z_dim, args.decoder_width, dim) for dim in dims)
         self.q = Critics(2, obs_dim, act_dim, z_dim, width)
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
-        self.brac = args.backbone == "brac"
-        self.gaussians = MLP(1 + self.brac, obs_dim, z_dim, width, 2 * act_dim)  # of pi_beta, and pi's shift
+        self.fits_behavior = args.backbone == "brac"
+        self.gaussians = MLP(1 + self.fits_behavior, obs_dim, z_dim, width, 2 * act_dim)  # of pi_beta, and pi's shift
         for parameter in (self.gaussians.w_3, self.gaussians.b_3):
             nn.init.uniform_(parameter, -1e-3, 1e-3)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
@@ -326,8 +335,9 @@ class Agent(nn.Module):
 
     def policies(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi and
-        the same of the behavior policy pi_beta, fitted to the data (D2); pi is pi_beta, detached, plus a shift (D6)."""
-        if not self.brac:
+        the same of the behavior policy pi_beta, fitted to the data (D2), or None; pi is then pi_beta, detached, plus a
+        shift (D6)."""
+        if not self.fits_behavior:
             mean, log_std = self.gaussians(obs, z)[0].chunk(2, -1)
             return mean, log_std.clamp(-5, 2), None, None
         (mean_b, log_std_b), (mean, log_std) = (out.chunk(2, -1) for out in self.gaussians(obs, z))
@@ -343,7 +353,7 @@ def anneal(opts, lr, done):
     """Learning rate of all optimizers: `lr` for the first half of the training, then linear to 0; done in [0, 1]."""
     for opt in opts:
         for group in opt.param_groups:
-            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))
+            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))  # [ours: D7]
 
 
 # ---- update -----------------------------------------------------------------
@@ -356,17 +366,17 @@ def set_grads(loss, params, retain_graph=False):
         parameter.grad = grad
 
 
-def task_loss(agent, z, labels, context, args):
-    """What trains the encoder. z [M, z_dim], labels [M] training task of each context, context as parts obs [M, K, ..],
-    act, rew [M, K], next_obs -> scalar."""
+def task_losses(agent, z, labels, context, args):
+    """What trains the encoder, as parts of a sum. z [M, z_dim], labels [M] training task of each context, context as
+    obs [M, K, ..], act, rew [M, K], next_obs -> dict name -> scalar."""
     if args.variant == "sup":
-        return F.cross_entropy(agent.heads[0](z), labels)
+        return {"classifier": F.cross_entropy(agent.heads[0](z), labels)}
     obs, act, rew, next_obs = context
     targets = (rew[..., None], next_obs - obs)  # the difference, not the next state
-    loss = sum(reconstruction_loss(head, obs, act, z, target) for head, target in zip(agent.heads, targets))
-    if args.variant == "ss":
-        loss = loss + args.metric_weight * metric_loss(z, labels)
-    return loss
+    each = [reconstruction_loss(head, obs, act, z, target) for head, target in zip(agent.heads, targets)]
+    if args.variant == "ss-0":
+        return {"reconstruction": sum(each)}
+    return {"reconstruction": sum(each), "metric": args.metric_weight * metric_loss(z, labels)}
 
 
 def update(agent, labels, context, batch, args):
@@ -381,7 +391,8 @@ def update(agent, labels, context, batch, args):
     rows = torch.cat([c_obs, c_act, c_rew[..., None], c_next_obs], -1)  # [M, K, ctx_dim]
     noise = torch.randn(*c_rew.shape, args.z_dim, device=rows.device) if args.enc_noise else 0.0
     z = agent.encoder(rows, torch.ones_like(c_rew), noise)  # [M, z_dim]
-    encoder_loss = task_loss(agent, z, labels, (c_obs, c_act, c_rew, c_next_obs), args)
+    parts = task_losses(agent, z, labels, (c_obs, c_act, c_rew, c_next_obs), args)
+    encoder_loss = sum(parts.values())
     z_fixed = z.detach()  # nothing else trains the encoder
 
     # critics
@@ -390,7 +401,7 @@ def update(agent, labels, context, batch, args):
         next_pre = mean + log_std.exp() * torch.randn_like(mean)
         next_act = torch.tanh(next_pre)
         q_next = agent.q_target(next_obs, next_act, z_fixed).amin(0)
-        if not agent.brac:
+        if not agent.fits_behavior:
             q_next = q_next - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
         q_target = rew + args.gamma * (1 - term) * q_next  # [M, B]
     q_loss = (agent.q(obs, act, z_fixed) - q_target).pow(2).mean((1, 2)).sum()
@@ -401,7 +412,7 @@ def update(agent, labels, context, batch, args):
     pi_pre = mean + log_std.exp() * torch.randn_like(mean)
     pi_act = torch.tanh(pi_pre)
     q_mean = agent.q(obs, pi_act, z_fixed).amin(0).mean()
-    if agent.brac:
+    if agent.fits_behavior:
         behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
         divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
         actor_loss = agent.brac_alpha * divergence - q_mean
@@ -409,12 +420,14 @@ def update(agent, labels, context, batch, args):
         behavior_loss = divergence = torch.zeros_like(q_loss)
         actor_loss = args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean() - q_mean
     set_grads(behavior_loss + actor_loss, gaussian_params)  # each reaches its own member alone
-    agent.opts[0].step()
+    agent.opts[0].step()  # [ours: D5]
     with torch.no_grad():
-        # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
-        agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
+        if agent.fits_behavior:
+            # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
+            excess = divergence - args.divergence_target
+            agent.brac_alpha.add_(args.brac_alpha_lr * excess).clamp_(0, args.brac_alpha_max)
         torch._foreach_lerp_(list(agent.q_target.parameters()), q_params, args.tau)
-        return {
+        return {f"losses/{name}": loss.detach() for name, loss in parts.items()} | {
             "losses/encoder": encoder_loss.detach(),
             "losses/q": q_loss.detach(),
             "losses/actor": actor_loss.detach(),

@@ -41,8 +41,8 @@ def vectors(*values):
     ],
 )
 def test_info_nce_vectors(positive, negatives, temperature, expected, tolerance):
-    loss, logits = corro.info_nce(vectors(positive), vectors(negatives), temperature)
-    assert loss.item() == pytest.approx(expected, abs=tolerance) and logits.shape == (1, 1 + len(negatives))
+    loss = corro.info_nce(vectors([positive, *negatives]), temperature)
+    assert loss.item() == pytest.approx(expected, abs=tolerance)
 
 
 def test_encoder_update_compares_normalized_embeddings():
@@ -102,21 +102,17 @@ def test_aggregator_ignores_masked_transitions_and_is_zero_without_any():
     assert (z[1] == 0).all() and (agent.aggregator(each[:, :0], mask[:, :0]) == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["reward", "generative", "none"])
+@pytest.mark.parametrize("kind", ["reward", "generative"])
 def test_negatives_keep_what_they_must(kind):
     agent, args = make_agent(negatives=kind)
-    query, others = torch.randn(6, CTX_DIM).double(), torch.randn(6, 16, CTX_DIM).double()
-    negatives = corro.make_negatives(agent, query, others, DATA, args)
+    query = torch.randn(6, CTX_DIM).double()
+    negatives = corro.make_negatives(agent, query, DATA, args)
     assert negatives.shape == (6, 16, CTX_DIM) and not negatives.requires_grad
     repeated = query[:, None].expand(-1, 16, -1)
     reward = OBS_DIM + ACT_DIM
-    if kind == "none":
-        assert torch.equal(negatives, others)
-    else:
-        assert torch.equal(negatives[..., :reward], repeated[..., :reward])  # the query's own (obs, act), bit for bit
-        assert (negatives[..., reward] != repeated[..., reward]).all()
-        kept = torch.equal(negatives[..., reward + 1 :], repeated[..., reward + 1 :])
-        assert kept == (kind == "reward")
+    assert torch.equal(negatives[..., :reward], repeated[..., :reward])  # the query's own (obs, act), bit for bit
+    assert (negatives[..., reward] != repeated[..., reward]).all()
+    assert torch.equal(negatives[..., reward + 1 :], repeated[..., reward + 1 :]) == (kind == "reward")
     if kind == "reward":
         noise = negatives[..., reward] - repeated[..., reward]
         assert 0.3 < noise.std() < 0.7  # 2 times the spread of the rewards
@@ -145,7 +141,7 @@ def test_each_update_trains_its_own_networks():
     obs, next_obs, act = torch.randn(*size, OBS_DIM), torch.randn(*size, OBS_DIM), torch.rand(*size, ACT_DIM) - 0.5
     batch = [x.double() for x in (obs, act, torch.randn(size), next_obs, torch.zeros(size))]
     each = torch.nn.functional.normalize(torch.randn(TASKS, 6, 3).double(), dim=-1)
-    negatives = corro.make_negatives(agent, rows, rows[:, None].expand(-1, 16, -1), DATA, args)
+    negatives = corro.make_negatives(agent, rows, DATA, args)
     for call, moved in (
         (lambda: corro.update_cvae(agent, rows, args), {"cvae"}),
         (lambda: corro.update_encoder(agent, rows, rows.flip(0), negatives, args), {"encoder"}),
@@ -190,8 +186,8 @@ def test_precomputed_embeddings_are_those_of_the_encoder(tiny):
 
 def test_operations_of_an_encoder_update():
     agent, args = make_agent()
-    rows, others = torch.randn(64, CTX_DIM).double(), torch.randn(64, 16, CTX_DIM).double()
-    corro.update_encoder(agent, rows, rows, others, args)
+    rows = torch.randn(64, CTX_DIM).double()
+    corro.update_encoder(agent, rows, rows, corro.make_negatives(agent, rows, DATA, args), args)
     with Operations() as operations:
-        corro.update_encoder(agent, rows, rows, corro.make_negatives(agent, rows, others, DATA, args), args)
+        corro.update_encoder(agent, rows, rows, corro.make_negatives(agent, rows, DATA, args), args)
     assert operations.count <= 120

@@ -94,7 +94,7 @@ def test_encoder_is_the_mean_of_the_tanh_not_the_tanh_of_the_mean():
 
 
 def test_encoder_ignores_order_and_masked_transitions_and_is_zero_without_any():
-    agent, args = make_agent()
+    agent, _ = make_agent()
     context = torch.randn(3, 7, 9).double()
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]] * 3).double()
     z = agent.encoder(context, mask)
@@ -137,9 +137,24 @@ def test_dual_divergence_reaches_the_divergence_at_its_optimum():
 def test_slope_penalty_vectors():
     act = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
     slope_5 = 3 * act[..., 0] + 4 * act[..., 1]
-    assert 5 * focal.slope_penalty(slope_5, act).item() == pytest.approx(80, abs=1e-6)
-    assert 5 * focal.slope_penalty(torch.full((2, 3), -2.0), None).item() == pytest.approx(5)
-    assert focal.slope_penalty(torch.full((2, 3), 0.5), None).item() == 0
+    assert 5 * focal.slope_penalty(slope_5, act, torch.eye(2).double()).item() == pytest.approx(80, abs=1e-6)
+    assert 5 * focal.slope_penalty(torch.full((2, 3), -2.0)).item() == pytest.approx(5)
+    assert focal.slope_penalty(torch.full((2, 3), 0.5)).item() == 0
+
+
+def test_slope_of_the_dual_critic_is_its_gradient_in_the_action(monkeypatch):
+    agent, args = make_agent(divergence="dual", gp_mode="gradient", gp_weight=1.0)
+    agent.dual.w_3.data *= 20  # slopes above 1
+    _, _, ((obs, act, *_),) = make_batches(args)
+    z, pi_act, share = torch.randn(TASKS, 3).double(), torch.rand_like(act), torch.rand_like(act[..., :1])
+    between = (pi_act + share * (act - pi_act)).requires_grad_()
+    (slope,) = torch.autograd.grad(agent.dual(obs, between, z).sum(), between)
+    expected = (slope.pow(2).sum(-1).sqrt() - 1).clamp(min=0).pow(2).mean()
+    monkeypatch.setattr(torch, "rand_like", lambda like: share)
+    monkeypatch.setattr(focal, "dual_divergence", lambda c_data, c_policy: torch.zeros(1))
+    loss, _ = focal.dual_steps(agent, [(obs, act)], z, pi_act, args)
+    assert expected > 0.1
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("mode", ["gradient", "output"])
@@ -164,7 +179,7 @@ def test_every_loss_reaches_its_own_networks_only(extra, monkeypatch):
 
     def grads(reward_scale, metric_weight):
         agent, args = make_agent(reward_scale=reward_scale, metric_weight=metric_weight, **extra)
-        draws = 1 if agent.primal else 2
+        draws = 1 if agent.fits_behavior else 2
         torch.manual_seed(0)
         monkeypatch.setattr(agent.opts[0], "step", lambda: None)
         focal.update(agent, *make_batches(args, draws=draws), args)
@@ -212,14 +227,14 @@ class Operations(TorchDispatchMode):
 
 
 OFFICIAL = {"meta_batch": 16, "batch_size": 256, "context_size": 200, "width": 256}
-COSTS = [({}, 13.2, 450), ({"divergence": "dual", "gp_mode": "output", "encoder_width": 64, "z_dim": 5}, 28.2, 730)]
+COSTS = [({}, 13.2, 450), ({"divergence": "dual", "gp_mode": "output", "encoder_width": 64, "z_dim": 5}, 27.8, 730)]
 
 
 @pytest.mark.parametrize("extra, most_gflop, most_operations", COSTS)
 def test_cost_of_an_update_at_the_official_sizes(extra, most_gflop, most_operations):
     sizes = {"obs_dim": 27, "act_dim": 8}
     agent, args = make_agent(torch.float32, **sizes, **{"encoder_width": 200, "z_dim": 20} | OFFICIAL | extra)
-    inputs = make_batches(args, torch.float32, **sizes, tasks=16, draws=1 if agent.primal else args.dual_iters)
+    inputs = make_batches(args, torch.float32, **sizes, tasks=16, draws=1 if agent.fits_behavior else args.dual_iters)
     focal.update(agent, *inputs, args)
     with FlopCounterMode(display=False) as flops:
         focal.update(agent, *inputs, args)

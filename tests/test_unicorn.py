@@ -59,6 +59,10 @@ def test_soft_limits_of_the_log_variance_vector():
     np.testing.assert_allclose(unicorn.soft_clamp(raw, vectors(-10), vectors(0.5)), expected, atol=1e-9)
 
 
+def task_loss(*inputs):
+    return sum(unicorn.task_losses(*inputs).values())
+
+
 def test_total_loss_is_reconstruction_and_the_weighted_metric_loss():
     agent, args = make_agent(variant="ss", metric_weight=0.15)
     obs, act, rew, next_obs, _ = rows(CONTEXT, 0)
@@ -69,12 +73,12 @@ def test_total_loss_is_reconstruction_and_the_weighted_metric_loss():
     ]
     expected = sum(parts) + 0.15 * unicorn.metric_loss(z, LABELS)
     context = (obs, act, rew, next_obs)
-    torch.testing.assert_close(unicorn.task_loss(agent, z, LABELS, context, args), expected)
+    torch.testing.assert_close(task_loss(agent, z, LABELS, context, args), expected)
     args.variant = "ss-0"
-    torch.testing.assert_close(unicorn.task_loss(agent, z, LABELS, context, args), sum(parts))
+    torch.testing.assert_close(task_loss(agent, z, LABELS, context, args), sum(parts))
     agent, args = make_agent(recon_state=False, variant="ss-0")
     alone = unicorn.reconstruction_loss(agent.heads[0], obs, act, z, rew[..., None])
-    torch.testing.assert_close(unicorn.task_loss(agent, z, LABELS, context, args), alone)
+    torch.testing.assert_close(task_loss(agent, z, LABELS, context, args), alone)
 
 
 def test_metric_loss_vector():
@@ -94,7 +98,7 @@ def test_state_target_is_the_difference(monkeypatch):
     obs, act, rew, _, _ = rows(CONTEXT, 0)
     seen = []
     monkeypatch.setattr(unicorn, "reconstruction_loss", lambda head, obs, act, z, target: seen.append(target) or 0)
-    unicorn.task_loss(agent, torch.zeros(TASKS, 3).double(), LABELS, (obs, act, rew, obs + 0.25), args)
+    task_loss(agent, torch.zeros(TASKS, 3).double(), LABELS, (obs, act, rew, obs + 0.25), args)
     assert torch.equal(seen[0], rew[..., None])
     torch.testing.assert_close(seen[1], torch.full_like(obs, 0.25))
 
@@ -114,7 +118,7 @@ def test_only_ss_and_sup_depend_on_the_labels():
     z = torch.randn(TASKS, 3).double()
     for variant, depends in (("ss", True), ("ss-0", False), ("sup", True)):
         agent, args = make_agent(variant=variant)
-        losses = [unicorn.task_loss(agent, z, y, (obs, act, rew, next_obs), args) for y in (LABELS, LABELS.flip(0))]
+        losses = [task_loss(agent, z, y, (obs, act, rew, next_obs), args) for y in (LABELS, LABELS.flip(0))]
         assert (losses[0] != losses[1]) == depends, variant
 
 
@@ -122,9 +126,9 @@ def test_classifier_loss_vector_and_chance_level():
     agent, args = make_agent(variant="sup")
     agent.heads[0] = torch.nn.Identity()
     logits = vectors((2, 0, -1), (0, 1, 0))
-    loss = unicorn.task_loss(agent, logits, torch.tensor([0, 2]), None, args)
+    loss = task_loss(agent, logits, torch.tensor([0, 2]), None, args)
     assert loss.item() == pytest.approx(0.8606453667, abs=1e-9)
-    chance = unicorn.task_loss(agent, torch.zeros(1, 20), torch.tensor([3]), None, args)
+    chance = task_loss(agent, torch.zeros(1, 20), torch.tensor([3]), None, args)
     assert chance.item() == pytest.approx(math.log(20), abs=1e-6)
 
 
