@@ -775,7 +775,8 @@ def train(args):
             else:
                 negatives = make_negatives(agent, query, data, args)
             run.advance(update_encoder(agent, query, key, negatives, args))
-        embedded = embed_dataset(agent, data)
+        if not run.stopping and not args.eval_only:
+            embedded = embed_dataset(agent, data)
         while run.going():
             task_ids = draw_tasks(args.meta_batch)
             points = embedded.sample_episode(task_ids, args.context_size, generator)

@@ -1,5 +1,7 @@
-"""Shared by all tests: datasets so small that they are collected in seconds, and a runner of the scripts."""
+"""Shared by all tests: datasets so small that they are collected in seconds, a runner of the scripts, and readers of
+what they leave behind."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -74,3 +76,25 @@ def run_script(folder, script, *arguments):
     process = start_script(folder, script, *arguments)
     stdout, stderr = process.communicate(timeout=300)
     return process.returncode, stdout, stderr
+
+
+def load(run_dir):
+    """The checkpoint of a run."""
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+def read_rows(run_dir):
+    """metrics.csv of a run -> list of (step, tag, value as written)."""
+    with open(Path(run_dir) / "metrics.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["step", "tag", "value"] and all(len(row) == 3 for row in rows)
+    return [(int(step), tag, value) for step, tag, value in rows]
+
+
+def stop_message(call, *arguments):
+    """The one line with which a call ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    message = stop.value.code
+    assert isinstance(message, str) and message.strip() and "\n" not in message
+    return message

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import runpy
 import shutil
 import signal
 import sys
@@ -11,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, flags, run_script, start_script
+from conftest import ROOT, TINY, flags, run_script, start_script, stop_message
 
 import data_collect as dc
 
@@ -30,15 +31,6 @@ def read(path):
 def write(path, arrays, header):
     np.savez_compressed(path, **arrays, header=np.array(json.dumps(header)))
     return path
-
-
-def refusal(call, *arguments):
-    """-> the one line with which a call ends the program."""
-    with pytest.raises(SystemExit) as stopped:
-        call(*arguments)
-    message = stopped.value.code
-    assert isinstance(message, str) and message.strip() and "\n" not in message.strip()
-    return message
 
 
 # ---- collect ----------------------------------------------------------------
@@ -188,7 +180,7 @@ def test_second_start_on_a_finished_file_does_nothing(tiny_path, capsys):
 def test_other_settings_on_an_existing_file_give_one_line(tiny_path, changed):
     before = tiny_path.read_bytes()
     args = dc.Args(env="point-robot", out=str(tiny_path), **TINY | {changed: 7})
-    message = refusal(dc.collect, args)
+    message = stop_message(dc.collect, args)
     assert str(tiny_path) in message and f"{changed} " in message and "--out" in message
     assert tiny_path.read_bytes() == before
 
@@ -196,7 +188,7 @@ def test_other_settings_on_an_existing_file_give_one_line(tiny_path, changed):
 def test_policies_with_other_settings_are_refused(tiny_path, tmp_path):
     shutil.copy(tiny_path.with_name("point-robot.policies.pt"), tmp_path)
     args = dc.Args(env="point-robot", out=str(tmp_path / "other.npz"), **TINY | {"seed": 1})
-    message = refusal(dc.collect, args)
+    message = stop_message(dc.collect, args)
     assert "point-robot.policies.pt" in message and "--out" in message
 
 
@@ -413,7 +405,7 @@ def test_damaged_content_is_refused_in_one_line(tiny_path, tmp_path, damage):
     arrays, header = read(tiny_path)
     DAMAGES[damage](arrays, header)
     path = write(tmp_path / "file.npz", arrays, header)
-    message = refusal(dc.load_dataset, "point-robot", path)
+    message = stop_message(dc.load_dataset, "point-robot", path)
     assert str(path) in message
     remedies = ("python data_collect.py --env point-robot --out", "--env ", "update this repository")
     assert any(remedy in message for remedy in remedies)
@@ -465,7 +457,7 @@ RAW += ["unknown compression", "zip of a later version", "encrypted"]
 def test_file_of_another_kind_is_refused_in_one_line(tiny_path, tmp_path, kind):
     path = tmp_path / "file.npz"
     raw_file(kind, path, tiny_path.read_bytes())
-    message = refusal(dc.load_dataset, "point-robot", path)
+    message = stop_message(dc.load_dataset, "point-robot", path)
     assert str(path) in message and f"python data_collect.py --env point-robot --out {path}" in message
     assert "not found" not in message and "emove" in message  # the command alone would stop at the same file
 
@@ -487,9 +479,9 @@ def test_flipped_bits_never_end_in_a_traceback(tiny_path, tmp_path):
 
 def test_missing_file_names_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = refusal(dc.load_dataset, "point-robot")
+    message = stop_message(dc.load_dataset, "point-robot")
     assert message == "datasets/point-robot.npz not found. Make it: python data_collect.py --env point-robot"
-    message = refusal(dc.load_dataset, "point-robot", "elsewhere/a.npz")
+    message = stop_message(dc.load_dataset, "point-robot", "elsewhere/a.npz")
     assert "elsewhere/a.npz not found" in message and "--env point-robot --out elsewhere/a.npz" in message
 
 
@@ -497,7 +489,7 @@ def test_remedy_for_an_older_format_removes_the_file_first(tiny_path, tmp_path):
     # the command alone would meet the old file and stop with the same line again
     arrays, header = read(tiny_path)
     path = write(tmp_path / "file.npz", arrays, header | {"format_version": 0})
-    assert "emove" in refusal(dc.load_dataset, "point-robot", path)
+    assert "emove" in stop_message(dc.load_dataset, "point-robot", path)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "other family"])
@@ -520,7 +512,7 @@ def test_damaged_policies_file_is_refused_in_one_line(tiny_path, tmp_path, kind)
         torch.save({"settings": {}, "weights": torch.zeros(3)} if kind == "other contents" else [1, 2], path)
     else:
         path.write_bytes({"text": b"hello\n", "empty": b"", "truncated": good[: len(good) // 2]}[kind])
-    message = refusal(dc.collect, dc.Args(env="point-robot", out=str(tmp_path / "file.npz"), **TINY))
+    message = stop_message(dc.collect, dc.Args(env="point-robot", out=str(tmp_path / "file.npz"), **TINY))
     assert str(path) in message and "remove it" in message
     assert not (tmp_path / "file.npz").exists()
 
@@ -540,13 +532,17 @@ BAD_COMMANDS = {
 
 
 @pytest.mark.parametrize("command", BAD_COMMANDS)
-def test_bad_command_line_ends_with_a_message_that_names_the_flag(tmp_path, command):
+def test_bad_command_line_ends_with_a_message_that_names_the_flag(tmp_path, command, monkeypatch, capsys):
     if "cuda" in command and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (tmp_path / "a-file").write_text("a file where a folder is expected\n")
-    code, stdout, stderr = run_script(tmp_path, "data_collect.py", *command.split())
-    assert code != 0 and "Traceback" not in stderr and stdout == ""
-    assert BAD_COMMANDS[command] in stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["data_collect.py", *command.split()])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "data_collect.py"), run_name="__main__")
+    shown = capsys.readouterr()
+    assert stop.value.code not in (0, None) and shown.out == ""
+    assert BAD_COMMANDS[command] in f"{stop.value.code} {shown.err}"
     assert not list(tmp_path.rglob("*.npz"))
 
 
@@ -558,14 +554,14 @@ def test_bad_command_line_ends_with_a_message_that_names_the_flag(tmp_path, comm
 )
 def test_setting_out_of_range_is_refused_before_anything_is_written(tmp_path, name, value):
     settings = {"total_updates": 20, "rows": 2, "width": 4, "out": str(tmp_path / "new" / "file.npz")} | {name: value}
-    message = refusal(dc.collect, dc.Args(env="point-robot", **settings))
+    message = stop_message(dc.collect, dc.Args(env="point-robot", **settings))
     assert f"--{name.replace('_', '-')} {value}" in message
     assert not (tmp_path / "new").exists()
 
 
 def test_message_about_a_negative_learning_rate_states_the_true_bound():
     # not "at least 1": the default is 1e-3
-    assert "at least 1" not in refusal(dc.collect, dc.Args(env="point-robot", lr=-1.0))
+    assert "at least 1" not in stop_message(dc.collect, dc.Args(env="point-robot", lr=-1.0))
 
 
 def test_help_shows_every_field(tmp_path):
