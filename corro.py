@@ -172,6 +172,7 @@ ENV_ARGS = {  # the first entry whose key is part of the family's name
 MAY_BE_ZERO = {"seed", "reward_noise", "cvae_kl_weight", "encoder_updates", "cvae_updates"}
 MAY_BE_ZERO |= {"entropy_weight", "brac_alpha", "brac_alpha_lr", "divergence_target"}
 RANGES = {"gamma": (0, 1), "tau": (0, 1)}
+EVAL_ONLY = set()  # not of the training: may differ when a run is resumed
 
 # ---- networks ---------------------------------------------------------------
 
@@ -549,7 +550,7 @@ def stored_args(directory):
 
 def check_resumed(args, saved, data):
     """A resumed run may get other lengths, intervals and device; whatever shapes the training must agree."""
-    free = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "device", "compile"}
+    free = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "device", "compile"} | EVAL_ONLY
     for name in sorted(set(saved["args"]) - free - {"resume", "eval_only", "run_dir", "dataset"}):
         if getattr(args, name) != saved["args"][name]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -714,7 +715,7 @@ class Run:
         args, agent, data = self.args, self.agent, self.data
         if args.eval_only:
             results = evaluate_all(agent, data, args, dc.PROTOCOLS)
-            print(f"{self.dir} after {self.step} updates\n  " + eval_line(results))
+            print(f"{self.dir} after {self.step} updates, in full in eval.json\n  " + eval_line(results))
             write_json(self.dir / "eval.json", {"step": self.step} | results)
             return results | {"run_dir": str(self.dir)}
         if self.finished:

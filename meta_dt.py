@@ -147,6 +147,7 @@ ENV_ARGS = {  # the first entry whose key is part of the family's name
 
 MAY_BE_ZERO = {"seed", "world_model_updates", "warmup_updates", "weight_decay", "dropout", "prompt_dropout"}
 RANGES = {"dropout": (0, 1), "prompt_dropout": (0, 1)}
+EVAL_ONLY = {"target_return"}  # not of the training: may differ when a run is resumed
 CLIP, WORLD_MODEL_CLIP = 0.25, 1.0  # largest norms of the gradient
 BEST = 3  # episodes of a task, best first, among which the prompt's is drawn
 EMBED = 16  # size of an embedded observation, action or reward
@@ -613,7 +614,7 @@ def stored_args(directory):
 
 def check_resumed(args, saved, data):
     """A resumed run may get other lengths, intervals and device; whatever shapes the training must agree."""
-    free = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "device", "compile"}
+    free = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "device", "compile"} | EVAL_ONLY
     for name in sorted(set(saved["args"]) - free - {"resume", "eval_only", "run_dir", "dataset"}):
         if getattr(args, name) != saved["args"][name]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -778,7 +779,7 @@ class Run:
         args, agent, data = self.args, self.agent, self.data
         if args.eval_only:
             results = evaluate_all(agent, data, args, dc.PROTOCOLS)
-            print(f"{self.dir} after {self.step} updates\n  " + eval_line(results))
+            print(f"{self.dir} after {self.step} updates, in full in eval.json\n  " + eval_line(results))
             write_json(self.dir / "eval.json", {"step": self.step} | results)
             return results | {"run_dir": str(self.dir)}
         if self.finished:

@@ -301,6 +301,17 @@ def test_finished_run_can_be_continued_further(copied):
     assert [step for step, tag, _ in read_rows(copied) if tag == "losses/reward"] == [10, 20, 30, 40, 50, 60]
 
 
+def test_finished_run_can_be_evaluated_with_other_settings(straight, tmp_path):
+    def evaluate(name, **changes):
+        run_dir = shutil.copytree(straight(name).run_dir, tmp_path / name)
+        return resume(name, run_dir, eval_only=True, **changes)
+
+    result = evaluate("macaw", online_ft=1, ft_value_steps=1, ft_policy_steps=1)
+    assert math.isfinite(result["online_ft/return_ep_1"])
+    result = evaluate("meta_dt", target_return="train_max")
+    assert result["eval/zero_shot/return"] != straight("meta_dt").result["eval/zero_shot/return"]
+
+
 def test_resuming_a_finished_run_keeps_its_results(copied, straight):
     assert resume("flora", copied) == straight("flora").result
     assert_same_run(copied, straight("flora").run_dir)
