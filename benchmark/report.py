@@ -1,6 +1,6 @@
 """Tables and learning curves of finished runs: mean and spread over seeds.
 
-Run:  python benchmark/report.py --env ant-dir --runs runs --figure docs/ant-dir.png
+Run:  python benchmark/report.py --env ant-dir --runs runs
 Prints markdown tables; the newest run of each experiment name and seed counts.
 """
 
@@ -114,8 +114,10 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
     parser.add_argument("--dataset", type=Path, help="their dataset file; by default datasets/{env}.npz")
     parser.add_argument("--figure", type=Path, help="where to write the learning curves (png)")
+    parser.add_argument("--only", nargs="+", help="experiment names; by default all that are there")
     args = parser.parse_args()
     runs = finished_runs(args.runs / args.env)
+    runs = {name: seeds for name, seeds in runs.items() if not args.only or name in args.only}
     if not runs:
         raise SystemExit(f"no finished run in {args.runs / args.env}; make them: see benchmark/README.md")
     print_tables(runs)
