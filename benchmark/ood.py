@@ -1,0 +1,75 @@
+"""Does z follow the task, or who acted? Ant-Dir's out-of-distribution contexts, read by a linear probe.
+
+Run:  python benchmark/ood.py --runs runs
+A probe from z to the direction is fitted on contexts of the training tasks; the table has the cosine of what it reads
+to the direction of the task, for contexts of the test task's own data (iid), of the random policy, and of policies made
+for another direction (ood); for the last also the cosine to that other direction. Mean ± standard deviation over seeds.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from report import finished_runs, print_table
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+COLUMNS = ("iid, to task", "random, to task", "ood, to task", "ood, to behavior")
+
+
+def cosines(embed, data):
+    """embed(context [R, H, ctx_dim], mask [R, H]) -> z [R, z_dim]; returns the columns of the table."""
+    directions = torch.as_tensor(data.task_params, dtype=torch.float32)  # [T, 2], cosine and sine of the angle
+
+    def read(episodes, lengths):
+        """episodes [.., H, ctx_dim + 1], lengths [..] -> (z, 1) [.., z_dim + 1]."""
+        mask = (torch.arange(episodes.shape[-2]) < lengths[..., None]).float()
+        z = embed(episodes[..., :-1].flatten(0, 1), mask.flatten(0, 1)).unflatten(0, lengths.shape)
+        return F.pad(z, (0, 1), value=1.0)
+
+    train, test = data.train_ids, data.test_ids
+    z = read(data.episodes[train, ::4], data.lengths[train, ::4])  # [U, N, z_dim + 1]
+    target = directions[train, None].expand(-1, z.shape[1], -1)
+    probe = torch.linalg.lstsq(z.flatten(0, 1), target.flatten(0, 1), driver="gelsd").solution
+    own = read(data.episodes[test, :1], data.lengths[test, :1]) @ probe
+    other = read(data.ood_episodes, data.ood_lengths) @ probe  # [V, C, 2]
+    behavior = torch.as_tensor(data.ood_behavior_task)  # [V, C]
+    foreign, task = behavior >= 0, directions[test, None].expand_as(other)
+    values = (
+        F.cosine_similarity(own, directions[test, None], dim=-1),
+        F.cosine_similarity(other, task, dim=-1)[~foreign],
+        F.cosine_similarity(other, task, dim=-1)[foreign],
+        F.cosine_similarity(other, directions[behavior.clamp(min=0)], dim=-1)[foreign],
+    )
+    return [value.mean().item() for value in values]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
+    rows = []
+    for name, seeds in finished_runs(parser.parse_args().runs / "ant-dir").items():
+        script, found = importlib.import_module(name.split("-")[0]), []
+
+        def probe(agent, data, *_, script=script, found=found):
+            found.append(cosines(partial(script.embed, agent), data))
+            return {}
+
+        script.evaluate_all, script.eval_line, script.write_json = probe, (lambda _: ""), (lambda *_: None)
+        for run_dir in seeds.values():
+            with contextlib.redirect_stdout(io.StringIO()):
+                script.main(["--resume", str(run_dir), "--eval-only"])
+        mean, spread = np.mean(found, 0), np.std(found, 0, ddof=1) if len(found) > 1 else [0.0] * len(COLUMNS)
+        rows.append([name, str(len(found)), *(f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, spread))])
+    print_table(["cosine", "seeds", *COLUMNS], rows)
+
+
+if __name__ == "__main__":
+    main()
