@@ -1,23 +1,27 @@
-"""Cost of an update: time of the training loop without evaluations, arithmetic, dispatched operations, peak memory.
+"""Cost of an update: CPU time of one thread, arithmetic, dispatched operations, peak memory.
 
-Run:  OMP_NUM_THREADS=1 python benchmark/speed.py focal --env ant-dir --batch-size 256 --context-size 200
-Prints one row of a markdown table; everything after the method goes to its script. Peak memory is that of the whole
-process, dataset included.
+Run:  python benchmark/speed.py focal --env ant-dir --batch-size 256 --context-size 200
+Prints one row of a markdown table; everything after the method goes to its script. The time is the median from one
+update to the next, drawing the batch included; CPU time, so that other programs on the machine count little. Peak
+memory is that of the whole process, dataset included.
 """
 
 import importlib
 import resource
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 METHODS = ("flora", "focal", "unicorn", "corro", "macaw", "meta_dt")
-HEADER = "| method | flags | GFLOP | operations | ms | updates/s | peak memory [MB] |\n|---|---|---|---|---|---|---|"
+HEADER = "| method | flags | GFLOP | operations | CPU time [ms] | peak memory [MB] |\n|---|---|---|---|---|---|"
 UPDATES = 100
 
 
@@ -32,40 +36,42 @@ class Operations(TorchDispatchMode):
 
 
 def run(script, flags, updates):
-    """A training of so many updates without evaluations -> its results."""
-    results, train = {}, script.train
-    script.train = lambda args: results.update(train(args))
+    """A training of so many updates without evaluations."""
     with tempfile.TemporaryDirectory() as folder:
         every = [f"--{what}-every={updates}" for what in ("log", "eval", "save")]
-        script.main([*flags, f"--total-updates={updates}", *every, f"--run-dir={folder}"])
-    script.train = train
-    return results
+        script.main([*flags, "--device=cpu", f"--total-updates={updates}", *every, f"--run-dir={folder}"])
 
 
 def main():
     if len(sys.argv) < 2 or sys.argv[1] not in METHODS:
         raise SystemExit(f"usage: python benchmark/speed.py {{{','.join(METHODS)}}} [flags of its script]")
+    torch.set_num_threads(1)
     name, *flags = sys.argv[1:]
-    script = importlib.import_module(name)
-    script.evaluate_all = lambda *_: {}
-    script.eval_line = lambda _: ""
-    timed = run(script, flags, UPDATES)
-    memory, speed = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, timed["updates_per_sec"]
+    script, stamps = importlib.import_module(name), []
+    script.evaluate_all, script.eval_line, update = (lambda *_: {}), (lambda _: ""), script.update
+    flops, operations = FlopCounterMode(display=False), Operations()
 
-    flops, operations, update = FlopCounterMode(display=False), Operations(), script.update
-    calls = iter((False, True))  # the first call also makes the optimizers' state
+    def timed(*inputs):
+        stamps.append(time.process_time())
+        return update(*inputs)
 
     def counted(*inputs):
-        if not next(calls):
+        stamps.append(time.process_time())
+        if len(stamps) % 2:  # the first call also makes the optimizers' state
             return update(*inputs)
         with flops, operations:
             return update(*inputs)
 
+    script.update = timed
+    run(script, flags, UPDATES)
+    seconds = np.median(np.diff(stamps))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    stamps.clear()
     script.update = counted
     run(script, flags, 2)
-    cells = [name, " ".join(flags), f"{flops.get_total_flops() / 1e9:.2f}", str(operations.count)]
+    cells = [name, " ".join(flags), f"{flops.get_total_flops() / 1e9:.1f}", str(operations.count)]
     print(HEADER)
-    print("| " + " | ".join([*cells, f"{1000 / speed:.0f}", f"{speed:.1f}", f"{memory:.0f}"]) + " |")
+    print("| " + " | ".join([*cells, f"{1000 * seconds:.0f}", f"{memory:.0f}"]) + " |")
 
 
 if __name__ == "__main__":
