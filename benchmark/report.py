@@ -103,7 +103,7 @@ def draw(runs, data, path):
         axes.axhline(level, color="gray", linestyle=style, linewidth=1, label=label)
     axes.set(xlabel="updates", ylabel="return on the test tasks (iid context)", title=data.env)
     axes.set_ylim(top=1.05 * data.expert_returns[data.test_ids].mean())
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.94), ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
 
