@@ -654,6 +654,7 @@ class Run:
 
     def save(self):
         """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
+        self.writer.flush()  # what a resumed run builds on is on the disk, should this one be killed
         state = {"agent": self.agent.state_dict(), "opts": [opt.state_dict() for opt in self.agent.opts]}
         state |= {"generator": self.generator.get_state(), "rng": dc.rng_state(), "data": self.data.header}
         state |= {"steps": self.steps, "rows": self.rows, "seconds": time.time() - self.born, "args": asdict(self.args)}
