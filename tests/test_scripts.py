@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 import signal
+import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,6 +257,7 @@ def test_program_killed_by_a_signal_resumes_to_the_straight_run(tiny_path, tmp_p
     code, _, _, run_dir = stop_program("flora", tiny_path, tmp_path / "killed", 60, signal.SIGKILL, **settings)
     assert code == -signal.SIGKILL
     assert 50 <= load(run_dir)["steps"]["policy"] < 250
+    time.sleep(1)  # TensorBoard reads the files of a run in the order of the seconds in their names
     resume("flora", run_dir)
     assert_same_run(run_dir, Path(run("flora", tiny_path, tmp_path / "straight", **settings)["run_dir"]))
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
