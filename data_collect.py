@@ -1,13 +1,12 @@
-"""Task families, offline datasets and evaluation shared by all scripts of this repository.
+"""Task families, offline datasets, evaluation and runs: what all scripts of this repository share.
 
     python data_collect.py --env ant-dir          # train behavior policies, roll them out, write datasets/ant-dir.npz
 
-Read in this order: task families (what a task is, its reward), TaskEnv (many rows simulated at
-once, each row bound to its own task), behavior policies (SAC), the dataset file (collect, load),
-and evaluate (the four adaptation protocols). The algorithm scripts use only FAMILIES' names,
-`load_dataset` and `evaluate`; none of them is known here.
+Read in this order: task families (what a task is, its reward), batched simulation (TaskEnv: many rows at once, each
+bound to its own task), the dataset, evaluation (the adaptation protocols), runs (directory, checkpoints, resume); then
+what only the collector needs: behavior policies (SAC), rolling them out, its command line. No method is known here.
 
-Shape letters: T tasks, N episodes per task, H horizon, B rows or transitions, R evaluation rows.
+Shape letters: T tasks, N episodes per task, H horizon, B rows or transitions, M tasks of a batch, R evaluation rows.
 Units: actions are in [-1, 1]; rewards are raw environment units; a return is the undiscounted sum
 of one episode's rewards; angles in radians, positions in meters, velocities in meters per second.
 """
@@ -22,9 +21,9 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import mujoco
@@ -34,8 +33,9 @@ import torch
 import tyro
 from gymnasium.vector.utils import batch_space
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of the dataset files
 
 # ---- task families ----------------------------------------------------------
 #
@@ -460,6 +460,681 @@ class TaskEnv(gym.vector.VectorEnv):
             self.pool.close()
 
 
+def rollout(env, policy, seeds, device="cpu"):
+    """One episode per row of `env`. policy(obs [B, obs_dim], rew [B]) -> act [B, act_dim], tensors on
+    `device`, where rew is the reward of the previous step (0 at first).
+
+    -> dict of numpy arrays: observations [B, H+1, obs_dim], actions [B, H, act_dim], rewards [B, H]
+    (float32, zeros after the end), lengths [B] int32, terminated [B] and diverged [B] bool."""
+    rows, horizon, family = env.num_envs, env.family.horizon, env.family
+    obs, _ = env.reset(seed=seeds)
+    rew = np.zeros(rows)
+    out = {
+        "observations": np.zeros((rows, horizon + 1, family.obs_dim), np.float32),
+        "actions": np.zeros((rows, horizon, family.act_dim), np.float32),
+        "rewards": np.zeros((rows, horizon), np.float32),
+        "lengths": np.zeros(rows, np.int32),
+        "terminated": np.zeros(rows, bool),
+        "diverged": np.zeros(rows, bool),
+    }
+    out["observations"][:, 0] = obs
+    for t in range(horizon):
+        live = env.live.copy()
+        with torch.no_grad():
+            act = policy(torch.as_tensor(obs, device=device), torch.as_tensor(rew, dtype=torch.float32, device=device))
+        act = act.cpu().numpy()
+        obs, rew, terminated, _, info = env.step(act)
+        out["diverged"] |= info["diverged"]
+        live &= ~info["diverged"]
+        out["actions"][live, t], out["rewards"][live, t] = act[live].clip(-1, 1), rew[live]
+        out["observations"][live, t + 1] = obs[live]
+        out["lengths"][live] += 1
+        out["terminated"] |= terminated
+        if not env.live.any():
+            break
+    return out
+
+# ---- dataset ----------------------------------------------------------------
+
+NO_EPISODE, RANDOM = -1, -2  # entries of tables of policies that are no trained one
+OBS_LIMIT = 10.0  # largest standardized observation
+
+# the file: key -> dtype, shape; letters: T tasks, N episodes, H horizon, O obs_dim, A act_dim, P parameters, U training
+# tasks, V test tasks, C foreign contexts per test task
+FILE_LAYOUT = {
+    "observations": ("float32", ("T", "N", "H+1", "O")),
+    "actions": ("float32", ("T", "N", "H", "A")),
+    "rewards": ("float32", ("T", "N", "H")),
+    "lengths": ("int32", ("T", "N")),
+    "terminated": ("bool", ("T", "N")),
+    "behavior_step": ("int32", ("T", "N")),
+    "task_params": ("float64", ("T", "P")),
+    "train_ids": ("int64", ("U",)),
+    "test_ids": ("int64", ("V",)),
+    "random_returns": ("float64", ("T",)),
+    "expert_returns": ("float64", ("T",)),
+    "ood_observations": ("float32", ("V", "C", "H+1", "O")),
+    "ood_actions": ("float32", ("V", "C", "H", "A")),
+    "ood_rewards": ("float32", ("V", "C", "H")),
+    "ood_lengths": ("int32", ("V", "C")),
+    "ood_terminated": ("bool", ("V", "C")),
+    "ood_behavior_step": ("int32", ("V", "C")),
+    "ood_behavior_task": ("int32", ("V", "C")),
+}
+
+
+class Batch(NamedTuple):
+    """Transitions of M tasks, B of each."""
+
+    obs: torch.Tensor  # [M, B, obs_dim], standardized
+    act: torch.Tensor  # [M, B, act_dim] in [-1, 1]
+    rew: torch.Tensor  # [M, B]
+    next_obs: torch.Tensor  # [M, B, obs_dim]
+    term: torch.Tensor  # [M, B] 1 = the task itself ended, never a time limit
+
+
+class Dataset:
+    """A checked dataset file as tensors on one device; a batch is one gather.
+
+    Observations are standardized: mean 0 and spread 1 over the training tasks' transitions, clipped to
+    +-OBS_LIMIT. A transition is one row [obs, act, rew, next_obs, term] of width ctx_dim + 1; a context is
+    rows without term, [.., ctx_dim]."""
+
+    def __init__(self, env, header, arrays, device):
+        self.env, self.family, self.header, self.device = env, FAMILIES[env], header, device
+        self.obs_dim, self.act_dim = self.family.obs_dim, self.family.act_dim
+        self.ctx_dim = 2 * self.obs_dim + self.act_dim + 1
+        self.task_params = arrays["task_params"]  # [T, P] float64
+        self.train_ids, self.test_ids = arrays["train_ids"], arrays["test_ids"]
+        self.random_returns, self.expert_returns = arrays["random_returns"], arrays["expert_returns"]  # [T]
+        self.ood_behavior_task = arrays["ood_behavior_task"]  # [V, C], RANDOM where the random policy acted
+        self.train_tasks = torch.as_tensor(self.train_ids, device=device)  # [U]
+        self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0: no episode
+        steps = torch.arange(self.family.horizon, device=device)
+        valid = steps < self.lengths[..., None]  # [T, N, H]
+        recorded = valid[self.train_ids].cpu().numpy()
+        self.reward_spread = float(arrays["rewards"][self.train_ids][recorded].std(dtype=np.float64)) or 1.0
+        seen = arrays["observations"][self.train_ids, :, :-1][recorded]  # [.., obs_dim]
+        mean, spread = seen.mean(0, dtype=np.float64), seen.std(0, dtype=np.float64)
+        spread = spread.clip(1e-3)  # a constant observation stays 0
+        self.obs_mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
+        self.obs_spread = torch.as_tensor(spread, dtype=torch.float32, device=device)
+        keys = ("observations", "ood_observations")
+        arrays = arrays | {k: self.standardize(torch.as_tensor(arrays[k], device=device)).cpu().numpy() for k in keys}
+        self.episodes = transitions(arrays, device=device)  # [T, N, H, ctx_dim + 1]
+        self.ood_episodes = transitions(arrays, "ood_", device)  # [V, C, H, ctx_dim + 1]
+        self.ood_lengths = torch.as_tensor(arrays["ood_lengths"], dtype=torch.long, device=device)
+        self.episode_returns = arrays["rewards"].sum(-1, dtype=np.float64)  # [T, N]
+        valid = valid.flatten(1)  # [T, N * H]
+        self.counts = valid.sum(1)  # [T] transitions per task
+        self.valid = valid.byte().argsort(dim=1, descending=True, stable=True)  # the first counts[i] of row i are real
+        self.min_episodes = int((self.lengths[self.train_ids] > 0).sum(1).min())  # of any training task
+        returns = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
+        self.behavior_return = float(returns.mean())  # mean over the training data
+        self.return_spread = float(returns.std()) or 1.0  # a scale even where all returns are equal
+
+    def standardize(self, obs):
+        """Observations of the simulation [.., obs_dim] -> as the networks see them, within +-OBS_LIMIT."""
+        return ((obs - self.obs_mean) / self.obs_spread).clamp(-OBS_LIMIT, OBS_LIMIT)
+
+    def sample_tasks(self, count, generator):
+        """Training tasks, uniform with replacement -> [count]."""
+        draw = torch.randint(len(self.train_tasks), (count,), device=self.device, generator=generator)
+        return self.train_tasks[draw]
+
+    def sample(self, task_ids, size, generator):
+        """Independent uniform transitions with replacement: task_ids [M] -> rows [M, size, ctx_dim + 1]."""
+        pick = torch.rand(len(task_ids), size, device=self.device, generator=generator) * self.counts[task_ids, None]
+        index = self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]
+        return self.episodes.view(-1, self.ctx_dim + 1)[index]
+
+    def sample_batch(self, task_ids, size, generator):
+        """The same as a Batch."""
+        return self.unpack(self.sample(task_ids, size, generator))
+
+    def unpack(self, rows):
+        """[.., ctx_dim + 1] -> Batch."""
+        obs, act, rew, next_obs, term = rows.split([self.obs_dim, self.act_dim, 1, self.obs_dim, 1], -1)
+        return Batch(obs, act, rew[..., 0], next_obs, term[..., 0])
+
+    def sample_context(self, task_ids, size, generator, episodes=None):
+        """`size` uniform transitions of one random episode per task: task_ids [M] -> [M, size, ctx_dim].
+        episodes [T, N, H, ..]: what to cut them from, by default the rows without term."""
+        present = (self.lengths[task_ids] > 0).float()  # [M, N]
+        episode = torch.multinomial(present, 1, generator=generator)  # [M, 1]
+        length = self.lengths[task_ids[:, None], episode]
+        step = (torch.rand(len(task_ids), size, device=self.device, generator=generator) * length).long()
+        episodes = self.episodes[..., :-1] if episodes is None else episodes
+        return episodes[task_ids[:, None], episode, step]
+
+
+def transitions(arrays, prefix="", device="cpu"):
+    """Episode arrays (as of `rollout` or of the file) -> [.., H, ctx_dim + 1] float32; zeros after the end."""
+    obs, act, rew, lengths = (arrays[prefix + k] for k in ("observations", "actions", "rewards", "lengths"))
+    steps = np.arange(rew.shape[-1])
+    term = (arrays[prefix + "terminated"][..., None] & (steps == lengths[..., None] - 1)).astype(np.float32)
+    rows = np.concatenate([obs[..., :-1, :], act, rew[..., None], obs[..., 1:, :], term[..., None]], -1)
+    rows[steps >= lengths[..., None]] = 0.0  # e.g. the last observation of a terminated episode
+    return torch.as_tensor(rows, device=device)
+
+
+def load_dataset(env, path=None, device="cpu"):
+    """Read and check datasets/{env}.npz (or path) -> Dataset on the device, also "auto". Whatever is wrong with the
+    file ends the program with one line that names the remedy, before any training."""
+    device, path = resolve_device(device), Path(path or f"datasets/{env}.npz")
+    make = f"python data_collect.py --env {env}" + ("" if path == Path(f"datasets/{env}.npz") else f" --out {path}")
+
+    def refuse(what):
+        raise SystemExit(f"{path}: {what}. Remove it and make it anew: {make}")
+
+    if not path.exists():
+        raise SystemExit(f"{path} not found. Make it: {make}")
+    if not path.is_file():
+        refuse("is not a file")
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("a bare array")
+        with file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged bytes
+        refuse(f"unreadable ({str(error).splitlines()[0][:80]})" if str(error) else "unreadable")
+    if "header" not in arrays:
+        refuse("no header, so not a dataset of this repository")
+    try:
+        header = json.loads(str(arrays.pop("header")))
+        version, family_name = header["format_version"], header["env"]
+        header["settings"]["seed"]
+    except (ValueError, KeyError, TypeError):
+        refuse("damaged header")
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        remedy = "update this repository" if newer else f"remove it and make it anew: {make}"
+        raise SystemExit(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; {remedy}")
+    if family_name != env:
+        raise SystemExit(f"{path} holds {family_name}, not {env}: use --env {family_name} or another file")
+    for fault in faults(FAMILIES[env], arrays):
+        refuse(fault)
+    return Dataset(env, header, arrays, device)
+
+
+def faults(family, arrays):
+    """What is wrong with the arrays of a file, as phrases; later checks rely on the earlier ones."""
+    sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
+    sizes["P"] = family.draw()[0].shape[1]
+    for key, (dtype, letters) in FILE_LAYOUT.items():
+        if key not in arrays:
+            yield f"array {key} is missing"
+        array = arrays[key]
+        if array.dtype != dtype:
+            yield f"{key} has type {array.dtype}, expected {dtype}"
+        if array.ndim != len(letters) or any(sizes.setdefault(n, s) != s for n, s in zip(letters, array.shape)):
+            yield f"{key} has shape {array.shape}, expected {tuple(sizes.get(n, n) for n in letters)}"
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            yield f"{key} has values that are not finite"
+    lengths, tasks, behavior = arrays["lengths"], range(sizes["T"]), arrays["ood_behavior_task"]
+    for key in ("train_ids", "test_ids"):
+        ids = arrays[key].tolist()
+        if not ids or len(set(ids)) != len(ids) or not set(ids) <= set(tasks):
+            yield f"{key} must be distinct task numbers from 0 to {len(tasks) - 1}, at least one"
+        if not (lengths[ids] > 0).any(1).all():
+            yield f"a task of {key} has no episode"
+    for prefix in ("", "ood_"):
+        if not np.isin(arrays[prefix + "lengths"], range(family.horizon + 1)).all():
+            yield f"{prefix}lengths must lie between 0 and the horizon {family.horizon}"
+        if abs(arrays[prefix + "actions"]).max(initial=0) > 1:
+            yield f"{prefix}actions must lie in [-1, 1]"
+    if (np.diff(lengths > 0, axis=1) & (lengths[:, 1:] > 0)).any():
+        yield "lengths has an empty episode before a recorded one"
+    if not np.isin(behavior, [RANDOM, *tasks]).all():
+        yield f"ood_behavior_task must be task numbers or {RANDOM}"
+    if len(set((behavior == RANDOM).sum(1))) > 1:
+        yield "ood_behavior_task has not the same number of random contexts for every test task"
+    if (arrays["ood_lengths"] == 0).any():
+        yield "an episode of ood_lengths is empty"
+
+
+# ---- evaluation -------------------------------------------------------------
+
+EXPLORATION_EPISODES, EXPLOITATION_EPISODES = 2, 3  # of the online protocol
+PROTOCOLS = ("iid", "ood", "ood_random", "online", "zero_shot", "train")
+Protocol = Literal[PROTOCOLS]
+
+
+def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
+    """Returns of an adaptable policy on the test tasks, all tasks x episodes rolled out as one batch.
+
+    adapt(context [R, K, ctx_dim], mask [R, K], explore) -> policy(obs [R, obs_dim], rew [R]) -> act
+    [R, act_dim], tensors on data.device, observations standardized as in the data; mask is 1 for real
+    transitions, K = 0 means no context; explore asks for a sample of the belief over the task rather
+    than its mean; rew is the reward of the previous step (for policies that keep a history). Reset
+    seeds and contexts are the same for every method and at every call.
+
+    iid        context = one episode of the test task's own offline data, drawn anew for each episode
+    ood        context = an episode on the test task by the policy of another training task
+    ood_random context = an episode on the test task by the uniform random policy
+    online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; before
+               each, adapt sees all episodes collected so far (none at first); the last one is reported
+    zero_shot  no context at all
+    train      as iid, on the first ten training tasks
+
+    trace: a list to which each protocol's last episodes are appended, as of `rollout` (observations standardized),
+    with the "context" and "mask" that adapt was given.
+    -> {"eval/iid/return": mean over tasks, "eval/iid/normalized": 0 = random, 100 = expert, per task,
+    then averaged, "eval/iid/return_task_07": ..., "eval/online/return_ep_1": ...}"""
+    horizon, device, results = data.family.horizon, data.device, {}
+    for protocol in protocols:
+        tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
+        if protocol in ("ood", "ood_random"):
+            row, column = np.nonzero((data.ood_behavior_task == RANDOM) == (protocol == "ood_random"))
+            if len(row) == 0:
+                continue  # a dataset collected with --ood-contexts 0
+            row_tasks = data.test_ids[row]
+            context, lengths = data.ood_episodes[row, column], data.ood_lengths[row, column]
+            repeats = len(row) // len(tasks)
+        else:
+            repeats = 1 if protocol == "online" else episodes
+            row_tasks = tasks.repeat(repeats)
+        seeds = 10_000 + 97 * row_tasks + np.tile(np.arange(repeats), len(tasks))
+        if protocol in ("iid", "train"):
+            present = (data.lengths[row_tasks] > 0).sum(1).cpu().numpy()  # episodes lie first in their row
+            pick = [np.random.default_rng(seed).integers(n) for seed, n in zip(seeds, present)]
+            context, lengths = data.episodes[row_tasks, pick], data.lengths[row_tasks, pick]
+        elif protocol in ("online", "zero_shot"):
+            context = torch.zeros(len(row_tasks), 0, data.ctx_dim + 1, device=device)
+            lengths = torch.zeros(len(row_tasks), dtype=torch.long, device=device)
+        mask = (torch.arange(context.shape[1], device=device) < lengths[:, None]).float()
+        env = TaskEnv(data.family, data.task_params, row_tasks)
+        rounds = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if protocol == "online" else 1
+        for k in range(rounds):
+            explore = protocol == "online" and k < EXPLORATION_EPISODES
+            policy = adapt(context[..., :-1], mask, explore)
+
+            def act(obs, rew, policy=policy):
+                return policy(data.standardize(obs), rew)
+
+            done = rollout(env, act, (seeds + 31 * k).tolist(), device)
+            done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
+            done |= {"context": context[..., :-1], "mask": mask}
+            returns = done["rewards"].sum(1, dtype=np.float64).reshape(len(tasks), repeats).mean(1)  # [tasks]
+            if protocol == "online":
+                results[f"eval/online/return_ep_{k + 1}"] = returns.mean()
+                steps = torch.as_tensor(done["lengths"], device=device)
+                context = torch.cat([context, transitions(done, device=device)], 1)
+                mask = torch.cat([mask, (torch.arange(horizon, device=device) < steps[:, None]).float()], 1)
+        env.close()
+        if trace is not None:
+            trace.append(done)
+        results[f"eval/{protocol}/return"] = returns.mean()
+        results[f"eval/{protocol}/normalized"] = normalize(data, tasks, returns).mean()
+        results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, returns)}
+        if done["diverged"].any():
+            results[f"eval/{protocol}/diverged"] = done["diverged"].sum()
+    return {tag: float(value) for tag, value in results.items()}
+
+
+def label_contexts(data, embed, tasks=None, limit=10):
+    """Embed up to `limit` episodes per task, evenly over the recorded ones: embed(context [R, K, ctx_dim],
+    mask [R, K]) -> z [R, z_dim]. -> z [R, z_dim] on the CPU, task of each row (list of int)."""
+    tasks = np.concatenate([data.train_ids, data.test_ids]) if tasks is None else tasks
+    present = (data.lengths > 0).sum(1).cpu().numpy()
+    pairs = [(t, n) for t in tasks for n in np.unique(np.linspace(0, present[t] - 1, limit).round().astype(int))]
+    task, episode = (torch.as_tensor([int(p[i]) for p in pairs], device=data.device) for i in (0, 1))
+    mask = torch.arange(data.family.horizon, device=data.device) < data.lengths[task, episode][:, None]
+    return embed(data.episodes[task, episode][..., :-1], mask.float()).cpu(), task.tolist()
+
+
+def embedding_quality(data, embed):
+    """How well z tells the tasks apart, from contexts of one episode each (embed: see label_contexts).
+
+    z/nearest_task_acc  training tasks: share of odd-numbered contexts whose nearest centroid, over the
+                        even-numbered contexts of each task, is that of their own task
+    z/probe_r2          linear regression from z to the task parameters, fitted on the training tasks,
+                        coefficient of determination on the test tasks (1 = perfect, 0 = the mean)"""
+    z, task = label_contexts(data, embed, data.train_ids)
+    z, task, odd = z.double(), torch.tensor(task), torch.arange(len(task)) % 2 == 1
+    centroids = torch.stack([z[~odd & (task == t)].mean(0) for t in data.train_ids])
+    nearest = torch.as_tensor(data.train_ids)[torch.cdist(z[odd], centroids).argmin(1)]
+    test_z, test_task = label_contexts(data, embed, data.test_ids)
+    params = torch.as_tensor(data.task_params)
+    one = torch.ones(len(z), 1, dtype=torch.double)
+    probe = torch.linalg.lstsq(torch.cat([z, one], 1), params[task], driver="gelsd").solution
+    target = params[test_task]
+    error = (torch.cat([test_z.double(), one[: len(test_z)].new_ones(len(test_z), 1)], 1) @ probe - target).pow(2).sum()
+    return {
+        "z/nearest_task_acc": (nearest == task[odd]).double().mean().item(),
+        "z/probe_r2": (1 - error / (target - params[data.train_ids].mean(0)).pow(2).sum()).item(),
+    }
+
+
+def normalize(data, tasks, returns):
+    """Returns [len(tasks)] -> the same on each task's own scale: 0 = random policy, 100 = expert; 0 where
+    the two are equal, so that the scale is empty."""
+    worst, best = data.random_returns[tasks], data.expert_returns[tasks]
+    return 100 * (returns - worst) / np.where(best == worst, np.inf, best - worst)
+
+# ---- runs -------------------------------------------------------------------
+#
+# What surrounds a training and belongs to no method. A script's train() reads: `resolve` the arguments, load the data,
+# make the agent, then, in `with Run(..) as run`, update while `run.going()`, hand each update's metrics to
+# `run.advance` and return `run.finish()`.
+
+RUN_VERSION = 2  # of the run directories; a checkpoint of another version is refused
+# arguments that may be 0, and those with limits of their own, in all scripts; all other numbers must be positive
+MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight"}
+RANGES = {"gamma": (0, 1), "tau": (0, 1)}
+# arguments that do not shape the training: a resumed run may change them
+FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "device", "compile"}
+FREE |= {"resume", "eval_only", "run_dir", "dataset"}
+
+
+def command_line(args_class, train, doc, arguments=None):
+    """Parse the command line (list of str, by default the process's own) and train -> what `train` returns. With
+    --resume the arguments stored there are the defaults."""
+    cli = functools.partial(tyro.cli, args_class, description=doc.split("\n\n")[0], args=arguments)
+    args = cli()
+    return train(cli(default=stored_args(args_class, args.resume)) if args.resume else args)
+
+
+def resolve(args, env_args, may_be_zero=frozenset(), ranges={}):
+    """Fill in the arguments left at None and check all of them -> args; one line for whatever is wrong.
+
+    env_args: {part of the family's name: {argument: value}}, later entries change earlier ones; may_be_zero, ranges:
+    what the script adds to MAY_BE_ZERO and RANGES."""
+    if args.eval_only and not args.resume:
+        raise SystemExit("--eval-only needs --resume RUN_DIR")
+    defaults = {"dataset": f"datasets/{args.env}.npz"}
+    for part, values in env_args.items():
+        defaults |= values if part in args.env else {}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, value in asdict(args).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        zero = name in MAY_BE_ZERO | may_be_zero
+        least, most = (RANGES | ranges).get(name, (0, math.inf))
+        if not least <= value <= most or value == math.inf or (value == 0 and not zero):
+            limits = "be at least 0" if zero else "be positive"
+            limits = f"lie between {least} and {most}" if name in RANGES | ranges else limits
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must {limits}")
+    return args
+
+
+def load_checkpoint(directory, args_class, device="cpu"):
+    """Checkpoint of a run directory as a dict; one line if there is none of the script with these arguments."""
+    path = Path(directory) / "checkpoint.pt"
+    if not path.is_file():
+        raise SystemExit(f"--resume {directory}: no checkpoint.pt there; give the run directory that training printed")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except Exception:
+        raise SystemExit(f"{path} is damaged; start the run anew without --resume")
+    args = saved.get("args") if isinstance(saved, dict) else None
+    if not isinstance(args, dict):
+        raise SystemExit(f"--resume {directory}: {path.name} is not of a run of these scripts")
+    if saved.get("version") != RUN_VERSION:
+        found = f"that run is of version {saved.get('version', 1)} of this repository, this is {RUN_VERSION}"
+        raise SystemExit(f"--resume {directory}: {found}; continue it with the code that began it, or start anew")
+    if set(args) != {f.name for f in fields(args_class)}:
+        raise SystemExit(f"--resume {directory}: that run is of another script or version; start anew without --resume")
+    return saved
+
+
+def stored_args(args_class, directory):
+    """Arguments of the run in a directory, set to continue it."""
+    return args_class(**load_checkpoint(directory, args_class)["args"] | {"resume": str(directory)})
+
+
+def set_lr(opt, lr):
+    """Give an optimizer, whose rates are tensors, the learning rate lr."""
+    for group in opt.param_groups:
+        group["lr"].fill_(lr)
+
+
+def write_json(path, content):
+    atomic_save(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def eval_line(results):
+    """One line of the returns per protocol, normalized in brackets, and of the quality of z."""
+    names = [p for p in PROTOCOLS if f"eval/{p}/return" in results]
+    cells = [f"{p} {results[f'eval/{p}/return']:.1f} ({results[f'eval/{p}/normalized']:.0f})" for p in names]
+    return "  ".join(["eval", *cells, f"z acc {results['z/nearest_task_acc']:.2f} R2 {results['z/probe_r2']:.2f}"])
+
+
+class Run:
+    """The run directory of one training: restores a run to resume, then counts, logs, evaluates and saves.
+
+    A training has one or more phases, the last of which is "policy"; --{phase}-updates is a phase's length. agent: the
+    module with all networks and, as attributes, all optimizers; generator: draws the batches; evaluate(agent, data,
+    args, protocols) -> dict tag -> float; embed(agent, context, mask) -> z, see `label_contexts`; free: arguments that
+    a resumed run may change besides FREE."""
+
+    def __init__(self, args, data, agent, generator, evaluate, embed, phases=("policy",), free=frozenset()):
+        self.args, self.data, self.agent, self.generator = args, data, agent, generator
+        self.evaluate = functools.partial(evaluate, agent, data, args)
+        self.embed = functools.partial(embed, agent)
+        self.opts = {name: value for name, value in vars(agent).items() if isinstance(value, torch.optim.Optimizer)}
+        self.steps, self.phase = dict.fromkeys(phases, 0), "policy"  # updates done per phase
+        self.results, self.stopping, self.timed, self.born, self.rows = {}, False, 0.0, time.time(), 1
+        if args.resume:
+            self.dir = Path(args.resume)
+            self.restore(load_checkpoint(self.dir, type(args), data.device), FREE | free)
+        else:
+            name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+            self.dir = Path(args.run_dir) / args.env / args.exp_name / name
+            try:
+                self.dir.mkdir(parents=True)
+            except OSError as error:
+                raise SystemExit(f"cannot make {self.dir}: {error.strerror}; choose another --run-dir")
+        self.finished = self.step >= args.total_updates and (self.dir / "result.json").is_file()
+        if not self.finished and not args.eval_only:
+            self.open_files()
+
+    def restore(self, saved, free):
+        """Take over a checkpoint; whatever shapes the training must agree with it."""
+        for name in sorted(set(saved["args"]) - free):
+            if getattr(self.args, name) != saved["args"][name]:
+                flag = f"--{name.replace('_', '-')} {getattr(self.args, name)}"
+                raise SystemExit(f"{flag}: the run to resume has {saved['args'][name]}; drop the flag")
+        if self.data.header != saved["data"]:
+            what = "is not the file that the run to resume was trained on"
+            raise SystemExit(f"{self.args.dataset} {what}; use that: --dataset")
+        self.agent.load_state_dict(saved["agent"])
+        for name, opt in self.opts.items():
+            opt.load_state_dict(saved["opts"][name])
+        self.generator.set_state(saved["generator"].cpu())
+        restore_rng(saved["rng"])
+        self.steps, self.rows = saved["steps"], saved["rows"]
+        self.born -= saved["seconds"]
+
+    def open_files(self):
+        """args.json, TensorBoard events and metrics.csv, of which the rows up to the checkpoint stay."""
+        args, data = self.args, self.data
+        stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
+        about = {"args": stored, "versions": versions(), "command": sys.argv, "dataset": data.header}
+        write_json(self.dir / "args.json", about)
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.updates + 1 if args.resume else None)
+        self.writer.add_text("args", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in stored.items()))
+        path = self.dir / "metrics.csv"
+        kept = path.read_text().splitlines(keepends=True)[: self.rows] if path.exists() else ["step,tag,value\n"]
+        atomic_save(path, lambda file: file.write("".join(kept).encode()))
+        self.csv, self.rows = open(path, "a"), len(kept)
+        tasks = f"{len(data.train_ids)} training and {len(data.test_ids)} test tasks"
+        print(f"{self.dir}: {args.env}, {tasks}, device {data.device}")
+        worst, best = data.random_returns[data.test_ids].mean(), data.expert_returns[data.test_ids].mean()
+        returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {data.behavior_return:.1f}"
+        print(f"  mean return on the test tasks: {returns}", flush=True)
+
+    def __enter__(self):
+        def on_interrupt(*_):
+            self.stopping = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+        self.previous_handler = signal.signal(signal.SIGINT, on_interrupt)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous_handler)
+        if hasattr(self, "csv"):
+            self.csv.close()
+            self.writer.close()
+
+    @property
+    def step(self):
+        """Updates done in the current phase."""
+        return self.steps[self.phase]
+
+    @property
+    def updates(self):
+        """Updates done in all phases."""
+        return sum(self.steps.values())
+
+    @property
+    def total(self):
+        """Updates that the current phase has in all."""
+        return self.args.total_updates if self.phase == "policy" else getattr(self.args, f"{self.phase}_updates")
+
+    @property
+    def decay(self):
+        """Factor on the learning rate: 1 in the first half of the phase, then falling linearly to 0."""
+        return min(1.0, 2 - 2 * (self.step / self.total)) if self.args.lr_decay else 1.0
+
+    def going(self, phase="policy"):
+        """Whether an update of this phase is to be done."""
+        if self.stopping or self.args.eval_only:
+            return False
+        if self.phase != phase or not self.timed:
+            self.phase = phase
+            self.start_step, self.start, self.tick, self.timed = self.step, time.time(), time.perf_counter(), 1e-9
+        return self.step < self.total
+
+    def advance(self, metrics):
+        """Count an update; log, evaluate and save when it is time. metrics: dict tag -> 0-d tensor."""
+        args = self.args
+        self.steps[self.phase] += 1
+        last = self.step == self.total
+        if last or any(self.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every)):
+            values = self.read(metrics)
+        self.timed += time.perf_counter() - self.tick
+        if self.step % args.log_every == 0:
+            self.log(values)
+            self.print_progress(values)
+        if self.phase == "policy" and (self.step % args.eval_every == 0 or last):
+            self.results = self.evaluate(PROTOCOLS if last else ("iid", "train"))
+            self.log(self.results)
+            print("  " + eval_line(self.results), flush=True)
+        if self.step % args.save_every == 0 or last:
+            self.save()
+        self.tick = time.perf_counter()
+
+    def read(self, metrics):
+        """The only place where training reads from the device -> dict tag -> float; all must be finite."""
+        values = {tag: value.item() for tag, value in metrics.items()}
+        broken = [f"{tag} ({value})" for tag, value in values.items() if not math.isfinite(value)]
+        broken += [f"parameter {name}" for name, p in self.agent.named_parameters() if not p.isfinite().all()]
+        if broken:
+            good = self.dir / "checkpoint.pt"
+            remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
+            raise SystemExit(f"stopped at update {self.step}: {broken[0]} is not finite; {remedy}")
+        return values
+
+    def log(self, values):
+        """dict tag -> number, to metrics.csv and TensorBoard."""
+        for tag, value in values.items():
+            self.csv.write(f"{self.step},{tag},{float(value)!r}\n")
+            if "/return_task_" not in tag:
+                self.writer.add_scalar(tag, value, self.updates)
+        self.csv.flush()
+        self.rows += len(values)
+
+    def print_progress(self, values):
+        """One line with the speed, the time that is left and all losses."""
+        done, elapsed = self.step - self.start_step, time.time() - self.start
+        if self.phase == "policy":
+            self.writer.add_scalar("charts/updates_per_sec", done / self.timed, self.updates)
+            self.writer.add_scalar("charts/wall_clock_s", time.time() - self.born, self.updates)
+        eta = duration(elapsed / done * (self.total - self.step))
+        share = f"{self.phase} {self.step:>7}/{self.total} {100 * self.step // self.total:>3}%"
+        losses = "  ".join(f"{tag[7:]} {value:.3g}" for tag, value in values.items() if tag.startswith("losses/"))
+        print(f"[{share}] {done / self.timed:.1f} upd/s  eta {eta}  {losses}", flush=True)
+
+    def save(self):
+        """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
+        self.writer.flush()  # what a resumed run builds on is on the disk, should this one be killed
+        state = {"version": RUN_VERSION, "args": asdict(self.args), "data": self.data.header}
+        state |= {"agent": self.agent.state_dict(), "opts": {name: opt.state_dict() for name, opt in self.opts.items()}}
+        state |= {"generator": self.generator.get_state(), "rng": rng_state()}
+        state |= {"steps": self.steps, "rows": self.rows, "seconds": time.time() - self.born}
+        if all(p.isfinite().all() for p in self.agent.parameters()):
+            atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def finish(self):
+        """-> dict: the last evaluation, run_dir, step, updates_per_sec, wall_clock_s; also in result.json."""
+        if self.args.eval_only:
+            results = self.evaluate(PROTOCOLS)
+            print(f"{self.dir} after {self.step} updates, in full in eval.json\n  " + eval_line(results))
+            write_json(self.dir / "eval.json", {"step": self.step} | results)
+            return results | {"run_dir": str(self.dir)}
+        if self.finished:
+            print(f"{self.dir} is finished after {self.step} updates; --total-updates continues it further")
+            return json.loads((self.dir / "result.json").read_text())
+        if self.stopping:
+            self.save()
+            script = Path(sys.argv[0]).name
+            where = f"{self.step} updates ({self.phase})"
+            print(f"interrupted after {where}; continue with: python {script} --resume {self.dir}")
+            raise SystemExit(130)
+        if not self.results:  # the run was cut off between the last checkpoint and result.json
+            self.results = self.evaluate(PROTOCOLS)
+        z, labels = label_contexts(self.data, self.embed)
+        self.writer.add_embedding(z, metadata=labels, global_step=self.updates, tag="z")
+        speed = (self.step - self.start_step) / self.timed if self.timed else 0.0
+        self.results |= {"run_dir": str(self.dir), "step": self.step}
+        self.results |= {"updates_per_sec": speed, "wall_clock_s": time.time() - self.born}
+        write_json(self.dir / "result.json", self.results)
+        return self.results
+
+
+def versions():
+    """{name: version} of Python and of the packages that the results depend on."""
+    return {m.__name__: m.__version__ for m in (torch, np, gym, mujoco)} | {"python": sys.version.split()[0]}
+
+def duration(seconds):
+    """75 -> '1m15s'."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def rng_state():
+    """torch's global generators, CPU and CUDA, as a list of tensors."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def restore_rng(states):
+    torch.set_rng_state(states[0].cpu())
+    torch.cuda.set_rng_state_all([s.cpu() for s in states[1 : 1 + torch.cuda.device_count()]])
+
+
+def atomic_save(path, write):
+    """write(file) to a temporary name, then rename: a reader never meets half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def resolve_device(name):
+    """ "auto" | "cpu" | "cuda" -> torch.device; one line if there is no GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here; use --device auto or cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
 # ---- behavior policies ------------------------------------------------------
 
 
@@ -538,41 +1213,6 @@ class SAC(nn.Module):
         self.temperature_opt.step()
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), 0.005)
         return critic_loss.detach(), q.detach().mean()
-
-
-def rollout(env, policy, seeds, device="cpu"):
-    """One episode per row of `env`. policy(obs [B, obs_dim], rew [B]) -> act [B, act_dim], tensors on
-    `device`, where rew is the reward of the previous step (0 at first).
-
-    -> dict of numpy arrays: observations [B, H+1, obs_dim], actions [B, H, act_dim], rewards [B, H]
-    (float32, zeros after the end), lengths [B] int32, terminated [B] and diverged [B] bool."""
-    rows, horizon, family = env.num_envs, env.family.horizon, env.family
-    obs, _ = env.reset(seed=seeds)
-    rew = np.zeros(rows)
-    out = {
-        "observations": np.zeros((rows, horizon + 1, family.obs_dim), np.float32),
-        "actions": np.zeros((rows, horizon, family.act_dim), np.float32),
-        "rewards": np.zeros((rows, horizon), np.float32),
-        "lengths": np.zeros(rows, np.int32),
-        "terminated": np.zeros(rows, bool),
-        "diverged": np.zeros(rows, bool),
-    }
-    out["observations"][:, 0] = obs
-    for t in range(horizon):
-        live = env.live.copy()
-        with torch.no_grad():
-            act = policy(torch.as_tensor(obs, device=device), torch.as_tensor(rew, dtype=torch.float32, device=device))
-        act = act.cpu().numpy()
-        obs, rew, terminated, _, info = env.step(act)
-        out["diverged"] |= info["diverged"]
-        live &= ~info["diverged"]
-        out["actions"][live, t], out["rewards"][live, t] = act[live].clip(-1, 1), rew[live]
-        out["observations"][live, t + 1] = obs[live]
-        out["lengths"][live] += 1
-        out["terminated"] |= terminated
-        if not env.live.any():
-            break
-    return out
 
 
 class Replay:
@@ -694,88 +1334,40 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stop, la
     env.close()
     return progress["snapshots"]
 
-
-def duration(seconds):
-    """75 -> '1m15s'."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-
-
-def rng_state():
-    """torch's global generators, CPU and CUDA, as a list of tensors."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-
-
-def restore_rng(states):
-    torch.set_rng_state(states[0].cpu())
-    torch.cuda.set_rng_state_all([s.cpu() for s in states[1 : 1 + torch.cuda.device_count()]])
-
-
 # ---- the dataset file: writing ----------------------------------------------
 
 
 @dataclass
 class Args:
-    env: EnvName = "ant-dir"
-    """task family"""
+    env: EnvName = "ant-dir"  # task family
     quality: Literal["mixed", "medium", "expert", "medium-expert", "random"] = "mixed"
     """which policies are rolled out: mixed = all phases of training from 10 % on; medium = the first phase
     halfway between random and expert, per task; expert = the last; medium-expert = 70 % and 30 %"""
     out: str | None = None
     """file to write; by default datasets/{env}.npz, for other qualities datasets/{env}-{quality}.npz"""
-    seed: int = 0
-    """seed of training and rollouts (the tasks themselves are fixed by the family)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """device of the SAC updates; the simulation runs on the CPU"""
+    seed: int = 0  # seed of training and rollouts (the tasks themselves are fixed by the family)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the SAC updates; the simulation runs on the CPU
     # data
-    episodes: int = 50
-    """episodes per training task"""
-    test_episodes: int = 5
-    """episodes per test task: they only serve as contexts"""
+    episodes: int = 50  # episodes per training task
+    test_episodes: int = 5  # episodes per test task: they only serve as contexts
     ood_contexts: int = 5
     """contexts per test task from policies of other training tasks (one more comes from the random policy)"""
-    train_tasks: int | None = None
-    """use only the first n training tasks of the family"""
-    test_tasks: int | None = None
-    """use only the first n test tasks of the family"""
+    train_tasks: int | None = None  # use only the first n training tasks of the family
+    test_tasks: int | None = None  # use only the first n test tasks of the family
     # behavior policies
     behavior: Literal["shared", "per-task"] = "shared"
     """shared: one task-conditioned SAC for all tasks; per-task: an independent SAC for each (the papers' way)"""
-    total_updates: int | None = None
-    """gradient updates of each SAC agent; by default the family's"""
-    rows: int = 64
-    """environment rows simulated together"""
-    updates_per_step: int = 8
-    """gradient updates per step of all rows"""
-    batch_size: int = 256
-    """transitions per update"""
-    width: int | None = None
-    """hidden units of SAC's networks, two layers; by default the family's"""
-    lr: float = 1e-3
-    """Adam's learning rate of actor, critics and temperature"""
+    total_updates: int | None = None  # gradient updates of each SAC agent; by default the family's
+    rows: int = 64  # environment rows simulated together
+    updates_per_step: int = 8  # gradient updates per step of all rows
+    batch_size: int = 256  # transitions per update
+    width: int | None = None  # hidden units of SAC's networks, two layers; by default the family's
+    lr: float = 1e-3  # Adam's learning rate of actor, critics and temperature
 
 
 # settings that decide the behavior policies: two files that agree on them share the policies
 POLICY_SETTINGS = ("env", "seed", "train_tasks", "test_tasks", "behavior", "total_updates")
 POLICY_SETTINGS += ("rows", "updates_per_step", "batch_size", "width", "lr")
-
-
-def atomic_save(path, write):
-    """write(file) to a temporary name, then rename: a reader never meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def resolve_device(name):
-    """ "auto" | "cpu" | "cuda" -> torch.device; one line if there is no GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no GPU here; use --device auto or cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def collect(args):
@@ -864,8 +1456,7 @@ def collect(args):
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGINT, previous)
-    versions = {m.__name__: m.__version__ for m in (np, torch, mujoco, gym)} | {"python": sys.version.split()[0]}
-    header = {"format_version": FORMAT_VERSION, "env": args.env, "settings": settings, "versions": versions}
+    header = {"format_version": FORMAT_VERSION, "env": args.env, "settings": settings, "versions": versions()}
     header |= {"command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | note
     arrays["header"] = np.array(json.dumps(header))
     atomic_save(path, lambda file: np.savez_compressed(file, **arrays))
@@ -968,9 +1559,6 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
     return arrays, {"behavior_return": float(recorded.mean()), "diverged_episodes": diverged}
 
 
-NO_EPISODE, RANDOM = -1, -2  # entries of the phase tables that are no snapshot
-
-
 def choose_phases(args, num_tasks, test_ids, random_returns, expert_returns, play):
     """-> [T, N] int: the snapshot that plays episode n of each task, or NO_EPISODE, or RANDOM."""
     episodes = max(args.episodes, args.test_episodes)
@@ -992,301 +1580,6 @@ def choose_phases(args, num_tasks, test_ids, random_returns, expert_returns, pla
             "random": np.full(count, RANDOM),
         }[args.quality]
     return table
-
-
-# ---- the dataset file: reading ----------------------------------------------
-
-# key -> dtype, shape; letters: T tasks, N episodes, H horizon, O obs_dim, A act_dim, P parameters,
-# U training tasks, V test tasks, C foreign contexts per test task
-FILE_LAYOUT = {
-    "observations": ("float32", ("T", "N", "H+1", "O")),
-    "actions": ("float32", ("T", "N", "H", "A")),
-    "rewards": ("float32", ("T", "N", "H")),
-    "lengths": ("int32", ("T", "N")),
-    "terminated": ("bool", ("T", "N")),
-    "behavior_step": ("int32", ("T", "N")),
-    "task_params": ("float64", ("T", "P")),
-    "train_ids": ("int64", ("U",)),
-    "test_ids": ("int64", ("V",)),
-    "random_returns": ("float64", ("T",)),
-    "expert_returns": ("float64", ("T",)),
-    "ood_observations": ("float32", ("V", "C", "H+1", "O")),
-    "ood_actions": ("float32", ("V", "C", "H", "A")),
-    "ood_rewards": ("float32", ("V", "C", "H")),
-    "ood_lengths": ("int32", ("V", "C")),
-    "ood_terminated": ("bool", ("V", "C")),
-    "ood_behavior_step": ("int32", ("V", "C")),
-    "ood_behavior_task": ("int32", ("V", "C")),
-}
-
-
-OBS_LIMIT = 10.0  # largest standardized observation
-
-
-class Dataset:
-    """A checked dataset file as tensors on one device; a batch is one gather.
-
-    Observations are standardized: mean 0 and spread 1 over the training tasks' transitions, clipped to
-    +-OBS_LIMIT. A transition is one row [obs, act, rew, next_obs, term] of width ctx_dim + 1; a context is
-    rows without term, [.., ctx_dim]. term is 1 only where the task itself ended, never at a time limit."""
-
-    def __init__(self, env, header, arrays, device):
-        self.env, self.family, self.header, self.device = env, FAMILIES[env], header, device
-        self.obs_dim, self.act_dim = self.family.obs_dim, self.family.act_dim
-        self.ctx_dim = 2 * self.obs_dim + self.act_dim + 1
-        self.task_params = arrays["task_params"]  # [T, P] float64
-        self.train_ids, self.test_ids = arrays["train_ids"], arrays["test_ids"]
-        self.random_returns, self.expert_returns = arrays["random_returns"], arrays["expert_returns"]  # [T]
-        self.ood_behavior_task = arrays["ood_behavior_task"]  # [V, C], RANDOM where the random policy acted
-        self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0: no episode
-        steps = torch.arange(self.family.horizon, device=device)
-        valid = steps < self.lengths[..., None]  # [T, N, H]
-        recorded = valid[self.train_ids].cpu().numpy()
-        self.reward_spread = float(arrays["rewards"][self.train_ids][recorded].std(dtype=np.float64)) or 1.0
-        seen = arrays["observations"][self.train_ids, :, :-1][recorded]  # [.., obs_dim]
-        mean, spread = seen.mean(0, dtype=np.float64), seen.std(0, dtype=np.float64)
-        spread = spread.clip(1e-3)  # a constant observation stays 0
-        self.obs_mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
-        self.obs_spread = torch.as_tensor(spread, dtype=torch.float32, device=device)
-        keys = ("observations", "ood_observations")
-        arrays = arrays | {k: self.standardize(torch.as_tensor(arrays[k], device=device)).cpu().numpy() for k in keys}
-        self.episodes = transitions(arrays, device=device)  # [T, N, H, ctx_dim + 1]
-        self.ood_episodes = transitions(arrays, "ood_", device)  # [V, C, H, ctx_dim + 1]
-        self.ood_lengths = torch.as_tensor(arrays["ood_lengths"], dtype=torch.long, device=device)
-        self.episode_returns = arrays["rewards"].sum(-1, dtype=np.float64)  # [T, N]
-        valid = valid.flatten(1)  # [T, N * H]
-        self.counts = valid.sum(1)  # [T] transitions per task
-        self.valid = valid.byte().argsort(dim=1, descending=True, stable=True)  # the first counts[i] of row i are real
-        self.min_episodes = int((self.lengths[self.train_ids] > 0).sum(1).min())  # of any training task
-        returns = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
-        self.behavior_return = float(returns.mean())  # mean over the training data
-        self.return_spread = float(returns.std()) or 1.0  # a scale even where all returns are equal
-
-    def standardize(self, obs):
-        """Observations of the simulation [.., obs_dim] -> as the networks see them, within +-OBS_LIMIT."""
-        return ((obs - self.obs_mean) / self.obs_spread).clamp(-OBS_LIMIT, OBS_LIMIT)
-
-    def sample(self, task_ids, size, generator):
-        """Independent uniform transitions with replacement: task_ids [M] -> [M, size, ctx_dim + 1]."""
-        pick = torch.rand(len(task_ids), size, device=self.device, generator=generator) * self.counts[task_ids, None]
-        index = self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]
-        return self.episodes.view(-1, self.ctx_dim + 1)[index]
-
-    def sample_episode(self, task_ids, size, generator):
-        """`size` uniform transitions of one random episode per task: task_ids [M] -> [M, size, ctx_dim + 1]."""
-        present = (self.lengths[task_ids] > 0).float()  # [M, N]
-        episode = torch.multinomial(present, 1, generator=generator)  # [M, 1]
-        length = self.lengths[task_ids[:, None], episode]
-        step = (torch.rand(len(task_ids), size, device=self.device, generator=generator) * length).long()
-        return self.episodes[task_ids[:, None], episode, step]
-
-    def unpack(self, rows):
-        """[.., ctx_dim + 1] -> obs [.., obs_dim], act [.., act_dim], rew [..], next_obs [.., obs_dim], term [..]."""
-        obs, act, rew, next_obs, term = rows.split([self.obs_dim, self.act_dim, 1, self.obs_dim, 1], -1)
-        return obs, act, rew[..., 0], next_obs, term[..., 0]
-
-
-def transitions(arrays, prefix="", device="cpu"):
-    """Episode arrays (as of `rollout` or of the file) -> [.., H, ctx_dim + 1] float32; zeros after the end."""
-    obs, act, rew, lengths = (arrays[prefix + k] for k in ("observations", "actions", "rewards", "lengths"))
-    steps = np.arange(rew.shape[-1])
-    term = (arrays[prefix + "terminated"][..., None] & (steps == lengths[..., None] - 1)).astype(np.float32)
-    rows = np.concatenate([obs[..., :-1, :], act, rew[..., None], obs[..., 1:, :], term[..., None]], -1)
-    rows[steps >= lengths[..., None]] = 0.0  # e.g. the last observation of a terminated episode
-    return torch.as_tensor(rows, device=device)
-
-
-def load_dataset(env, path=None, device="cpu"):
-    """Read and check datasets/{env}.npz (or path) -> Dataset. Whatever is wrong with the file ends the
-    program with one line that names the remedy, before any training."""
-    path = Path(path or f"datasets/{env}.npz")
-    make = f"python data_collect.py --env {env}" + ("" if path == Path(f"datasets/{env}.npz") else f" --out {path}")
-
-    def refuse(what):
-        raise SystemExit(f"{path}: {what}. Remove it and make it anew: {make}")
-
-    if path.exists() and not path.is_file():
-        refuse("is not a file")
-    if not path.exists():
-        raise SystemExit(f"{path} not found. Make it: {make}")
-    try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("a bare array")
-        with file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged bytes
-        refuse(f"unreadable ({str(error).splitlines()[0][:80]})" if str(error) else "unreadable")
-    if "header" not in arrays:
-        refuse("no header, so not a dataset of this repository")
-    try:
-        header = json.loads(str(arrays.pop("header")))
-        version, family_name = header["format_version"], header["env"]
-        header["settings"]["seed"]
-    except (ValueError, KeyError, TypeError):
-        refuse("damaged header")
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        remedy = "update this repository" if newer else f"remove it and make it anew: {make}"
-        raise SystemExit(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; {remedy}")
-    if family_name != env:
-        raise SystemExit(f"{path} holds {family_name}, not {env}: use --env {family_name} or another file")
-    family = FAMILIES[env]
-    sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
-    sizes["P"] = family.draw()[0].shape[1]
-    for key, (dtype, letters) in FILE_LAYOUT.items():
-        if key not in arrays:
-            refuse(f"array {key} is missing")
-        array = arrays[key]
-        if array.dtype != dtype:
-            refuse(f"{key} has type {array.dtype}, expected {dtype}")
-        if array.ndim != len(letters) or any(sizes.setdefault(n, s) != s for n, s in zip(letters, array.shape)):
-            expected = tuple(sizes.get(n, n) for n in letters)
-            refuse(f"{key} has shape {array.shape}, expected {expected}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            refuse(f"{key} has values that are not finite")
-    for key in ("train_ids", "test_ids"):
-        ids = arrays[key]
-        if len(ids) == 0 or len(np.unique(ids)) != len(ids) or ids.min() < 0 or ids.max() >= sizes["T"]:
-            refuse(f"{key} must be distinct task numbers from 0 to {sizes['T'] - 1}, at least one")
-        if not (arrays["lengths"][ids] > 0).any(1).all():
-            refuse(f"a task of {key} has no episode")
-    for prefix in ("", "ood_"):
-        lengths = arrays[prefix + "lengths"]
-        if lengths.size and (lengths.min() < 0 or lengths.max() > family.horizon):
-            refuse(f"{prefix}lengths must lie between 0 and the horizon {family.horizon}")
-        if abs(arrays[prefix + "actions"]).max(initial=0) > 1:
-            refuse(f"{prefix}actions must lie in [-1, 1]")
-    if (np.diff(arrays["lengths"] > 0, axis=1) & (arrays["lengths"][:, 1:] > 0)).any():
-        refuse("lengths has an empty episode before a recorded one")
-    behavior = arrays["ood_behavior_task"]
-    if not ((behavior == RANDOM) | ((behavior >= 0) & (behavior < sizes["T"]))).all():
-        refuse(f"ood_behavior_task must be task numbers or {RANDOM}")
-    if len(set((behavior == RANDOM).sum(1))) > 1:
-        refuse("ood_behavior_task has not the same number of random contexts for every test task")
-    if (arrays["ood_lengths"] == 0).any():
-        refuse("an episode of ood_lengths is empty")
-    return Dataset(env, header, arrays, torch.device(device))
-
-
-# ---- evaluation -------------------------------------------------------------
-
-EXPLORATION_EPISODES, EXPLOITATION_EPISODES = 2, 3  # of the online protocol
-PROTOCOLS = ("iid", "ood", "ood_random", "online", "zero_shot", "train")
-Protocol = Literal[PROTOCOLS]
-
-
-def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
-    """Returns of an adaptable policy on the test tasks, all tasks x episodes rolled out as one batch.
-
-    adapt(context [R, K, ctx_dim], mask [R, K], explore) -> policy(obs [R, obs_dim], rew [R]) -> act
-    [R, act_dim], tensors on data.device, observations standardized as in the data; mask is 1 for real
-    transitions, K = 0 means no context; explore asks for a sample of the belief over the task rather
-    than its mean; rew is the reward of the previous step (for policies that keep a history). Reset
-    seeds and contexts are the same for every method and at every call.
-
-    iid        context = one episode of the test task's own offline data, drawn anew for each episode
-    ood        context = an episode on the test task by the policy of another training task
-    ood_random context = an episode on the test task by the uniform random policy
-    online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; before
-               each, adapt sees all episodes collected so far (none at first); the last one is reported
-    zero_shot  no context at all
-    train      as iid, on the first ten training tasks
-
-    trace: a list to which each protocol's last episodes are appended, as of `rollout` (observations standardized),
-    with the "context" and "mask" that adapt was given.
-    -> {"eval/iid/return": mean over tasks, "eval/iid/normalized": 0 = random, 100 = expert, per task,
-    then averaged, "eval/iid/return_task_07": ..., "eval/online/return_ep_1": ...}"""
-    horizon, device, results = data.family.horizon, data.device, {}
-    for protocol in protocols:
-        tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
-        if protocol in ("ood", "ood_random"):
-            row, column = np.nonzero((data.ood_behavior_task == RANDOM) == (protocol == "ood_random"))
-            if len(row) == 0:
-                continue  # a dataset collected with --ood-contexts 0
-            row_tasks = data.test_ids[row]
-            context, lengths = data.ood_episodes[row, column], data.ood_lengths[row, column]
-            repeats = len(row) // len(tasks)
-        else:
-            repeats = 1 if protocol == "online" else episodes
-            row_tasks = tasks.repeat(repeats)
-        seeds = 10_000 + 97 * row_tasks + np.tile(np.arange(repeats), len(tasks))
-        if protocol in ("iid", "train"):
-            present = (data.lengths[row_tasks] > 0).sum(1).cpu().numpy()  # episodes lie first in their row
-            pick = [np.random.default_rng(seed).integers(n) for seed, n in zip(seeds, present)]
-            context, lengths = data.episodes[row_tasks, pick], data.lengths[row_tasks, pick]
-        elif protocol in ("online", "zero_shot"):
-            context = torch.zeros(len(row_tasks), 0, data.ctx_dim + 1, device=device)
-            lengths = torch.zeros(len(row_tasks), dtype=torch.long, device=device)
-        mask = (torch.arange(context.shape[1], device=device) < lengths[:, None]).float()
-        env = TaskEnv(data.family, data.task_params, row_tasks)
-        rounds = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if protocol == "online" else 1
-        for k in range(rounds):
-            explore = protocol == "online" and k < EXPLORATION_EPISODES
-            policy = adapt(context[..., :-1], mask, explore)
-
-            def act(obs, rew, policy=policy):
-                return policy(data.standardize(obs), rew)
-
-            done = rollout(env, act, (seeds + 31 * k).tolist(), device)
-            done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
-            done |= {"context": context[..., :-1], "mask": mask}
-            returns = done["rewards"].sum(1, dtype=np.float64).reshape(len(tasks), repeats).mean(1)  # [tasks]
-            if protocol == "online":
-                results[f"eval/online/return_ep_{k + 1}"] = returns.mean()
-                steps = torch.as_tensor(done["lengths"], device=device)
-                context = torch.cat([context, transitions(done, device=device)], 1)
-                mask = torch.cat([mask, (torch.arange(horizon, device=device) < steps[:, None]).float()], 1)
-        env.close()
-        if trace is not None:
-            trace.append(done)
-        results[f"eval/{protocol}/return"] = returns.mean()
-        results[f"eval/{protocol}/normalized"] = normalize(data, tasks, returns).mean()
-        results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, returns)}
-        if done["diverged"].any():
-            results[f"eval/{protocol}/diverged"] = done["diverged"].sum()
-    return {tag: float(value) for tag, value in results.items()}
-
-
-def label_contexts(data, embed, tasks=None, limit=10):
-    """Embed up to `limit` episodes per task, evenly over the recorded ones: embed(context [R, K, ctx_dim],
-    mask [R, K]) -> z [R, z_dim]. -> z [R, z_dim] on the CPU, task of each row (list of int)."""
-    tasks = np.concatenate([data.train_ids, data.test_ids]) if tasks is None else tasks
-    present = (data.lengths > 0).sum(1).cpu().numpy()
-    pairs = [(t, n) for t in tasks for n in np.unique(np.linspace(0, present[t] - 1, limit).round().astype(int))]
-    task, episode = (torch.as_tensor([int(p[i]) for p in pairs], device=data.device) for i in (0, 1))
-    mask = torch.arange(data.family.horizon, device=data.device) < data.lengths[task, episode][:, None]
-    return embed(data.episodes[task, episode][..., :-1], mask.float()).cpu(), task.tolist()
-
-
-def embedding_quality(data, embed):
-    """How well z tells the tasks apart, from contexts of one episode each (embed: see label_contexts).
-
-    z/nearest_task_acc  training tasks: share of odd-numbered contexts whose nearest centroid, over the
-                        even-numbered contexts of each task, is that of their own task
-    z/probe_r2          linear regression from z to the task parameters, fitted on the training tasks,
-                        coefficient of determination on the test tasks (1 = perfect, 0 = the mean)"""
-    z, task = label_contexts(data, embed, data.train_ids)
-    z, task, odd = z.double(), torch.tensor(task), torch.arange(len(task)) % 2 == 1
-    centroids = torch.stack([z[~odd & (task == t)].mean(0) for t in data.train_ids])
-    nearest = torch.as_tensor(data.train_ids)[torch.cdist(z[odd], centroids).argmin(1)]
-    test_z, test_task = label_contexts(data, embed, data.test_ids)
-    params = torch.as_tensor(data.task_params)
-    one = torch.ones(len(z), 1, dtype=torch.double)
-    probe = torch.linalg.lstsq(torch.cat([z, one], 1), params[task], driver="gelsd").solution
-    target = params[test_task]
-    error = (torch.cat([test_z.double(), one[: len(test_z)].new_ones(len(test_z), 1)], 1) @ probe - target).pow(2).sum()
-    return {
-        "z/nearest_task_acc": (nearest == task[odd]).double().mean().item(),
-        "z/probe_r2": (1 - error / (target - params[data.train_ids].mean(0)).pow(2).sum()).item(),
-    }
-
-
-def normalize(data, tasks, returns):
-    """Returns [len(tasks)] -> the same on each task's own scale: 0 = random policy, 100 = expert; 0 where
-    the two are equal, so that the scale is empty."""
-    worst, best = data.random_returns[tasks], data.expert_returns[tasks]
-    return 100 * (returns - worst) / np.where(best == worst, np.inf, best - worst)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """FLORA: flow-based task inference and adaptive correction of feature overgeneralization.
 
-Wang, Li, Wang, Bennis, AAAI-26, arXiv 2601.07164 (equation numbers below are the paper's).
+Wang, Li, Wang, Bennis, AAAI-26, https://arxiv.org/abs/2601.07164 (equation numbers below are the paper's); no official
+code is public.
 The Q-function is decomposed into successor features and task weights, Q = psi^T W, the target of the
 features is corrected downwards where the two psi networks disagree, by an amount that a bandit
 adapts, and the task is inferred as a Gaussian posterior that a chain of planar flows bends.
@@ -9,7 +10,7 @@ Equations: (3) r = phi^T W; (4) Q = psi^T W; (5) reward loss; (8) feature mean a
   two psi targets; (9) corrected features; (10) bandit over the corrections; (11) feature loss;
   (12) pessimistic Q; (13) policy loss; (14)-(16) planar flows; (17) ELBO; (18) encoder loss.
 
-Deviations and choices where the paper's main text is silent (no official code is public):
+Deviations and choices where the paper's main text is silent:
   D1  W = softmax, so that r is a convex mix of the features and a lower feature never raises Q.
   D2  log p(Q) is a sum over transitions of the task, as many as --likelihood-weight says: with their mean,
       the KL term of (17) outweighs it and the posterior collapses to the prior.
@@ -26,30 +27,22 @@ Deviations and choices where the paper's main text is silent (no official code i
       of their own, they differed by 0.6 nats at any rho1, and the policy lagged behind plain imitation.
   D8  Layer normalization in all networks on transitions but the encoder; the learning rate falls to 0
       in the second half.
+  D9  Observations are standardized; log_std is clamped to [-5, 2], pi_beta's to [-3, 1], and the data's actions to
+      +-0.999 where pi_beta is fitted to them. A training context is drawn with replacement from one episode.
 
 Run:     python flora.py --env ant-dir
 Ablate:  --num-flows 0 (no flows), --alpha-min 0 (no correction)
 """
 
 import copy
-import json
 import math
-import signal
-import sys
-import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
-import gymnasium
-import mujoco
-import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 import data_collect as dc
 
@@ -59,98 +52,57 @@ import data_collect as dc
 @dataclass
 class Args:
     # run
-    exp_name: str = "flora"
-    """name of the experiment: the folder between env and seed in the run directory"""
-    seed: int = 0
-    """seed of initialization and batches (tasks and data are fixed by the dataset file)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU if there is one"""
-    compile: bool = False
-    """compile the update with torch.compile (pays on a GPU, is slower on a CPU)"""
-    total_updates: int = 8_000
-    """updates of the policy [gradient steps]"""
-    log_every: int = 250
-    """updates between two log lines [gradient steps]"""
-    eval_every: int = 1_000
-    """updates between two evaluations [gradient steps]"""
-    save_every: int = 1_000
-    """updates between two checkpoints [gradient steps]"""
-    run_dir: str = "runs"
-    """parent of all run directories: {run_dir}/{env}/{exp_name}/seed{seed}-{time}"""
-    resume: str | None = None
-    """run directory to continue, with the arguments stored there"""
-    eval_only: bool = False
-    """with --resume: evaluate its checkpoint with all protocols and stop"""
+    exp_name: str = "flora"  # name of the experiment: the folder between env and seed in the run directory
+    seed: int = 0  # seed of initialization and batches (tasks and data are fixed by the dataset file)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
+    compile: bool = False  # compile the update with torch.compile (pays on a GPU, is slower on a CPU)
+    total_updates: int = 8_000  # updates of the policy [gradient steps]
+    log_every: int = 250  # updates between two log lines [gradient steps]
+    eval_every: int = 1_000  # updates between two evaluations [gradient steps]
+    save_every: int = 1_000  # updates between two checkpoints [gradient steps]
+    run_dir: str = "runs"  # parent of all run directories: {run_dir}/{env}/{exp_name}/seed{seed}-{time}
+    resume: str | None = None  # run directory to continue, with the arguments stored there
+    eval_only: bool = False  # with --resume: evaluate its checkpoint with all protocols and stop
     # data and evaluation
-    env: dc.EnvName = "ant-dir"
-    """task family"""
-    dataset: str | None = None
-    """dataset file; by default datasets/{env}.npz"""
-    eval_episodes: int = 2
-    """episodes per task and evaluation"""
-    meta_batch: int = 16
-    """tasks per update, drawn with replacement [tasks]"""
-    batch_size: int = 32
-    """transitions per task and update [transitions]"""
-    context_size: int = 64
-    """transitions of one episode that a task is inferred from in training [transitions]"""
+    env: dc.EnvName = "ant-dir"  # task family
+    dataset: str | None = None  # dataset file; by default datasets/{env}.npz
+    eval_episodes: int = 2  # episodes per task and evaluation
+    meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]
+    batch_size: int = 32  # transitions per task and update [transitions]
+    context_size: int = 64  # transitions of one episode that a task is inferred from in training [transitions]
     # method
-    gamma: float | None = None
-    """discount; None = ENV_ARGS"""
-    reward_scale: float | None = None
-    """factor on the rewards in all losses; None = ENV_ARGS"""
-    lr: float = 1.2e-3
-    """Adam's learning rate of all networks in the first half of the training; then it falls linearly to 0"""
-    tau: float = 0.005
-    """rate at which the target networks follow (zeta)"""
-    width: int = 256
-    """hidden units of policy, features and successor features, two layers"""
-    encoder_width: int = 200
-    """hidden units of the encoder, two layers"""
-    z_dim: int | None = None
-    """size of the task latent; None = ENV_ARGS"""
-    feature_dim: int = 32
-    """number of features D"""
-    weight_activation: Literal["softmax", "none"] = "softmax"
-    """what makes the weights W of the network's output (D1)"""
-    num_flows: int = 4
-    """planar flows K; 0 = Gaussian posterior, the ablation of flow-based task inference"""
-    likelihood_weight: float = 256.0
-    """transitions that log p(Q) counts for in (17), a batch of the usual size (D2)"""
-    kl_weight: float = 0.1
-    """rho2 of (17)"""
-    feature_weight: float = 0.01
-    """rho3 of (18)"""
-    alpha_min: float = -1.0
-    """most pessimistic arm of the correction; 0 = no correction, the ablation"""
-    num_arms: int = 5
-    """arms between alpha_min and 0"""
-    bandit_every: int = 500
-    """updates per bandit episode [gradient steps]"""
-    bandit_lr: float = 0.1
-    """lambda of (10)"""
+    gamma: float | None = None  # discount; None = ENV_ARGS
+    reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
+    lr: float = 1.2e-3  # Adam's learning rate of all networks
+    lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
+    tau: float = 0.005  # rate at which the target networks follow (zeta)
+    width: int = 256  # hidden units of policy, features and successor features, two layers
+    encoder_width: int = 200  # hidden units of the encoder, two layers
+    z_dim: int | None = None  # size of the task latent; None = ENV_ARGS
+    feature_dim: int = 32  # number of features D
+    weight_activation: Literal["softmax", "none"] = "softmax"  # what makes the weights W of the network's output (D1)
+    num_flows: int = 4  # planar flows K; 0 = Gaussian posterior, the ablation of flow-based task inference
+    likelihood_weight: float = 256.0  # transitions that log p(Q) counts for in (17), a batch of the usual size (D2)
+    kl_weight: float = 0.1  # rho2 of (17)
+    feature_weight: float = 0.01  # rho3 of (18)
+    alpha_min: float = -1.0  # most pessimistic arm of the correction; 0 = no correction, the ablation
+    num_arms: int = 5  # arms between alpha_min and 0
+    bandit_every: int = 500  # updates per bandit episode [gradient steps]
+    bandit_lr: float = 0.1  # lambda of (10)
     bandit_feedback: Literal["offline", "rollout"] = "offline"
     """offline = value at the data's initial states; rollout = episodes on training tasks (D4)"""
-    brac_alpha: float | None = None
-    """initial weight of the divergence in the policy loss (rho1); None = ENV_ARGS"""
-    brac_alpha_lr: float | None = None
-    """step of rho1 towards the target divergence; 0 = fixed; None = ENV_ARGS"""
-    brac_alpha_max: float = 100.0
-    """largest rho1"""
-    divergence_target: float | None = None
-    """divergence that rho1 aims at [nats]; None = ENV_ARGS"""
+    brac_alpha: float | None = None  # initial weight of the divergence in the policy loss (rho1); None = ENV_ARGS
+    brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
+    brac_alpha_max: float = 100.0  # largest weight of the divergence
+    divergence_target: float | None = None  # divergence that the weight aims at [nats]; None = ENV_ARGS
 
 
-# what the environments need differently, for arguments left at None
-ENV_ARGS = {  # the first entry whose key is part of the family's name
-    "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0, divergence_target=0.05),
+ENV_ARGS = {  # for arguments left at None: all families, then what those change whose name holds the key
     "": dict(gamma=0.97, reward_scale=0.5, z_dim=20, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.05),
+    "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
 }
-
-MAY_BE_ZERO = {"seed", "num_flows", "likelihood_weight", "kl_weight", "feature_weight", "alpha_min"}
-MAY_BE_ZERO |= {"brac_alpha", "brac_alpha_lr", "divergence_target"}
-RANGES = {"gamma": (0, 1), "tau": (0, 1), "alpha_min": (-1, 0), "num_arms": (1, 20)}  # 20 arms: probability >= 0.05
-EVAL_ONLY = set()  # not of the training: may differ when a run is resumed
+MAY_BE_ZERO = {"num_flows", "likelihood_weight", "kl_weight", "feature_weight", "alpha_min"}
+RANGES = {"alpha_min": (-1, 0), "num_arms": (1, 20)}  # 20 arms: probability >= 0.05
 
 # ---- networks ---------------------------------------------------------------
 
@@ -173,21 +125,13 @@ class MLP(nn.Module):
 
     def forward(self, x, z):
         """x [M, B, in_dim], z [M, z_dim] -> [members, M, B, out_dim]."""
-        return self.rest(self.first(x, z))
-
-    def first(self, x, z):
-        """The first linear layer: x [M, B, in_dim], z [M, z_dim] -> [members, M, B, width]."""
         members = len(self.w_x)
         of_task = torch.baddbmm(self.b_1, z.expand(members, *z.shape), self.w_z)  # [members, M, width]
         h = torch.bmm(x.flatten(0, 1).expand(members, -1, -1), self.w_x).unflatten(1, x.shape[:2])
-        return h + of_task[:, :, None]
-
-    def rest(self, first):
-        """What follows it: [members, M, B, width] -> [members, M, B, out_dim]."""
-        h = first.flatten(1, 2)
+        h = (h + of_task[:, :, None]).flatten(1, 2)  # [members, M * B, width]
         for weight, bias in ((self.w_2, self.b_2), (self.w_3, self.b_3)):
             h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)  # [ours: D8]
-        return h.unflatten(1, first.shape[1:3])
+        return h.unflatten(1, x.shape[:2])
 
 
 class Encoder(nn.Module):
@@ -307,32 +251,30 @@ def tanh_gaussian_logp(mean, log_std, pre):
 
 
 class Agent(nn.Module):
-    """Networks, targets, the multiplier rho1 and the bandit; `opts` holds Adam for all of them."""
+    """Networks, targets, the multiplier rho1, the bandit, and the optimizer."""
 
-    def __init__(self, obs_dim, act_dim, ctx_dim, args):
+    def __init__(self, data, args):
         super().__init__()
-        z_dim, d, width = args.z_dim, args.feature_dim, args.width
-        self.encoder = Encoder(ctx_dim, z_dim, args.encoder_width)
+        obs_dim, act_dim, z_dim, d, width = data.obs_dim, data.act_dim, args.z_dim, args.feature_dim, args.width
+        self.encoder = Encoder(data.ctx_dim, z_dim, args.encoder_width)
         self.flows = PlanarFlows(args.num_flows, z_dim)
         self.phi = MLP(1, 2 * obs_dim + act_dim, z_dim, width, d)
         self.weights = Weights(z_dim, d, width, args.weight_activation)
         self.psi = MLP(2, obs_dim + act_dim, z_dim, width, d)
         self.psi_target = copy.deepcopy(self.psi).requires_grad_(False)
-        self.gaussians = MLP(2, obs_dim, z_dim, width, 2 * act_dim)  # of pi_beta, and pi's shift
-        for parameter in (self.gaussians.w_3, self.gaussians.b_3):
-            nn.init.uniform_(parameter, -1e-3, 1e-3)
+        self.behavior = MLP(1, obs_dim, z_dim, width, 2 * act_dim)
+        self.shift = MLP(1, obs_dim, z_dim, width, 2 * act_dim)  # of pi from pi_beta
+        for net in (self.behavior, self.shift):
+            for parameter in (net.w_3, net.b_3):
+                nn.init.uniform_(parameter, -1e-3, 1e-3)
+        # learning rate as a tensor, so that a compiled update reads the current one
+        self.opt = torch.optim.Adam(self.parameters(), torch.tensor(args.lr), fused=True)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
         self.register_buffer("arms", torch.linspace(args.alpha_min, 0, args.num_arms))
         self.arm_tags = [f"bandit/prob_{arm:.2f}" for arm in self.arms.tolist()]
         self.register_buffer("arm_logits", torch.zeros(args.num_arms))
         self.register_buffer("arm", torch.zeros((), dtype=torch.long))
         self.register_buffer("last_return", torch.tensor(float("nan")))
-        trained = [self.encoder, self.flows, self.phi, self.weights, self.psi, self.gaussians]
-        self.params = [list(module.parameters()) for module in trained]
-
-    def make_optimizer(self, args):
-        params = [parameter for group in self.params for parameter in group]
-        self.opts = [torch.optim.Adam(params, torch.tensor(args.lr), fused=True)]  # a tensor: `anneal` changes it
 
     def infer(self, context, mask, noise):
         """context [M, K, ctx_dim], mask [M, K], noise [M, z_dim] (0 = posterior mean)
@@ -349,9 +291,10 @@ class Agent(nn.Module):
         return (psi * weights).sum(-1).amin(0), psi  # (Eq. 4, 12)
 
     def policies(self, obs, z):
-        """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi and
+        """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi, and
         the same of the behavior policy pi_beta, fitted to the data (D3); pi is pi_beta, detached, plus a shift (D7)."""
-        (mean_b, log_std_b), (mean, log_std) = (out.chunk(2, -1) for out in self.gaussians(obs, z))
+        mean, log_std = self.shift(obs, z)[0].chunk(2, -1)
+        mean_b, log_std_b = self.behavior(obs, z)[0].chunk(2, -1)
         log_std_b = log_std_b.clamp(-3, 1)
         return mean_b.detach() + mean, (log_std_b.detach() + log_std).clamp(-5, 2), mean_b, log_std_b
 
@@ -372,35 +315,24 @@ class Agent(nn.Module):
         self.arm.copy_(torch.multinomial(self.arm_probs(), 1, generator=generator)[0])
 
 
-def anneal(opts, lr, done):
-    """Learning rate of all optimizers: `lr` for the first half of the training, then linear to 0; done in [0, 1]."""
-    for opt in opts:
-        for group in opt.param_groups:
-            group["lr"].fill_(lr * min(1.0, 2 - 2 * done))  # [ours: D8]
-
-
 # ---- update -----------------------------------------------------------------
 
 
-def set_grads(loss, params, retain_graph=False):
-    """Put the gradient of a scalar loss into .grad of exactly these parameters."""
-    grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
-    for parameter, grad in zip(params, grads):
-        parameter.grad = grad
-
-
 def update(agent, context, batch, args):
-    """One step of every network (Algorithm 1). context [M, K, ctx_dim]; batch: obs [M, B, obs_dim], act,
-    rew [M, B], next_obs, term [M, B] (independent draws) -> dict of detached 0-d tensors."""
+    """One step of every network (Algorithm 1). context [M, K, ctx_dim]; batch: Batch of [M, B, ..], drawn apart from the
+    context -> dict of detached 0-d tensors."""
     obs, act, rew, next_obs, term = batch
     rew = args.reward_scale * rew
-    ones = torch.ones_like(context[..., 0])
-    alpha = agent.arms.take(agent.arm)  # indexing with a 0-d tensor would read it back to the host
-    z, z_mean, z_var, kl = agent.infer(context, ones, torch.randn(len(context), args.z_dim, device=context.device))
+    agent.opt.zero_grad()
+
+    # task inference: a sample of the posterior
+    noise = torch.randn(len(context), args.z_dim, device=context.device)
+    z, z_mean, z_var, kl = agent.infer(context, torch.ones_like(context[..., 0]), noise)
     z_fixed = z.detach()  # policy, targets and behavior policy never train the encoder
     weights = agent.weights(z)[:, None]  # [M, 1, D]
 
     # targets: features of the next action, corrected by alpha times their spread
+    alpha = agent.arms.take(agent.arm)  # indexing with a 0-d tensor would read it back to the host
     with torch.no_grad():
         mean, log_std, _, _ = agent.policies(next_obs, z_fixed)
         next_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
@@ -418,24 +350,24 @@ def update(agent, context, batch, args):
     likelihood = args.likelihood_weight * value_log_likelihood(psi, weights, q_target)  # [ours: D2]
     elbo = likelihood - args.kl_weight * kl.mean()  # (Eq. 17)
     encoder_loss = args.feature_weight * (loss_r + loss_psi) - elbo  # (Eq. 18)
-    encoder, flows, phi_params, weight_params, psi_params, gaussian_params = agent.params
-    set_grads(encoder_loss, encoder + flows, retain_graph=True)
-    set_grads(loss_psi, psi_params, retain_graph=True)
-    set_grads(loss_r, phi_params + weight_params)
+    encoder_loss.backward(inputs=[*agent.encoder.parameters(), *agent.flows.parameters()], retain_graph=True)
+    loss_psi.backward(inputs=list(agent.psi.parameters()), retain_graph=True)
+    loss_r.backward(inputs=[*agent.phi.parameters(), *agent.weights.parameters()])
 
     # behavior policy by maximum likelihood, and the policy, regularized towards it
     mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
     behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
+    behavior_loss.backward(inputs=list(agent.behavior.parameters()))
     pi_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
     q, pi_psi = agent.q(obs, pi_act, z_fixed, weights.detach())
     divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
     actor_loss = agent.brac_alpha * divergence - q.mean()  # (Eq. 13)
-    set_grads(behavior_loss + actor_loss, gaussian_params)  # each reaches its own member alone
-    agent.opts[0].step()  # [ours: D6]
+    actor_loss.backward(inputs=list(agent.shift.parameters()))
+    agent.opt.step()  # [ours: D6]
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
         agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
-        torch._foreach_lerp_(list(agent.psi_target.parameters()), psi_params, args.tau)
+        torch._foreach_lerp_(list(agent.psi_target.parameters()), list(agent.psi.parameters()), args.tau)
         return {
             "losses/reward": loss_r.detach(),
             "losses/feature": loss_psi.detach(),
@@ -458,6 +390,12 @@ def update(agent, context, batch, args):
 
 
 # ---- adaptation -------------------------------------------------------------
+
+
+def embed(agent, context, mask):
+    """context [R, K, ctx_dim], mask [R, K] -> posterior mean through the flows [R, z_dim]."""
+    with torch.no_grad():
+        return agent.infer(context, mask, 0.0)[0]
 
 
 def adapt(agent, context, mask, explore=False):
@@ -496,20 +434,13 @@ def bandit_return(agent, data, args, generator):
     if args.bandit_feedback == "rollout":
         value = dc.evaluate(data, partial(adapt, agent), ("train",), 1)["eval/train/return"]
         return torch.tensor(value / data.return_spread, device=data.device)
-    tasks = torch.as_tensor(data.train_ids, device=data.device)
-    context = data.sample_episode(tasks, args.context_size, generator)[..., :-1]
-    obs = data.episodes[tasks][:, : data.min_episodes, 0, : data.obs_dim]  # [U, N, obs_dim] initial states
+    context = data.sample_context(data.train_tasks, args.context_size, generator)
+    obs = data.episodes[data.train_tasks][:, : data.min_episodes, 0, : data.obs_dim]  # [U, N, obs_dim] initial states
     with torch.no_grad():
         z = agent.infer(context, torch.ones_like(context[..., 0]), 0.0)[0]
         psi = agent.q(obs, agent.act(obs, z), z, agent.weights(z)[:, None])[1]
         value = (psi.mean(0) * agent.weights(z)[:, None]).sum(-1).mean()
     return value / (args.reward_scale * data.return_spread)
-
-
-def embed(agent, context, mask):
-    """context [R, K, ctx_dim], mask [R, K] -> posterior mean through the flows [R, z_dim]."""
-    with torch.no_grad():
-        return agent.infer(context, mask, 0.0)[0]
 
 
 def evaluate_all(agent, data, args, protocols):
@@ -520,281 +451,28 @@ def evaluate_all(agent, data, args, protocols):
     return results | {"eval/iid/q_error": q_error(agent, traced[protocols.index("iid")], args)}
 
 
-CONSOLE_TAGS = ("losses/encoder", "losses/feature", "losses/actor", "losses/kl", "stats/q_mean", "stats/divergence")
-
-# ---- the run ----------------------------------------------------------------
-
-
-def resolve(args):
-    """Check the arguments, fill in those left at None -> args. One line for whatever is wrong."""
-    defaults = next(values for key, values in ENV_ARGS.items() if key in args.env)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.dataset is None:
-        args.dataset = f"datasets/{args.env}.npz"
-    for name, value in asdict(args).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        least, most = RANGES.get(name, (0, math.inf))
-        if not least <= value <= most or value == math.inf or (value == 0 and name not in MAY_BE_ZERO):
-            limits = "be at least 0" if name in MAY_BE_ZERO else "be positive"
-            limits = f"lie between {least} and {most}" if name in RANGES else limits
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must {limits}")
-    return args
-
-
-def write_json(path, content):
-    dc.atomic_save(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
-
-
-def load_checkpoint(directory, device):
-    """Checkpoint of a run directory as a dict; one line if there is none of this script."""
-    path = Path(directory) / "checkpoint.pt"
-    if not path.is_file():
-        raise SystemExit(f"--resume {directory}: no checkpoint.pt there; give the run directory that training printed")
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except Exception:
-        raise SystemExit(f"{path} is damaged; start the run anew without --resume")
-    if not isinstance(saved, dict) or set(saved.get("args", ())) != {f.name for f in fields(Args)}:
-        raise SystemExit(f"--resume {directory}: that run is of another script or version")
-    return saved
-
-
-def stored_args(directory):
-    """Arguments of the run in a directory, set to continue it."""
-    return Args(**load_checkpoint(directory, "cpu")["args"] | {"resume": str(directory)})
-
-
-def check_resumed(args, saved, data):
-    """A resumed run may get other lengths, intervals and device; whatever shapes the training must agree."""
-    free = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "device", "compile"} | EVAL_ONLY
-    for name in sorted(set(saved["args"]) - free - {"resume", "eval_only", "run_dir", "dataset"}):
-        if getattr(args, name) != saved["args"][name]:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise SystemExit(f"{flag}: the run to resume has {saved['args'][name]}; drop the flag")
-    if data.header != saved["data"]:
-        raise SystemExit(f"{args.dataset} is not the file that the run to resume was trained on; use that: --dataset")
-
-
-def eval_line(results):
-    """One line of the returns per protocol, normalized in brackets."""
-    names = [p for p in dc.PROTOCOLS if f"eval/{p}/return" in results]
-    cells = [f"{p} {results[f'eval/{p}/return']:.1f} ({results[f'eval/{p}/normalized']:.0f})" for p in names]
-    return "  ".join(["eval", *cells, f"z acc {results['z/nearest_task_acc']:.2f} R2 {results['z/probe_r2']:.2f}"])
-
-
-class Run:
-    """The run directory of one training: restores a run to resume, then counts, logs, evaluates and saves.
-
-    A training has one or more phases, the last of which is "policy". The loop of a phase calls going(phase) before
-    and advance(metrics) after every update; finish() comes at the end. `agent` has `opts`, the list of its
-    optimizers; `generator` draws the batches; --{phase}-updates is a phase's length."""
-
-    def __init__(self, args, data, agent, generator, phases=("policy",)):
-        self.args, self.data, self.agent, self.generator = args, data, agent, generator
-        self.steps, self.phase = dict.fromkeys(phases, 0), phases[-1]  # updates done per phase
-        self.results, self.stopping, self.timed, self.born = {}, False, 0.0, time.time()
-        self.dir = Path(args.resume or "")
-        rows = 1
-        if args.resume:
-            saved = load_checkpoint(self.dir, data.device)
-            check_resumed(args, saved, data)
-            agent.load_state_dict(saved["agent"])
-            for opt, state in zip(agent.opts, saved["opts"]):
-                opt.load_state_dict(state)
-            generator.set_state(saved["generator"].cpu())
-            dc.restore_rng(saved["rng"])
-            self.steps, rows = saved["steps"], saved["rows"]
-            self.born -= saved["seconds"]
-        else:
-            name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-            self.dir = Path(args.run_dir) / args.env / args.exp_name / name
-            try:
-                self.dir.mkdir(parents=True)
-            except OSError as error:
-                raise SystemExit(f"cannot make {self.dir}: {error.strerror}; choose another --run-dir")
-        self.finished = self.step >= args.total_updates and (self.dir / "result.json").is_file()
-        if not self.finished and not args.eval_only:
-            self.open_files(rows)
-
-    @property
-    def step(self):
-        """Updates done in the current phase."""
-        return self.steps[self.phase]
-
-    @property
-    def total(self):
-        """Updates that the current phase has in all."""
-        return self.args.total_updates if self.phase == "policy" else getattr(self.args, f"{self.phase}_updates")
-
-    def open_files(self, rows):
-        """args.json, TensorBoard events and metrics.csv, of which the first `rows` lines stay."""
-        args, data = self.args, self.data
-        versions = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
-        stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
-        about = {"args": stored, "versions": versions | {"python": sys.version.split()[0]}}
-        write_json(self.dir / "args.json", about | {"command": sys.argv, "dataset": data.header})
-        self.writer = SummaryWriter(str(self.dir), purge_step=sum(self.steps.values()) + 1 if args.resume else None)
-        self.writer.add_text("args", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in stored.items()))
-        path = self.dir / "metrics.csv"
-        kept = path.read_text().splitlines(keepends=True)[:rows] if path.exists() else ["step,tag,value\n"]
-        dc.atomic_save(path, lambda file: file.write("".join(kept).encode()))
-        self.csv, self.rows = open(path, "a"), len(kept)
-        tasks = f"{len(data.train_ids)} training and {len(data.test_ids)} test tasks"
-        print(f"{self.dir}: {args.env}, {tasks}, device {data.device}")
-        worst, best = data.random_returns[data.test_ids].mean(), data.expert_returns[data.test_ids].mean()
-        returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {data.behavior_return:.1f}"
-        print(f"  mean return on the test tasks: {returns}", flush=True)
-
-    def __enter__(self):
-        def on_interrupt(*_):
-            self.stopping = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-
-        self.previous_handler = signal.signal(signal.SIGINT, on_interrupt)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous_handler)
-        if hasattr(self, "csv"):
-            self.csv.close()
-            self.writer.close()
-
-    def log(self, values):
-        """dict tag -> number, to metrics.csv and TensorBoard."""
-        for tag, value in values.items():
-            self.csv.write(f"{self.step},{tag},{float(value)!r}\n")
-            if "/return_task_" not in tag:
-                self.writer.add_scalar(tag, value, sum(self.steps.values()))
-        self.csv.flush()
-        self.rows += len(values)
-
-    def save(self):
-        """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
-        self.writer.flush()  # what a resumed run builds on is on the disk, should this one be killed
-        state = {"agent": self.agent.state_dict(), "opts": [opt.state_dict() for opt in self.agent.opts]}
-        state |= {"generator": self.generator.get_state(), "rng": dc.rng_state(), "data": self.data.header}
-        state |= {"steps": self.steps, "rows": self.rows, "seconds": time.time() - self.born, "args": asdict(self.args)}
-        if all(p.isfinite().all() for p in self.agent.parameters()):
-            dc.atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
-
-    def going(self, phase="policy"):
-        """Whether an update of this phase is to be done."""
-        if self.stopping or self.args.eval_only:
-            return False
-        if self.phase != phase or not self.timed:
-            self.phase = phase
-            self.start_step, self.start, self.tick, self.timed = self.step, time.time(), time.perf_counter(), 1e-9
-        return self.step < self.total
-
-    def advance(self, metrics):
-        """Count an update; log, evaluate and save when it is time. metrics: dict tag -> 0-d tensor."""
-        args = self.args
-        self.steps[self.phase] += 1
-        last, policy = self.step == self.total, self.phase == "policy"
-        if last or any(self.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every)):
-            values = self.read(metrics)
-        self.timed += time.perf_counter() - self.tick
-        if self.step % args.log_every == 0:
-            self.log(values)
-            self.print_progress(values)
-        if policy and (self.step % args.eval_every == 0 or last):
-            self.results = evaluate_all(self.agent, self.data, args, dc.PROTOCOLS if last else ("iid", "train"))
-            self.log(self.results)
-            print("  " + eval_line(self.results), flush=True)
-        if self.step % args.save_every == 0 or last:
-            self.save()
-        self.tick = time.perf_counter()
-
-    def read(self, metrics):
-        """The only place where training reads from the device -> dict tag -> float; all must be finite."""
-        values = {tag: value.item() for tag, value in metrics.items()}
-        broken = [f"{tag} ({value})" for tag, value in values.items() if not math.isfinite(value)]
-        broken += [f"parameter {name}" for name, p in self.agent.named_parameters() if not p.isfinite().all()]
-        if broken:
-            good = self.dir / "checkpoint.pt"
-            remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
-            raise SystemExit(f"stopped at update {self.step}: {broken[0]} is not finite; {remedy}")
-        return values
-
-    def print_progress(self, values):
-        done, elapsed = self.step - self.start_step, time.time() - self.start
-        speed = done / self.timed
-        if self.phase == "policy":
-            self.writer.add_scalar("charts/updates_per_sec", speed, sum(self.steps.values()))
-            self.writer.add_scalar("charts/wall_clock_s", time.time() - self.born, sum(self.steps.values()))
-        eta = dc.duration(elapsed / done * (self.total - self.step))
-        share = f"{self.phase} {self.step:>7}/{self.total} {100 * self.step // self.total:>3}%"
-        cells = "  ".join(f"{tag.split('/')[1]} {values[tag]:.3g}" for tag in CONSOLE_TAGS if tag in values)
-        print(f"[{share}] {speed:.1f} upd/s  eta {eta}  {cells}", flush=True)
-
-    def finish(self):
-        """-> dict: the last evaluation, run_dir, step, updates_per_sec, wall_clock_s; also in result.json."""
-        args, agent, data = self.args, self.agent, self.data
-        if args.eval_only:
-            results = evaluate_all(agent, data, args, dc.PROTOCOLS)
-            print(f"{self.dir} after {self.step} updates, in full in eval.json\n  " + eval_line(results))
-            write_json(self.dir / "eval.json", {"step": self.step} | results)
-            return results | {"run_dir": str(self.dir)}
-        if self.finished:
-            print(f"{self.dir} is finished after {self.step} updates; --total-updates continues it further")
-            return json.loads((self.dir / "result.json").read_text())
-        if self.stopping:
-            self.save()
-            script = Path(sys.argv[0]).name
-            where = f"{self.step} updates ({self.phase})"
-            print(f"interrupted after {where}; continue with: python {script} --resume {self.dir}")
-            raise SystemExit(130)
-        if not self.results:  # the run was cut off between the last checkpoint and result.json
-            self.results = evaluate_all(agent, data, args, dc.PROTOCOLS)
-        z, labels = dc.label_contexts(data, partial(embed, agent))
-        self.writer.add_embedding(z, metadata=labels, global_step=sum(self.steps.values()), tag="z")
-        speed = (self.step - self.start_step) / self.timed if self.timed else 0.0
-        self.results |= {"run_dir": str(self.dir), "step": self.step}
-        self.results |= {"updates_per_sec": speed, "wall_clock_s": time.time() - self.born}
-        write_json(self.dir / "result.json", self.results)
-        return self.results
-
-
 # ---- training ---------------------------------------------------------------
 
 
 def train(args):
-    """Train and evaluate -> what Run.finish returns."""
-    if args.eval_only and not args.resume:
-        raise SystemExit("--eval-only needs --resume RUN_DIR")
-    args, device = resolve(args), dc.resolve_device(args.device)
-    data = dc.load_dataset(args.env, args.dataset, device)
+    """Train and evaluate -> what dc.Run.finish returns."""
+    args = dc.resolve(args, ENV_ARGS, MAY_BE_ZERO, RANGES)
+    data = dc.load_dataset(args.env, args.dataset, args.device)
     torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    agent = Agent(data.obs_dim, data.act_dim, data.ctx_dim, args).to(device)
-    agent.make_optimizer(args)
-    agent.arm.fill_(torch.randint(args.num_arms, (), generator=generator, device=device))
+    generator = torch.Generator(data.device).manual_seed(args.seed)
+    agent = Agent(data, args).to(data.device)
     step_fn = torch.compile(update) if args.compile else update
-    tasks = torch.as_tensor(data.train_ids, device=device)
-    with Run(args, data, agent, generator) as run:
+    with dc.Run(args, data, agent, generator, evaluate_all, embed) as run:
         while run.going():
             if run.step % args.bandit_every == 0:
                 agent.bandit_step(bandit_return(agent, data, args, generator), args.bandit_lr, generator)
-            task_ids = tasks[torch.randint(len(tasks), (args.meta_batch,), device=device, generator=generator)]
-            context = data.sample_episode(task_ids, args.context_size, generator)[..., :-1]
-            batch = data.unpack(data.sample(task_ids, args.batch_size, generator))
-            anneal(agent.opts, args.lr, run.step / args.total_updates)
+            task_ids = data.sample_tasks(args.meta_batch, generator)
+            context = data.sample_context(task_ids, args.context_size, generator)
+            batch = data.sample_batch(task_ids, args.batch_size, generator)
+            dc.set_lr(agent.opt, args.lr * run.decay)
             run.advance(step_fn(agent, context, batch, args))
         return run.finish()
 
 
-# ---- main -------------------------------------------------------------------
-
-
-def main(arguments=None):
-    """Command line (list of str, by default the process's own); with --resume the stored arguments are the defaults."""
-    cli = partial(tyro.cli, Args, description=__doc__.split("\n\n")[0], args=arguments)
-    args = cli()
-    train(cli(default=stored_args(args.resume)) if args.resume else args)
-
-
 if __name__ == "__main__":
-    main()
+    dc.command_line(Args, train, __doc__)

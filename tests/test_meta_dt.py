@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,14 +25,14 @@ SMALL |= {"width": 16, "encoder_width": 16}
 
 def make_agent(obs_dim=OBS_DIM, act_dim=ACT_DIM, horizon=HORIZON, **changes):
     settings = SIZES | {"world_model_loss": "reward", "world_model_updates": 1, "warmup_updates": 0} | changes
-    args = meta_dt.resolve(meta_dt.Args(**settings))
+    args = dc.resolve(meta_dt.Args(**settings), meta_dt.ENV_ARGS, meta_dt.MAY_BE_ZERO, meta_dt.RANGES)
     torch.manual_seed(0)
-    agent = meta_dt.Agent(obs_dim, act_dim, horizon, args)
+    data = SimpleNamespace(obs_dim=obs_dim, act_dim=act_dim, family=SimpleNamespace(horizon=horizon))
+    agent = meta_dt.Agent(data, args)
     with torch.no_grad():  # biases of 0 would hide what padding does
         for name, parameter in agent.named_parameters():
             if "bias" in name:
                 parameter.normal_(std=0.1)
-    agent.make_optimizer(args)
     return agent, args
 
 
@@ -45,13 +46,13 @@ def make_episodes(count, lengths, obs_dim=OBS_DIM, act_dim=ACT_DIM, horizon=HORI
 
 
 def make_window(agent, count=2, steps=6, seed=0):
-    """-> rows, steps, valid as of `cut`, and a prompt of 3 steps."""
+    """-> a Window, and a prompt of 3 steps."""
     generator = torch.Generator().manual_seed(seed)
     dim = sum(agent.transformer.sizes)
     rows, prompt = (torch.randn(count, n, dim, generator=generator) for n in (steps, 3))
     number = torch.arange(steps).expand(count, -1)
-    window = (rows, number + 2, torch.ones_like(number, dtype=torch.bool))
-    return window, (prompt, number[:, :3] + 4, torch.ones(count, 3, dtype=torch.bool))
+    window = meta_dt.Window(rows, number + 2, torch.ones_like(number, dtype=torch.bool))
+    return window, meta_dt.Window(prompt, number[:, :3] + 4, torch.ones(count, 3, dtype=torch.bool))
 
 
 def parameters(module):
@@ -195,9 +196,9 @@ def test_an_action_sees_its_state_and_the_past_alone(with_prompt):
     before = agent.transformer(window, prompt)
     t = 3
     for name, column in columns_of(agent).items():
-        rows = window[0].clone()
+        rows = window.rows.clone()
         rows[:, t, column] += 1
-        after = agent.transformer((rows, *window[1:]), prompt)
+        after = agent.transformer(window._replace(rows=rows), prompt)
         first = t + (name == "act")  # of the actions that may change; the own slot's placeholder has no effect
         assert torch.equal(after[:, :first], before[:, :first]), name
         assert (after[:, first:] != before[:, first:]).any(-1).all(), name
@@ -209,11 +210,12 @@ def test_every_entry_of_the_prompt_but_its_z_reaches_every_action():
     before = agent.transformer(window, prompt)
     for name, column in columns_of(agent).items():
         for step in range(3):
-            rows = prompt[0].clone()
+            rows = prompt.rows.clone()
             rows[:, step, column] += 1
-            changed = (agent.transformer(window, (rows, *prompt[1:])) != before).any(-1)
+            changed = (agent.transformer(window, prompt._replace(rows=rows)) != before).any(-1)
             assert not changed.any() if name == "z" else changed.all()
-    assert (agent.transformer(window, (prompt[0], prompt[1] + 1, prompt[2])) != before).any(-1).all()
+    later = prompt._replace(steps=prompt.steps + 1)
+    assert (agent.transformer(window, later) != before).any(-1).all()
 
 
 def test_the_prompt_does_not_see_the_window():
@@ -222,17 +224,17 @@ def test_the_prompt_does_not_see_the_window():
     hidden = []
     agent.transformer.blocks[-2].register_forward_hook(lambda module, inputs, output: hidden.append(output[:, :9]))
     agent.transformer(window, prompt)
-    agent.transformer((window[0] + 1, *window[1:]), prompt)
+    agent.transformer(window._replace(rows=window.rows + 1), prompt)
     assert torch.equal(*hidden)
 
 
 def test_a_dropped_prompt_is_no_prompt():
     agent, _ = make_agent()
-    window, (rows, steps, valid) = make_window(agent)
+    window, prompt = make_window(agent)
     kept = torch.tensor([True, False])
-    mixed = agent.transformer(window, (rows, steps, valid & kept[:, None]))
+    mixed = agent.transformer(window, prompt._replace(valid=prompt.valid & kept[:, None]))
     torch.testing.assert_close(mixed[1], agent.transformer(window)[1], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(mixed[0], agent.transformer(window, (rows, steps, valid))[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed[0], agent.transformer(window, prompt)[0], atol=1e-6, rtol=1e-5)
     assert (mixed[0] != agent.transformer(window)[0]).any()
 
 
@@ -247,9 +249,9 @@ def test_padding_changes_no_action():
     for given in (None, prompt):
         expected = agent.transformer(alone, given)
         torch.testing.assert_close(agent.transformer(padded, given)[:, :7], expected, atol=1e-5, rtol=0)
-        rows = torch.where(padded[2][..., None], padded[0], 1e3)
-        torch.testing.assert_close(agent.transformer((rows, *padded[1:]), given)[:, :7], expected, atol=1e-5, rtol=0)
-        front = [part.roll(13, 1) for part in (rows, *padded[1:])]
+        full = padded._replace(rows=torch.where(padded.valid[..., None], padded.rows, 1e3))
+        torch.testing.assert_close(agent.transformer(full, given)[:, :7], expected, atol=1e-5, rtol=0)
+        front = meta_dt.Window(*(part.roll(13, 1) for part in full))
         found = agent.transformer(front, given)
         torch.testing.assert_close(found[:, 13:], expected, atol=1e-5, rtol=0)
         assert found.isfinite().all()
@@ -300,7 +302,7 @@ def setup_updates(**changes):
     agent, args = make_agent(meta_batch=4, batch_size=12, context_size=5, **changes)
     episodes, lengths = make_episodes(6, [12] * 6)
     steps = torch.arange(12)
-    best = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    best = torch.tensor([[0, 1, 2], [5, 4, 3]])
     world_model = partial(meta_dt.update_world_model, agent, episodes, lengths, steps // 2, steps, args)
 
     def policy():
@@ -325,7 +327,8 @@ def test_each_update_trains_its_own_network(loss):
 
 def test_the_dataset_is_read_once_and_whole(tiny):
     agent, _ = make_agent(tiny.obs_dim, tiny.act_dim, tiny.family.horizon)
-    sequences = meta_dt.read_dataset(agent, tiny)
+    train = torch.as_tensor(tiny.train_ids)
+    sequences = meta_dt.read_tasks(agent, tiny.episodes[train][..., :-1], tiny.lengths[train])
     assert len(sequences.rows) == len(tiny.train_ids) * tiny.lengths.shape[1] and not sequences.rows.requires_grad
     second = tiny.train_ids[1]
     alone = meta_dt.read_episodes(agent, tiny.episodes[second, 2:3, :, :-1], tiny.lengths[second, 2:3])
@@ -358,7 +361,7 @@ def test_one_episode_is_learned_by_heart():
     zero = torch.zeros(1, dtype=torch.long)
     window = sequences.cut(zero, zero, 20)
     for step in range(300):
-        meta_dt.anneal(agent.opts[:1], args.lr * meta_dt.warm_up(step, 30), step / 300)
+        dc.set_lr(agent.opt, args.lr * meta_dt.warm_up(step, 30) * min(1.0, 2 - 2 * (step / 300)))
         metrics = meta_dt.update(agent, window, None, args)
     assert metrics["losses/actor"] < 1e-4
 
@@ -369,10 +372,10 @@ def test_cost_of_an_update_at_the_default_sizes():
     episodes, lengths = make_episodes(4, [200] * 4, 27, 8, 200)
     sequences = meta_dt.read_episodes(agent, episodes, lengths)
     best = torch.arange(4)[None]
-    batch = meta_dt.draw_windows(sequences, best, lengths[None], args, torch.Generator().manual_seed(0))
-    assert batch[0][0].shape[:2] == (32, 20) and batch[1][0].shape[:2] == (32, 5)
+    window, prompt = meta_dt.draw_windows(sequences, best, lengths[None], args, torch.Generator().manual_seed(0))
+    assert window.rows.shape[:2] == (32, 20) and prompt.rows.shape[:2] == (32, 5)
     with FlopCounterMode(display=False) as flops:
-        meta_dt.update(agent, *batch, args)
+        meta_dt.update(agent, window, prompt, args)
     assert 6.5 < flops.get_total_flops() / 1e9 <= 7.5
 
 
@@ -387,10 +390,11 @@ def test_prompts_come_from_the_best_other_episodes_of_the_task():
     episodes, _ = make_episodes(tasks * count, lengths.flatten())
     sequences = meta_dt.read_episodes(agent, episodes, lengths.flatten())
     sequences.rows[..., 0] = torch.arange(tasks * count)[:, None]  # in place of the return-to-go: the episode's number
-    best = torch.tensor([[3, 0, 6, 2], [4, 1, 0, 2], [5, 6, 1, 0]])
+    best = torch.tensor([[3, 0, 6, 2], [4, 1, 0, 2], [5, 6, 1, 0]])  # within each task
     seen, generator = set(), torch.Generator().manual_seed(0)
-    window, prompt = meta_dt.draw_windows(sequences, best, lengths, args, generator)
-    own, other = window[0][:, 0, 0].long(), prompt[0][:, 0, 0].long()
+    numbers = best + count * torch.arange(tasks)[:, None]
+    window, prompt = meta_dt.draw_windows(sequences, numbers, lengths, args, generator)
+    own, other = window.rows[:, 0, 0].long(), prompt.rows[:, 0, 0].long()
     assert set(own.tolist()) == {n for n in range(tasks * count) if lengths.flatten()[n] > 0}
     assert (own != other).all() and (own // count == other // count).all()
     for a, b in zip((own % count).tolist(), zip((own // count).tolist(), (other % count).tolist())):
@@ -399,21 +403,63 @@ def test_prompts_come_from_the_best_other_episodes_of_the_task():
         assert pick in allowed
         seen.add((task, a, pick))
     assert len(seen) == 3 * (7 + 5 + 7)
-    kept = prompt[2].any(1)
-    assert torch.equal(kept, prompt[2].all(1)) and 0.7 < kept.float().mean() < 0.8
-    starts, last = window[1][:, 0], HORIZON - args.window
-    assert starts.min() == 0 and starts.max() == last and window[2].all()
+    kept = prompt.valid.any(1)
+    assert torch.equal(kept, prompt.valid.all(1)) and 0.7 < kept.float().mean() < 0.8
+    starts, last = window.steps[:, 0], HORIZON - args.window
+    assert starts.min() == 0 and starts.max() == last and window.valid.all()
     share = (starts == 0).float().mean()  # all windows whose last step is one of the first K
     assert abs(share - args.window / HORIZON) < 4 * math.sqrt(share * (1 - share) / len(starts))
-    assert (prompt[1][:, 0] >= args.context_horizon).all() and (prompt[1][:, -1] < HORIZON).all()
+    assert (prompt.steps[:, 0] >= args.context_horizon).all() and (prompt.steps[:, -1] < HORIZON).all()
 
 
-def test_world_model_steps_are_real_ones_of_training_tasks(walker):
+def test_best_episodes_are_those_of_the_highest_return():
+    agent, _ = make_agent()
+    lengths = torch.tensor([[12, 12, 9, 12], [12, 12, 12, 0]])
+    episodes, _ = make_episodes(8, lengths.flatten())
+    reward = OBS_DIM + ACT_DIM
+    returns = episodes[..., reward].sum(1).view(2, 4)
+    found = meta_dt.best_episodes(meta_dt.read_tasks(agent, episodes.view(2, 4, HORIZON, -1), lengths), lengths, 3)
+    for task, present in enumerate((4, 3)):
+        order = sorted(range(present), key=lambda n, task=task: -returns[task, n].item())
+        assert found[task].tolist() == [4 * task + n for n in order[:3]]
+
+
+def test_world_model_steps_are_real_ones_of_every_task(walker):
     args = meta_dt.Args(meta_batch=40, context_size=10)
-    episode, step = meta_dt.draw_steps(walker, args, torch.Generator().manual_seed(0))
-    assert (step < walker.lengths.flatten()[episode]).all()
-    assert set((episode // walker.lengths.shape[1]).tolist()) == set(walker.train_ids.tolist())
+    lengths = walker.lengths[walker.train_ids]
+    episode, step = meta_dt.draw_steps(lengths, args, torch.Generator().manual_seed(0))
+    assert (step < lengths.flatten()[episode]).all()
+    assert set((episode // lengths.shape[1]).tolist()) == set(range(len(walker.train_ids)))
     assert all(len(set(part.tolist())) == 1 for part in episode.view(40, 10))
+
+
+def test_both_phases_learn_from_the_training_tasks_alone(walker, walker_path, tmp_path, monkeypatch):
+    """What the world model learns from and what the transformer reads are the episodes of the training tasks; the prompts
+    are from the best of each.
+    that the prompts are from are the best of each."""
+    seen, world_model, draw = [], meta_dt.update_world_model, meta_dt.draw_windows
+    expected = walker.episodes[walker.train_ids][..., :-1].flatten(0, 1)
+    lengths, returns = walker.lengths[walker.train_ids], walker.episode_returns[walker.train_ids]
+
+    def learn(agent, episodes, all_lengths, episode, step, args):
+        seen.append("world model")
+        assert torch.equal(episodes, expected) and torch.equal(all_lengths, lengths.flatten())
+        return world_model(agent, episodes, all_lengths, episode, step, args)
+
+    def read(sequences, best, given, args, generator):
+        seen.append("transformer")
+        _, obs, _, act = sequences.rows.split([1, walker.obs_dim, args.z_dim, walker.act_dim], -1)
+        assert torch.equal(torch.cat([obs, act], -1), expected[..., : walker.obs_dim + walker.act_dim])
+        assert torch.equal(sequences.lengths, lengths.flatten()) and torch.equal(given, lengths)
+        order = np.where(lengths > 0, -returns, np.inf).argsort(1)[:, : min(4, walker.min_episodes)]
+        assert (best % lengths.shape[1]).tolist() == order.tolist()
+        assert (best // lengths.shape[1] == torch.arange(len(lengths))[:, None]).all()
+        return draw(sequences, best, given, args, generator)
+
+    monkeypatch.setattr(meta_dt, "update_world_model", learn)
+    monkeypatch.setattr(meta_dt, "draw_windows", read)
+    run(walker_path, tmp_path, env="walker-rand-params", total_updates=2, log_every=2)
+    assert seen == ["world model", *["transformer"] * 2]
 
 
 # ---- rollouts ---------------------------------------------------------------------------
@@ -445,14 +491,14 @@ def test_rollouts_see_what_training_saw(monkeypatch):
     episodes, lengths = make_episodes(4, [HORIZON] * 4)
     sequences = meta_dt.read_episodes(agent, episodes, lengths)
     every = torch.arange(4)
-    for t, (rows, steps, valid) in enumerate(play_back(agent, args, episodes, lengths, monkeypatch)):
+    for t, window in enumerate(play_back(agent, args, episodes, lengths, monkeypatch)):
         count = min(t + 1, args.window)
-        expected, number, _ = sequences.cut(every, every * 0 + t + 1 - count, count)
-        assert torch.equal(steps, number) and valid.all()
-        torch.testing.assert_close(rows[:, :-1, 1:], expected[:, :-1, 1:])
+        expected = sequences.cut(every, every * 0 + t + 1 - count, count)
+        assert torch.equal(window.steps, expected.steps) and window.valid.all()
+        torch.testing.assert_close(window.rows[:, :-1, 1:], expected.rows[:, :-1, 1:])
         act = columns_of(agent)["act"]
-        torch.testing.assert_close(rows[:, -1, 1 : act.start], expected[:, -1, 1 : act.start])
-        assert (rows[:, -1, act] == 0).all()  # not chosen yet
+        torch.testing.assert_close(window.rows[:, -1, 1 : act.start], expected.rows[:, -1, 1 : act.start])
+        assert (window.rows[:, -1, act] == 0).all()  # not chosen yet
 
 
 def test_return_to_go_falls_by_the_rewards(monkeypatch):
@@ -460,7 +506,7 @@ def test_return_to_go_falls_by_the_rewards(monkeypatch):
     episodes, lengths = make_episodes(1, [HORIZON])
     episodes[0, :2, OBS_DIM + ACT_DIM] = torch.tensor([-1.0, -2.0])
     window = play_back(agent, args, episodes, lengths, monkeypatch)[2]
-    torch.testing.assert_close(window[0][0, :, 0], torch.tensor([0.5, 0.6, 0.8]))
+    torch.testing.assert_close(window.rows[0, :, 0], torch.tensor([0.5, 0.6, 0.8]))
 
 
 def test_rows_of_a_rollout_do_not_influence_each_other(tiny):
@@ -509,7 +555,7 @@ def test_the_prompt_is_the_worst_predicted_part_of_a_best_episode():
 def test_contexts_without_transitions_give_no_prompt():
     agent, _ = make_agent()
     context, mask = torch.zeros(3, HORIZON, 2 * OBS_DIM + ACT_DIM + 1), torch.zeros(3, HORIZON)
-    assert not meta_dt.find_prompt(agent, context, mask)[2].any()
+    assert not meta_dt.find_prompt(agent, context, mask).valid.any()
     obs, targets = torch.randn(3, OBS_DIM), torch.tensor([1.0])
     with torch.no_grad():
         with_empty = meta_dt.adapt(agent, context, mask, targets=targets)(obs, torch.zeros(3))
@@ -557,8 +603,8 @@ def run(path, folder, **changes):
 def test_run_moves_every_parameter_and_reports_every_shot(extra, tiny_path, tmp_path, capsys):
     result = run(tiny_path, tmp_path, **extra)
     torch.manual_seed(0)
-    args = meta_dt.stored_args(result["run_dir"])
-    before = meta_dt.Agent(2, 2, 20, args).state_dict()
+    args = dc.stored_args(meta_dt.Args, result["run_dir"])
+    before = meta_dt.Agent(dc.load_dataset("point-robot", tiny_path), args).state_dict()
     assert not [k for k, value in load(result["run_dir"])["agent"].items() if torch.equal(value, before[k])]
     for protocol in dc.PROTOCOLS:
         assert math.isfinite(result[f"eval/{protocol}/return"])
@@ -571,24 +617,38 @@ def test_run_moves_every_parameter_and_reports_every_shot(extra, tiny_path, tmp_
 
 
 def test_the_world_model_is_frozen_while_the_transformer_learns(tiny_path, tmp_path, monkeypatch):
-    seen, read = {}, meta_dt.read_dataset
+    seen, read = {}, meta_dt.read_tasks
 
-    def spy(agent, data):
+    def spy(agent, episodes, lengths):
         assert "agent" not in seen  # once
         seen["agent"], seen["before"] = agent, [p.clone() for p in agent.world_model.parameters()]
-        return read(agent, data)
+        return read(agent, episodes, lengths)
 
-    monkeypatch.setattr(meta_dt, "read_dataset", spy)
+    monkeypatch.setattr(meta_dt, "read_tasks", spy)
     run(tiny_path, tmp_path)
     after = list(seen["agent"].world_model.parameters())
     assert all(torch.equal(p, q) for p, q in zip(seen["before"], after))
     assert all(p.grad is None and not p.requires_grad for p in after)
 
 
+@pytest.mark.parametrize("lr_decay", [True, False])
+def test_learning_rate_rises_stays_and_falls(lr_decay, tiny_path, tmp_path, monkeypatch):
+    seen, update = [], meta_dt.update
+
+    def spy(agent, *drawn):
+        seen.append([group["lr"].item() for group in agent.opt.param_groups])
+        return update(agent, *drawn)
+
+    monkeypatch.setattr(meta_dt, "update", spy)
+    run(tiny_path, tmp_path, lr=1.0, warmup_updates=4, world_model_updates=1, lr_decay=lr_decay)
+    falls = [1 - n / 20 for n in range(20)] if lr_decay else [1] * 20
+    np.testing.assert_allclose(np.concatenate(seen), [0.25, 0.5, 0.75, 1] + [1] * 16 + falls, rtol=1e-6)
+
+
 def test_run_on_episodes_of_different_lengths(walker_path, tmp_path):
     result = run(walker_path, tmp_path, env="walker-rand-params", total_updates=4, log_every=2)
     assert math.isfinite(result["eval/online/return"])
-    assert meta_dt.stored_args(result["run_dir"]).world_model_loss == "state"
+    assert dc.stored_args(meta_dt.Args, result["run_dir"]).world_model_loss == "state"
 
 
 # ---- defaults and bad input -------------------------------------------------------------
