@@ -601,7 +601,8 @@ class Dataset:
         """`size` uniform transitions of one random episode per task: task_ids [M] -> [M, size, ctx_dim].
         episodes [T, N, H, ..]: what to cut them from, by default the rows without term."""
         present = (self.lengths[task_ids] > 0).float()  # [M, N]
-        episode = torch.multinomial(present, 1, generator=generator)  # [M, 1]
+        # the first of exponential clocks is a uniform draw; torch.multinomial would read from the device
+        episode = (present / torch.empty_like(present).exponential_(generator=generator)).argmax(1, keepdim=True)
         length = self.lengths[task_ids[:, None], episode]
         step = (torch.rand(len(task_ids), size, device=self.device, generator=generator) * length).long()
         episodes = self.episodes[..., :-1] if episodes is None else episodes

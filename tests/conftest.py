@@ -2,14 +2,18 @@
 what they leave behind."""
 
 import csv
+import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -98,3 +102,126 @@ def stop_message(call, *arguments):
     message = stop.value.code
     assert isinstance(message, str) and message.strip() and "\n" not in message
     return message
+
+
+# ---- data that tells where it comes from ------------------------------------------------
+
+NUMBERED_TASKS, NUMBERED_EPISODES = 9, 4  # of which tasks 6 to 8 are test tasks
+
+
+@pytest.fixture(scope="session")
+def numbered_path(tmp_path_factory):
+    """A point-robot file whose rewards are numbers: 1000 task + 100 episode + step, negative in the foreign contexts,
+    where the hundreds count the context. Episodes have 7 to 20 steps; every other one terminated."""
+    tasks, episodes, horizon = NUMBERED_TASKS, NUMBERED_EPISODES, 20
+    rng = np.random.default_rng(0)
+
+    def record(prefix, task, sign):
+        shape = (len(task), episodes)
+        lengths = 7 + (3 * task[:, None] + 5 * np.arange(episodes)) % 14
+        number = 1000 * task[:, None, None] + 100 * np.arange(episodes)[:, None] + np.arange(horizon)
+        real = np.arange(horizon) < lengths[..., None]
+        return {
+            prefix + "observations": rng.normal(size=(*shape, horizon + 1, 2)).astype(np.float32),
+            prefix + "actions": rng.uniform(-0.9, 0.9, (*shape, horizon, 2)).astype(np.float32),
+            prefix + "rewards": (sign * number * real).astype(np.float32),
+            prefix + "lengths": lengths.astype(np.int32),
+            prefix + "terminated": lengths % 2 == 0,
+            prefix + "behavior_step": np.full(shape, 100, np.int32),
+        }
+
+    params, _, _ = data_collect.FAMILIES["point-robot"].draw()
+    test_ids = np.arange(6, tasks)
+    arrays = record("", np.arange(tasks), 1) | record("ood_", test_ids, -1)
+    arrays |= {"task_params": params[:tasks], "train_ids": np.arange(6), "test_ids": test_ids}
+    arrays |= {"random_returns": np.full(tasks, -20.0), "expert_returns": np.full(tasks, -5.0)}
+    arrays["ood_behavior_task"] = np.tile([0, 2, 4, data_collect.RANDOM], (len(test_ids), 1)).astype(np.int32)
+    header = {"format_version": data_collect.FORMAT_VERSION, "env": "point-robot", "settings": {"seed": 0}}
+    path = tmp_path_factory.mktemp("numbered") / "point-robot.npz"
+    np.savez(path, **arrays, header=np.array(json.dumps(header)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def numbered(numbered_path):
+    return data_collect.load_dataset("point-robot", numbered_path)
+
+
+def origin(rew):
+    """Rewards of the numbered file, any shape, without padding -> task, episode or context, step, all of that shape;
+    those of foreign contexts negative in `rew`."""
+    number = rew.abs().round().long()
+    return number // 1000, number // 100 % 10, number % 100
+
+
+# ---- recomputations ---------------------------------------------------------------------
+
+
+def pattern(shape):
+    """Numbers in [-1.5, 1.5] that stand for a draw from the standard normal."""
+    return torch.linspace(-1.5, 1.5, math.prod(shape), dtype=torch.float64).reshape(shape)
+
+
+@pytest.fixture
+def known_noise(monkeypatch):
+    """Every standard normal draw is `pattern` of its shape."""
+    monkeypatch.setattr(torch, "randn_like", lambda x, **_: pattern(x.shape).to(x.dtype))
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: pattern(tuple(np.ravel(shape))))
+
+
+def slow_net(net, *inputs, member=0):
+    """One member of an MLP (flora, focal, unicorn, corro) at one row: plain layers on the concatenated inputs, the last
+    of which is z."""
+    h, first = torch.cat(inputs), torch.cat([net.w_x[member], net.w_z[member]])
+    h = h @ first + net.b_1[member, 0]
+    for weight, bias in ((net.w_2, net.b_2), (net.w_3, net.b_3)):
+        h = (h - h.mean()) / (h.var(correction=0) + 1e-5).sqrt()
+        h = torch.where(h > 0, h, 0.0) @ weight[member] + bias[member, 0]
+    return h
+
+
+# ---- a GPU without a GPU ----------------------------------------------------------------
+#
+# Fake CUDA tensors (torch's FakeTensorMode) would do, but a CPU build of torch can neither index nor differentiate
+# them: both ask for CUDA's device guard. Tensors on the device "meta", which have no values at all, show the same.
+
+
+class OnDevice(TorchDispatchMode):
+    """Every operation inside must be given tensors of the device "meta" alone (numbers as 0-d CPU tensors are welcome,
+    as on a GPU), and none may need a value on the host: .item(), a boolean index, torch.multinomial's checks."""
+
+    READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "multinomial"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        strangers = [x for x in tensors if x.device.type != "meta" and x.dim() > 0]
+        if any(x.device.type == "meta" for x in tensors):
+            assert not strangers, f"{name}: a tensor was left on the CPU"
+            assert name not in self.READS, f"{name} reads from the device"
+            assert torch.device(kwargs.get("device") or "meta").type == "meta", f"{name} copies from the device"
+        return func(*args, **kwargs)
+
+
+def to_meta(module):
+    """Move an agent's parameters and buffers to "meta"; its optimizers, torch's own fused kernels, do nothing there."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                meta = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                part._parameters[name] = meta
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer if buffer is None else buffer.to("meta")
+    for value in vars(module).values():
+        if isinstance(value, torch.optim.Optimizer):
+            value.step = value.zero_grad = lambda *_, **__: None
+    return module
+
+
+def dataset_on_meta(data):
+    """A copy of a Dataset with all its tensors on "meta"."""
+    copy = object.__new__(type(data))
+    move = lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x  # noqa: E731
+    vars(copy).update({name: move(value) for name, value in vars(data).items()} | {"device": torch.device("meta")})
+    return copy
