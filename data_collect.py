@@ -11,6 +11,7 @@ Units: actions are in [-1, 1]; rewards are raw environment units; a return is th
 of one episode's rewards; angles in radians, positions in meters, velocities in meters per second.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -39,11 +40,10 @@ FORMAT_VERSION = 1  # of the dataset files
 
 # ---- task families ----------------------------------------------------------
 #
-# A family states how its tasks are drawn and what one step means. `state` [B, S] is the full
-# simulator state of B rows. `outcome` [B, k] is the part of a transition that the reward depends
-# on besides the action, so that `reward(outcome, act, params)` can score any recorded transition
-# for any task (numpy arrays and torch tensors alike). Adding a family = adding one class here and
-# its name to FAMILIES.
+# A family states how its tasks are drawn and what one step means. `state` [B, S] is the full simulator state of B rows.
+# `outcome` [B, k] is the part of a transition that the reward depends on besides the action, so that `reward(outcome,
+# act, params)` can score any recorded transition for any task (numpy arrays and torch tensors alike). Adding a family =
+# adding one class here and its name to FAMILIES.
 
 
 class Family:
@@ -60,6 +60,10 @@ class Family:
     def draw(self):
         """-> params [T, P] float64, training ids, test ids; the same on every call."""
         raise NotImplementedError
+
+    def one_draw_per_seed(self):
+        """-> [T] uniform in [0, 1): CORRO's tasks, the first draws of the generators with seeds 1, 2, .."""
+        return np.array([np.random.RandomState(seed).rand() for seed in range(1, sum(self.counts) + 1)])
 
     def split_first(self, params):
         return params, np.arange(self.counts[0]), np.arange(self.counts[0], sum(self.counts))
@@ -80,6 +84,11 @@ class Family:
     def stuck(self, state):
         """-> [B] bool: states in which a behavior policy in training learns nothing more."""
         return np.zeros(len(state), bool)
+
+
+def on_circle(angle):
+    """angle [T] -> points [T, 2] on the unit circle."""
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
 
 
 class Point(Family):
@@ -108,8 +117,7 @@ class PointRobot(Point):
     counts = (30, 10)
 
     def draw(self):
-        angle = np.linspace(0, np.pi, sum(self.counts))
-        return self.split_interleaved(np.stack([np.cos(angle), np.sin(angle)], 1))
+        return self.split_interleaved(on_circle(np.linspace(0, np.pi, sum(self.counts))))
 
     def reward(self, outcome, act, params):
         return -(((outcome - params) ** 2).sum(-1) ** 0.5)
@@ -122,9 +130,7 @@ class SparsePointRobot(PointRobot):
     counts = (80, 20)
 
     def draw(self):
-        params, _, _ = super(PointRobot, self).split_first(
-            np.stack([f(np.linspace(0, np.pi, sum(self.counts))) for f in (np.cos, np.sin)], 1)
-        )
+        params, _, _ = super().draw()
         order = np.random.RandomState(1337).permutation(len(params))
         return params, np.sort(order[: self.counts[0]]), np.sort(order[self.counts[0] :])
 
@@ -144,9 +150,8 @@ class PointRobotWind(Point):
     dynamics_vary = True
 
     def draw(self):
-        rng = np.random.RandomState(1337)
-        wind = [rng.uniform(-0.05, 0.05, sum(self.counts)) for _ in range(2)]  # all x, then all y
-        return self.split_first(np.stack(wind, 1))
+        wind = np.random.RandomState(1337).uniform(-0.05, 0.05, (2, sum(self.counts)))  # all x, then all y
+        return self.split_first(wind.T)
 
     def step(self, state, act, params):
         return state + 0.1 * act + params
@@ -204,13 +209,12 @@ class Cheetah(Mujoco):
 
 
 class CheetahVel(Cheetah):
-    """Run at a hidden target speed v* in [0, 3] m/s (CORRO's seeds 1..40)."""
+    """Run at a hidden target speed v* in [0, 3] m/s."""
 
     param_scale = 3.0
 
     def draw(self):
-        speed = [3 * np.random.RandomState(seed).rand() for seed in range(1, sum(self.counts) + 1)]
-        return self.split_first(np.array(speed)[:, None])
+        return self.split_first(3 * self.one_draw_per_seed()[:, None])
 
     def reward(self, outcome, act, params):
         return -abs(outcome[..., 0] - params[..., 0]) - 0.05 * (act**2).sum(-1)
@@ -237,13 +241,12 @@ class Ant(Mujoco):
 
 
 class AntDir(Ant):
-    """Walk in a hidden direction (cos, sin); reward = velocity along it (CORRO's seeds 1..40)."""
+    """Walk in a hidden direction (cos, sin); reward = velocity along it."""
 
     obs_dim = 27
 
     def draw(self):
-        angle = [2 * np.pi * np.random.RandomState(seed).rand() for seed in range(1, sum(self.counts) + 1)]
-        return self.split_first(np.stack([np.cos(angle), np.sin(angle)], 1))
+        return self.split_first(on_circle(2 * np.pi * self.one_draw_per_seed()))
 
     def observe(self, state):
         return state[:, 3:]  # qpos without x and y, qvel
@@ -271,8 +274,7 @@ class AntGoal(Ant):
     param_scale = 2.0
 
     def draw(self):
-        angle = np.linspace(0, 2 * np.pi, sum(self.counts), endpoint=False)  # no goal twice
-        return self.split_interleaved(2 * np.stack([np.cos(angle), np.sin(angle)], 1))
+        return self.split_interleaved(2 * on_circle(np.linspace(0, 2 * np.pi, sum(self.counts), endpoint=False)))
 
     def observe(self, state):
         return state[:, 1:]
@@ -298,11 +300,8 @@ class RandomParams(Mujoco):
 
     def draw(self):
         size = sum(getattr(self.model, name).size for name, _ in self.randomized)
-        params = []
-        for seed in range(1, sum(self.counts) + 1):
-            rng = random.Random(seed)
-            params.append([rng.uniform(-3, 3) for _ in range(size)])
-        return self.split_first(np.array(params))
+        generators = [random.Random(seed) for seed in range(1, sum(self.counts) + 1)]
+        return self.split_first(np.array([[rng.uniform(-3, 3) for _ in range(size)] for rng in generators]))
 
     def models(self, params):
         models = []
@@ -361,11 +360,10 @@ EnvName = Literal[tuple(FAMILIES)]
 class TaskEnv(gym.vector.VectorEnv):
     """B rows of one family, each bound to a task; a MuJoCo step of all rows is one rollout call.
 
-    Nothing resets by itself (AutoresetMode.DISABLED): a row that terminated, reached the time limit
-    or diverged stands still with reward 0 until `reset` names it in options["reset_mask"] [B] bool.
-    options["task_ids"] [B] rebinds the rows that are reset. `step` returns, besides gymnasium's
-    five, info["outcome"] [B, k] and info["diverged"] [B]: rows whose physics broke in this step
-    (their transition is void).
+    Nothing resets by itself (AutoresetMode.DISABLED): a row that terminated, reached the time limit or diverged stands
+    still with reward 0 until `reset` names it in options["reset_mask"] [B] bool. options["task_ids"] [B] rebinds the
+    rows that are reset. `step` returns, besides gymnasium's five, info["outcome"] [B, k] and info["diverged"] [B]: rows
+    whose physics broke in this step (their transition is void).
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED, "render_modes": []}
@@ -398,14 +396,14 @@ class TaskEnv(gym.vector.VectorEnv):
             raise ValueError(f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with a True")
         if "task_ids" in options:
             self.task_ids[mask] = np.asarray(options["task_ids"])[mask]
+        if isinstance(seed, (int, np.integer)):
+            super().reset(seed=int(seed))  # the generator that later resets continue
+            seed = seed + np.arange(self.num_envs)
         if seed is None:
             self.state[mask] = self.family.reset(self.np_random, mask.sum())
+        elif len(seed) != self.num_envs:
+            raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows")
         else:
-            if isinstance(seed, (int, np.integer)):
-                self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
-                seed = [seed + row for row in range(self.num_envs)]
-            if len(seed) != self.num_envs:
-                raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows")
             for row in np.flatnonzero(mask):
                 self.state[row] = self.family.reset(np.random.default_rng(seed[row]), 1)[0]
         self.steps[mask], self.live[mask] = 0, True
@@ -447,12 +445,11 @@ class TaskEnv(gym.vector.VectorEnv):
 
     def get_state(self):
         """Everything needed to continue bit for bit, as tensors and numbers (for a checkpoint)."""
-        names = ("state", "steps", "live", "task_ids")
-        return {n: torch.tensor(getattr(self, n)) for n in names} | {"rng": self.np_random.bit_generator.state}
+        arrays = {name: torch.tensor(getattr(self, name)) for name in ("state", "steps", "live", "task_ids")}
+        return {"arrays": arrays, "rng": self.np_random.bit_generator.state}
 
     def set_state(self, saved):
-        for name in ("state", "steps", "live", "task_ids"):
-            setattr(self, name, saved[name].numpy().copy())
+        vars(self).update({name: array.numpy().copy() for name, array in saved["arrays"].items()})
         self.np_random.bit_generator.state = saved["rng"]
 
     def close_extras(self, **kwargs):
@@ -460,25 +457,28 @@ class TaskEnv(gym.vector.VectorEnv):
             self.pool.close()
 
 
+def empty_episodes(family, shape):
+    """Arrays for one episode per entry of `shape` -> dict: observations [*shape, H+1, obs_dim], actions [*shape, H,
+    act_dim], rewards [*shape, H] (float32), lengths [*shape] int32, terminated [*shape] bool; all zero."""
+    return {
+        "observations": np.zeros((*shape, family.horizon + 1, family.obs_dim), np.float32),
+        "actions": np.zeros((*shape, family.horizon, family.act_dim), np.float32),
+        "rewards": np.zeros((*shape, family.horizon), np.float32),
+        "lengths": np.zeros(shape, np.int32),
+        "terminated": np.zeros(shape, bool),
+    }
+
+
 def rollout(env, policy, seeds, device="cpu"):
     """One episode per row of `env`. policy(obs [B, obs_dim], rew [B]) -> act [B, act_dim], tensors on
     `device`, where rew is the reward of the previous step (0 at first).
 
-    -> dict of numpy arrays: observations [B, H+1, obs_dim], actions [B, H, act_dim], rewards [B, H]
-    (float32, zeros after the end), lengths [B] int32, terminated [B] and diverged [B] bool."""
-    rows, horizon, family = env.num_envs, env.family.horizon, env.family
+    -> `empty_episodes` filled, with zeros after an episode's end, and diverged [B] bool."""
     obs, _ = env.reset(seed=seeds)
-    rew = np.zeros(rows)
-    out = {
-        "observations": np.zeros((rows, horizon + 1, family.obs_dim), np.float32),
-        "actions": np.zeros((rows, horizon, family.act_dim), np.float32),
-        "rewards": np.zeros((rows, horizon), np.float32),
-        "lengths": np.zeros(rows, np.int32),
-        "terminated": np.zeros(rows, bool),
-        "diverged": np.zeros(rows, bool),
-    }
+    rew = np.zeros(env.num_envs)
+    out = empty_episodes(env.family, (env.num_envs,)) | {"diverged": np.zeros(env.num_envs, bool)}
     out["observations"][:, 0] = obs
-    for t in range(horizon):
+    for t in range(env.family.horizon):
         live = env.live.copy()
         with torch.no_grad():
             act = policy(torch.as_tensor(obs, device=device), torch.as_tensor(rew, dtype=torch.float32, device=device))
@@ -493,6 +493,7 @@ def rollout(env, policy, seeds, device="cpu"):
         if not env.live.any():
             break
     return out
+
 
 # ---- dataset ----------------------------------------------------------------
 
@@ -814,13 +815,14 @@ def normalize(data, tasks, returns):
     worst, best = data.random_returns[tasks], data.expert_returns[tasks]
     return 100 * (returns - worst) / np.where(best == worst, np.inf, best - worst)
 
+
 # ---- runs -------------------------------------------------------------------
 #
 # What surrounds a training and belongs to no method. A script's train() reads: `resolve` the arguments, load the data,
 # make the agent, then, in `with Run(..) as run`, update while `run.going()`, hand each update's metrics to
 # `run.advance` and return `run.finish()`.
 
-RUN_VERSION = 2  # of the run directories; a checkpoint of another version is refused
+RUN_VERSION = 2  # of run directories and policies files; a checkpoint of another version is refused
 # arguments that may be 0, and those with limits of their own, in all scripts; all other numbers must be positive
 MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight"}
 RANGES = {"gamma": (0, 1), "tau": (0, 1)}
@@ -850,16 +852,21 @@ def resolve(args, env_args, may_be_zero=frozenset(), ranges={}):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    check_numbers(args, MAY_BE_ZERO | may_be_zero, RANGES | ranges)
+    return args
+
+
+def check_numbers(args, may_be_zero, ranges):
+    """All numbers among the arguments are positive, or 0 where they may be, and finite, or lie in their range."""
     for name, value in asdict(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        zero = name in MAY_BE_ZERO | may_be_zero
-        least, most = (RANGES | ranges).get(name, (0, math.inf))
-        if not least <= value <= most or value == math.inf or (value == 0 and not zero):
-            limits = "be at least 0" if zero else "be positive"
-            limits = f"lie between {least} and {most}" if name in RANGES | ranges else limits
+        largest = 2**31 - 1 if isinstance(value, int) else sys.float_info.max
+        least, most = ranges.get(name, (0, largest))
+        if not least <= value <= min(most, largest) or (value == 0 and name not in may_be_zero):
+            limits = "be at least 0" if name in may_be_zero else "be positive"
+            limits = f"lie between {least} and {most}" if name in ranges else f"{limits} and below 2^31"
             raise SystemExit(f"--{name.replace('_', '-')} {value}: must {limits}")
-    return args
 
 
 def load_checkpoint(directory, args_class, device="cpu"):
@@ -916,9 +923,9 @@ class Run:
         self.args, self.data, self.agent, self.generator = args, data, agent, generator
         self.evaluate = functools.partial(evaluate, agent, data, args)
         self.embed = functools.partial(embed, agent)
-        self.opts = {name: value for name, value in vars(agent).items() if isinstance(value, torch.optim.Optimizer)}
         self.steps, self.phase = dict.fromkeys(phases, 0), "policy"  # updates done per phase
-        self.results, self.stopping, self.timed, self.born, self.rows = {}, False, 0.0, time.time(), 1
+        self.results, self.timed, self.born, self.rows = {}, 0.0, time.time(), 1
+        self.stopping, self.closing = [], contextlib.ExitStack()
         if args.resume:
             self.dir = Path(args.resume)
             self.restore(load_checkpoint(self.dir, type(args), data.device), FREE | free)
@@ -942,11 +949,8 @@ class Run:
         if self.data.header != saved["data"]:
             what = "is not the file that the run to resume was trained on"
             raise SystemExit(f"{self.args.dataset} {what}; use that: --dataset")
-        self.agent.load_state_dict(saved["agent"])
-        for name, opt in self.opts.items():
-            opt.load_state_dict(saved["opts"][name])
+        restore_training(self.agent, saved)
         self.generator.set_state(saved["generator"].cpu())
-        restore_rng(saved["rng"])
         self.steps, self.rows = saved["steps"], saved["rows"]
         self.born -= saved["seconds"]
 
@@ -957,11 +961,12 @@ class Run:
         about = {"args": stored, "versions": versions(), "command": sys.argv, "dataset": data.header}
         write_json(self.dir / "args.json", about)
         self.writer = SummaryWriter(str(self.dir), purge_step=self.updates + 1 if args.resume else None)
+        self.closing.callback(self.writer.close)
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in stored.items()))
         path = self.dir / "metrics.csv"
         kept = path.read_text().splitlines(keepends=True)[: self.rows] if path.exists() else ["step,tag,value\n"]
         atomic_save(path, lambda file: file.write("".join(kept).encode()))
-        self.csv, self.rows = open(path, "a"), len(kept)
+        self.csv, self.rows = self.closing.enter_context(open(path, "a")), len(kept)
         tasks = f"{len(data.train_ids)} training and {len(data.test_ids)} test tasks"
         print(f"{self.dir}: {args.env}, {tasks}, device {data.device}")
         worst, best = data.random_returns[data.test_ids].mean(), data.expert_returns[data.test_ids].mean()
@@ -969,18 +974,11 @@ class Run:
         print(f"  mean return on the test tasks: {returns}", flush=True)
 
     def __enter__(self):
-        def on_interrupt(*_):
-            self.stopping = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-
-        self.previous_handler = signal.signal(signal.SIGINT, on_interrupt)
+        self.stopping = self.closing.enter_context(note_interrupts())
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous_handler)
-        if hasattr(self, "csv"):
-            self.csv.close()
-            self.writer.close()
+        self.closing.close()
 
     @property
     def step(self):
@@ -1064,10 +1062,9 @@ class Run:
     def save(self):
         """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
         self.writer.flush()  # what a resumed run builds on is on the disk, should this one be killed
-        state = {"version": RUN_VERSION, "args": asdict(self.args), "data": self.data.header}
-        state |= {"agent": self.agent.state_dict(), "opts": {name: opt.state_dict() for name, opt in self.opts.items()}}
-        state |= {"generator": self.generator.get_state(), "rng": rng_state()}
-        state |= {"steps": self.steps, "rows": self.rows, "seconds": time.time() - self.born}
+        state = training_state(self.agent) | {"generator": self.generator.get_state(), "steps": self.steps}
+        state |= {"version": RUN_VERSION, "args": asdict(self.args), "data": self.data.header}
+        state |= {"rows": self.rows, "seconds": time.time() - self.born}
         if all(p.isfinite().all() for p in self.agent.parameters()):
             atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
@@ -1102,6 +1099,7 @@ def versions():
     """{name: version} of Python and of the packages that the results depend on."""
     return {m.__name__: m.__version__ for m in (torch, np, gym, mujoco)} | {"python": sys.version.split()[0]}
 
+
 def duration(seconds):
     """75 -> '1m15s'."""
     minutes, seconds = divmod(int(seconds), 60)
@@ -1109,14 +1107,42 @@ def duration(seconds):
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
-def rng_state():
-    """torch's global generators, CPU and CUDA, as a list of tensors."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+def optimizers(agent):
+    """-> {name: optimizer} of those that an agent has as attributes."""
+    return {name: value for name, value in vars(agent).items() if isinstance(value, torch.optim.Optimizer)}
 
 
-def restore_rng(states):
-    torch.set_rng_state(states[0].cpu())
-    torch.cuda.set_rng_state_all([s.cpu() for s in states[1 : 1 + torch.cuda.device_count()]])
+def training_state(agent):
+    """Networks, optimizers and torch's global generators (CPU and CUDA), for a checkpoint -> dict."""
+    opts = {name: opt.state_dict() for name, opt in optimizers(agent).items()}
+    return {"agent": agent.state_dict(), "opts": opts, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+
+
+def restore_training(agent, saved):
+    """Take over what `training_state` gave."""
+    agent.load_state_dict(saved["agent"])
+    for name, opt in optimizers(agent).items():
+        opt.load_state_dict(saved["opts"][name])
+    cpu, *cuda = (state.cpu() for state in saved["rng"])
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
+
+
+@contextlib.contextmanager
+def note_interrupts():
+    """In its block Ctrl-C is only noted, so that one can save first: -> list, empty until then. A second one ends at
+    once."""
+    noted = []
+
+    def note(*_):
+        noted.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def atomic_save(path, write):
@@ -1179,13 +1205,10 @@ class SAC(nn.Module):
         self.critic = nn.ModuleList([mlp(critic_sizes), mlp(critic_sizes)])
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.1)))
-
-    def make_optimizers(self, lr):
         # fused: one kernel per optimizer instead of several per tensor
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr, fused=True)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr, fused=True)
-        self.temperature_opt = torch.optim.Adam([self.log_temperature], lr, fused=True)
-        self.optimizers = {"actor": self.actor_opt, "critic": self.critic_opt, "temperature": self.temperature_opt}
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), args.lr, fused=True)
+        self.critic_opt = torch.optim.Adam(self.critic.parameters(), args.lr, fused=True)
+        self.temperature_opt = torch.optim.Adam([self.log_temperature], args.lr, fused=True)
 
     def update(self, obs, act, rew, next_obs, term, task):
         """One gradient step on a batch (obs [B, obs_dim], rew and term [B], task [B, P])."""
@@ -1226,11 +1249,9 @@ class Replay:
         self.count = 0
 
     def add(self, obs, act, outcome, next_obs, term, task_ids):
-        columns = (obs, act, outcome, next_obs, term)
-        columns = [np.asarray(x, np.float32).reshape(len(obs), n) for x, n in zip(columns, self.sizes)]
         new = slice(self.count, self.count + len(obs))
-        self.rows[new] = torch.as_tensor(np.concatenate(columns, 1)).to(self.rows.device)
-        self.task_ids[new] = torch.as_tensor(task_ids).to(self.rows.device)
+        columns = np.concatenate([obs, act, outcome, next_obs, term[:, None]], 1, dtype=np.float32)
+        self.rows[new], self.task_ids[new] = torch.as_tensor(columns), torch.as_tensor(task_ids)
         self.count += len(obs)
 
     def sample(self, size):
@@ -1242,15 +1263,14 @@ class Replay:
 PHASES = 20  # snapshots of a behavior policy, evenly over its training
 
 
-def train_behavior(family, params, task_ids, args, device, saved, save, stop, label):
+def train_behavior(family, params, task_ids, args, device, saved, save, stopping, label):
     """Train one SAC agent on the tasks `task_ids` (all of them: shared; one: per-task).
 
     saved: what an interrupted run handed to `save`, or None; save(state) is called at every phase.
-    stop() -> bool ends the run early, after a last save. Updates start after one episode of random
-    actions in every row. -> list of PHASES actor state dicts, or None if stopped."""
+    stopping: a list that ends the run early, after a last save, once it is not empty. Updates start after one
+    episode of random actions in every row. -> list of PHASES actor state dicts, or None if stopped."""
     torch.manual_seed(args.seed + 1000 * int(task_ids[0]))
     agent = SAC(family, params.shape[1], args).to(device)
-    agent.make_optimizers(args.lr)
     warmup = family.horizon  # vector steps
     replay = Replay(family, args.rows * (warmup + math.ceil(args.total_updates / args.updates_per_step)), device)
     env = TaskEnv(family, params, np.random.default_rng(args.seed).choice(task_ids, args.rows))
@@ -1258,24 +1278,17 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stop, la
     progress = {"vector_steps": 0, "step": 0, "diverged": 0, "snapshots": [], "returns": []}
     running = np.zeros(args.rows)  # return so far of each row's episode
     if saved is not None:
-        agent.load_state_dict(saved["agent"])
-        for name, opt in agent.optimizers.items():
-            opt.load_state_dict(saved[name])
+        restore_training(agent, saved)
         replay.count = len(saved["replay_rows"])
         replay.rows[: replay.count], replay.task_ids[: replay.count] = saved["replay_rows"], saved["replay_task_ids"]
         env.set_state(saved["env"])
         obs, running = family.observe(env.state).astype(np.float32), saved["running"].numpy()
         progress = saved["progress"]
-        restore_rng(saved["rng"])
 
     def checkpoint():
-        save(
-            {"agent": agent.state_dict(), "env": env.get_state(), "progress": progress, "rng": rng_state()}
-            | {"replay_rows": replay.rows[: replay.count].clone()}
-            | {"replay_task_ids": replay.task_ids[: replay.count].clone()}
-            | {name: opt.state_dict() for name, opt in agent.optimizers.items()}
-            | {"running": torch.as_tensor(running)}
-        )
+        stored = {"replay_rows": replay.rows[: replay.count].clone(), "running": torch.as_tensor(running)}
+        stored |= {"replay_task_ids": replay.task_ids[: replay.count].clone()}
+        save(training_state(agent) | stored | {"env": env.get_state(), "progress": progress})
 
     scaled = torch.as_tensor(params / family.param_scale, dtype=torch.float32, device=device)  # [T, P]
     raw = torch.as_tensor(params, dtype=torch.float32, device=device)
@@ -1315,9 +1328,10 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stop, la
             critic_loss, q_mean = agent.update(b_obs, b_act, b_rew, b_next_obs, b_term, scaled[b_tasks])
             progress["step"] += 1
         step, snapshots = progress["step"], progress["snapshots"]
-        if step * PHASES // args.total_updates > len(snapshots):
-            while step * PHASES // args.total_updates > len(snapshots):
-                snapshots.append({k: v.to("cpu", copy=True) for k, v in agent.actor.state_dict().items()})
+        due = step * PHASES // args.total_updates - len(snapshots)
+        if due:
+            actor = {k: v.to("cpu", copy=True) for k, v in agent.actor.state_dict().items()}
+            snapshots += [actor] * due
             if not math.isfinite(critic_loss.item()):
                 raise SystemExit(f"the behavior policy of {label} diverged at update {step}: try a smaller --lr")
             checkpoint()
@@ -1329,11 +1343,12 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stop, la
                 f"  critic {critic_loss.item():.3f}  q {q_mean.item():.2f}",
                 flush=True,
             )
-        if stop():
+        if stopping:
             checkpoint()
             return None
     env.close()
     return progress["snapshots"]
+
 
 # ---- the dataset file: writing ----------------------------------------------
 
@@ -1378,13 +1393,7 @@ def collect(args):
     for name in ("total_updates", "width"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(family, f"sac_{name}"))
-    least = {"ood_contexts": 0, "seed": 0, "batch_size": 2}
-    for name, value in asdict(args).items():
-        if isinstance(value, int) and not least.get(name, 1) <= value < 2**31:
-            limits = f"at least {least.get(name, 1)} and below 2^31"
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be {limits}")
-    if not 0 < args.lr < math.inf:
-        raise SystemExit(f"--lr {args.lr}: must be positive and finite")
+    check_numbers(args, {"ood_contexts", "seed"}, {"batch_size": (2, 2**31 - 1)})
     params, train_ids, test_ids = family.draw()
     for name, ids in (("train_tasks", train_ids), ("test_tasks", test_ids)):
         if (getattr(args, name) or 0) > len(ids):
@@ -1419,44 +1428,34 @@ def collect(args):
     groups = [np.arange(len(params))] if args.behavior == "shared" else [np.array([i]) for i in range(len(params))]
     policies_path = path.with_name(f"{args.env}.policies.pt")
     wanted = {k: settings[k] for k in POLICY_SETTINGS}
-    policies = {"settings": wanted, "finished": [], "training": None}
+    policies = {"version": RUN_VERSION, "settings": wanted, "finished": [], "training": None}
     if policies_path.exists():
         policies = load_policies(policies_path)
         if policies["settings"] != wanted:
             remedy = "remove it, or write to another folder with --out"
             raise SystemExit(f"{policies_path} holds policies with other settings: {remedy}")
         print(f"continuing from {policies_path}")
-    stopping = []
-
-    def on_interrupt(*_):
-        stopping.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
     def save(training):
         policies["training"] = training
         atomic_save(policies_path, lambda file: torch.save(policies, file))
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
     start = time.time()
     try:
-        for task_ids in groups[len(policies["finished"]) :]:
-            label = args.env if args.behavior == "shared" else f"{args.env} task {task_ids[0]}"
-            saved = policies["training"]
-            snapshots = train_behavior(
-                family, params, task_ids, args, device, saved, save, lambda: bool(stopping), label
-            )
-            if snapshots is None:
-                raise KeyboardInterrupt
-            policies["finished"].append(snapshots)
-            save(None)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with note_interrupts() as stopping:
+            for task_ids in groups[len(policies["finished"]) :]:
+                label = args.env if args.behavior == "shared" else f"{args.env} task {task_ids[0]}"
+                saved = policies["training"]
+                snapshots = train_behavior(family, params, task_ids, args, device, saved, save, stopping, label)
+                if snapshots is None:
+                    raise KeyboardInterrupt
+                policies["finished"].append(snapshots)
+                save(None)
         print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
         arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies["finished"], args, device)
     except KeyboardInterrupt:
         print(f"interrupted; progress is in {policies_path}, the same command continues")
         raise SystemExit(130) from None
-    finally:
-        signal.signal(signal.SIGINT, previous)
     header = {"format_version": FORMAT_VERSION, "env": args.env, "settings": settings, "versions": versions()}
     header |= {"command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | note
     arrays["header"] = np.array(json.dumps(header))
@@ -1471,11 +1470,13 @@ def collect(args):
 
 
 def load_policies(path):
+    """What an interrupted collection left, as a dict; one line if it cannot be continued."""
     try:
         policies = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: policies[k] for k in ("settings", "finished", "training")}
+        return {k: policies[k] for k in ("version", "settings", "finished", "training")}
     except Exception:
-        raise SystemExit(f"{path} is damaged or not a policy file: remove it and run the same command again")
+        what = "is damaged, of another version of this repository or not a policies file"
+        raise SystemExit(f"{path} {what}: remove it and run the same command again")
 
 
 def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
@@ -1524,22 +1525,14 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
 
     def record(phases, task_ids, policy_ids):
         """One episode per entry of phases [X, Y], task_ids and policy_ids alike -> arrays of the file."""
-        shape = phases.shape
-        out = {
-            "observations": np.zeros((*shape, family.horizon + 1, family.obs_dim), np.float32),
-            "actions": np.zeros((*shape, family.horizon, family.act_dim), np.float32),
-            "rewards": np.zeros((*shape, family.horizon), np.float32),
-            "lengths": np.zeros(shape, np.int32),
-            "terminated": np.zeros(shape, bool),
-            "behavior_step": np.full(shape, NO_EPISODE, np.int32),
-        }
+        out, steps = empty_episodes(family, phases.shape), np.full(phases.shape, NO_EPISODE, np.int32)
         for phase in np.unique(phases[phases != NO_EPISODE]):
             where = np.nonzero(phases == phase)
             episodes = play(None if phase == RANDOM else phase, task_ids[where], policy_ids[where])
-            for key in ("observations", "actions", "rewards", "lengths", "terminated"):
-                out[key][where] = episodes[key]
-            out["behavior_step"][where] = 0 if phase == RANDOM else (phase + 1) * args.total_updates // PHASES
-        return out
+            for key, array in out.items():
+                array[where] = episodes[key]
+            steps[where] = 0 if phase == RANDOM else (phase + 1) * args.total_updates // PHASES
+        return out | {"behavior_step": steps}
 
     own = np.repeat(tasks[:, None], phase_of.shape[1], 1)
     arrays = record(phase_of, own, own)
