@@ -1,6 +1,5 @@
-"""What all method scripts share: the same blocks letter for letter, whole runs, interruption, resume, bad input.
-
-The class Run is the same in every script: what is checked with flora.py alone holds for all of them."""
+"""What all method scripts share: blocks that stand letter for letter in several, and data_collect's runs around them:
+whole runs, interruption, resume, bad input. What does not depend on the script is checked with flora.py alone."""
 
 import copy
 import functools
@@ -50,7 +49,7 @@ every_script = pytest.mark.parametrize("case", FIRST)
 
 
 def script_of(case):
-    return importlib.import_module(CASES[case][0])
+    return importlib.import_module(CASES[case][0])  # the cases named as a script are its default
 
 
 def run(case, tiny_path, folder, **changes):
@@ -60,7 +59,12 @@ def run(case, tiny_path, folder, **changes):
 
 
 def resume(case, run_dir, **changes):
-    return script_of(case).train(replace(script_of(case).stored_args(run_dir), **changes))
+    return script_of(case).train(replace(dc.stored_args(script_of(case).Args, run_dir), **changes))
+
+
+def command(name, *arguments):
+    """The script as from the command line."""
+    return dc.command_line(script_of(name).Args, script_of(name).train, script_of(name).__doc__, list(arguments))
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +74,15 @@ def straight(tiny_path, tmp_path_factory):
 
     @functools.cache
     def run_once(case):
-        script, seen = script_of(case), {}
+        seen = {}
 
-        class Spy(script.Run):
+        class Spy(dc.Run):
             def __enter__(self):
                 seen["agent"], seen["before"] = self.agent, copy.deepcopy(self.agent.state_dict())
                 return super().__enter__()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script, "Run", Spy)
+            patch.setattr(dc, "Run", Spy)
             result = run(case, tiny_path, tmp_path_factory.mktemp(case))
         return SimpleNamespace(result=result, run_dir=Path(result["run_dir"]), **seen)
 
@@ -87,8 +91,7 @@ def straight(tiny_path, tmp_path_factory):
 
 # ---- the house --------------------------------------------------------------------------
 
-SHARED = ["MLP", "gaussian_kl", "pre_tanh", "tanh_gaussian_logp", "anneal", "resolve", "write_json", "load_checkpoint"]
-SHARED += ["set_grads", "stored_args", "check_resumed", "eval_line", "Run", "main", "Critics", "metric_loss"]
+SHARED = ["MLP", "Critics", "metric_loss", "gaussian_kl", "pre_tanh", "tanh_gaussian_logp"]
 
 
 def without_tags(source):
@@ -114,7 +117,7 @@ def test_arguments_of_run_and_data_are_the_same_in_every_script():
 @scripts
 def test_help_explains_every_argument(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        script_of(name).main(["--help"])
+        command(name, "--help")
     out, err = capsys.readouterr()
     assert stop.value.code == 0 and not err
     for field in fields(script_of(name).Args):
@@ -331,7 +334,7 @@ def test_default_given_on_the_command_line_wins_over_the_stored_value(copied, mo
     assert settings["total_updates"] != flora.Args.total_updates and settings["width"] != flora.Args.width
     shown = []
     monkeypatch.setattr(flora, "train", shown.append)
-    flora.main(["--resume", str(copied), "--total-updates", str(flora.Args.total_updates)])
+    command("flora", "--resume", str(copied), "--total-updates", str(flora.Args.total_updates))
     assert shown[0].total_updates == flora.Args.total_updates and shown[0].width == settings["width"]
     assert shown[0].resume == str(copied)
 
@@ -385,12 +388,11 @@ def test_user_mistakes_on_the_command_line_get_one_clear_error(name, tmp_path, m
     code, _, err = run_script(tmp_path, f"{name}.py", "--env", "cheetah-vel")
     assert code == 1 and err.count("\n") == 1 and "python data_collect.py --env cheetah-vel" in err
     monkeypatch.chdir(tmp_path)
-    main = script_of(name).main
-    assert "--resume" in stop_message(main, ["--eval-only"])
-    assert "nowhere" in stop_message(main, ["--resume", "nowhere"])
-    assert "--lr 0.0" in stop_message(main, ["--lr", "0"])
+    assert "--resume" in stop_message(command, name, "--eval-only")
+    assert "nowhere" in stop_message(command, name, "--resume", "nowhere")
+    assert "--lr 0.0" in stop_message(command, name, "--lr", "0")
     with pytest.raises(SystemExit) as stop:
-        main(["--total-update", "5"])
+        command(name, "--total-update", "5")
     assert stop.value.code == 2 and "--total-updates" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # no run directory
 
@@ -430,21 +432,25 @@ def test_resume_of_a_truncated_checkpoint_is_refused(copied):
     assert "checkpoint.pt" in stop_message(lambda: resume("flora", copied))
 
 
-def foreign_checkpoints():
-    """Checkpoints that torch can read and that are no run of flora.py."""
-    args = asdict(flora.Args())
-    return {
-        "state dict": {"weight": torch.zeros(2)},
-        "list": [1, 2],
-        "other arguments": {"args": {"exp_name": "sac", "lr": 0.1}, "step": 3},
-        "argument missing": {"args": {k: v for k, v in args.items() if k != "num_flows"}, "step": 3},
-    }
+ARGS = asdict(flora.Args())
+FOREIGN = {  # checkpoints that torch can read and that are no run of flora.py, and what is said of them
+    "state dict": ({"weight": torch.zeros(2)}, "not of a run"),
+    "list": ([1, 2], "not of a run"),
+    "old version": ({"args": ARGS, "step": 3}, "of version 1 of this repository, this is 2"),
+    "other arguments": ({"version": dc.RUN_VERSION, "args": {"exp_name": "sac", "lr": 0.1}}, "another script"),
+    "argument missing": (
+        {"version": dc.RUN_VERSION, "args": {k: v for k, v in ARGS.items() if k != "num_flows"}},
+        "another script",
+    ),
+}
 
 
-@pytest.mark.parametrize("kind", list(foreign_checkpoints()))
+@pytest.mark.parametrize("kind", FOREIGN)
 def test_resume_of_a_foreign_checkpoint_is_refused(kind, tmp_path):
-    torch.save(foreign_checkpoints()[kind], tmp_path / "checkpoint.pt")
-    assert str(tmp_path) in stop_message(lambda: resume("flora", tmp_path))
+    content, reason = FOREIGN[kind]
+    torch.save(content, tmp_path / "checkpoint.pt")
+    message = stop_message(lambda: resume("flora", tmp_path))
+    assert str(tmp_path) in message and reason in message
 
 
 def test_dataset_of_another_family_is_refused(tiny_path, tmp_path):
