@@ -13,7 +13,9 @@ of one episode's rewards; angles in radians, positions in meters, velocities in 
 
 import contextlib
 import copy
+import fcntl
 import functools
+import io
 import json
 import math
 import os
@@ -22,7 +24,9 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+import typing
+import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -55,6 +59,7 @@ class Family:
     param_scale = 1.0  # params / param_scale is what the task-conditioned SAC sees, about [-1, 1]
     dynamics_vary = False  # True where the transition depends on the task, so no relabelling
     outcome_dim = 1
+    reward_range = (-math.inf, math.inf)  # of one step
     sac_total_updates, sac_width = 120_000, 256  # defaults of the behavior policies
 
     def draw(self):
@@ -115,6 +120,7 @@ class PointRobot(Point):
     """Reach a hidden goal on the upper unit half circle; dense reward."""
 
     counts = (30, 10)
+    reward_range = (-math.inf, 0)
 
     def draw(self):
         return self.split_interleaved(on_circle(np.linspace(0, np.pi, sum(self.counts))))
@@ -128,6 +134,7 @@ class SparsePointRobot(PointRobot):
     policies are trained on the dense reward, as in the papers: a random walk hardly ever meets the goal."""
 
     counts = (80, 20)
+    reward_range = (0, 1)
 
     def draw(self):
         params, _, _ = super().draw()
@@ -146,6 +153,7 @@ class PointRobotWind(Point):
 
     counts = (40, 10)
     horizon = 25
+    reward_range = (-math.inf, 0)
     param_scale = 0.05
     dynamics_vary = True
 
@@ -212,6 +220,7 @@ class CheetahVel(Cheetah):
     """Run at a hidden target speed v* in [0, 3] m/s."""
 
     param_scale = 3.0
+    reward_range = (-math.inf, 0)
 
     def draw(self):
         return self.split_first(3 * self.one_draw_per_seed()[:, None])
@@ -272,6 +281,7 @@ class AntGoal(Ant):
     obs_dim = 29
     counts = (30, 10)
     param_scale = 2.0
+    reward_range = (-math.inf, 0)
 
     def draw(self):
         return self.split_interleaved(2 * on_circle(np.linspace(0, 2 * np.pi, sum(self.counts), endpoint=False)))
@@ -497,6 +507,7 @@ def rollout(env, policy, seeds, device="cpu"):
 
 # ---- dataset ----------------------------------------------------------------
 
+MOST_BYTES, LARGEST = 4 * 2**30, 1e6  # of a file unpacked, and of any number in it
 NO_EPISODE, RANDOM = -1, -2  # entries of tables of policies that are no trained one
 OBS_LIMIT = 10.0  # largest standardized observation
 
@@ -634,46 +645,54 @@ def load_dataset(env, path=None, device="cpu"):
     if not path.is_file():
         refuse("is not a file")
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("a bare array")
-        with file:
+        with zipfile.ZipFile(path) as file:  # sizes first: zeros pack a thousandfold
+            unpacked = sum(member.file_size for member in file.infolist())
+        if unpacked > MOST_BYTES:
+            raise ValueError(f"{unpacked / 2**30:.0f} GiB unpacked")
+        with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged bytes
-        refuse(f"unreadable ({str(error).splitlines()[0][:80]})" if str(error) else "unreadable")
+        refuse(f"unreadable ({short(error)})")
     if "header" not in arrays:
         refuse("no header, so not a dataset of this repository")
     try:
         header = json.loads(str(arrays.pop("header")))
         version, family_name = header["format_version"], header["env"]
         header["settings"]["seed"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         refuse("damaged header")
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         remedy = "update this repository" if newer else f"remove it and make it anew: {make}"
-        raise SystemExit(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; {remedy}")
+        raise SystemExit(f"{path}: format version {short(version)}, this code reads {FORMAT_VERSION}; {remedy}")
     if family_name != env:
-        raise SystemExit(f"{path} holds {family_name}, not {env}: use --env {family_name} or another file")
+        name = short(family_name)
+        raise SystemExit(f"{path} holds {name}, not {env}: use --env {name} or another file")
     for fault in faults(FAMILIES[env], arrays):
         refuse(fault)
     return Dataset(env, header, arrays, device)
 
 
+def short(text):
+    """The beginning of a text from a file, fit for a message of one line."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:80]) or "no reason given"
+
+
 def faults(family, arrays):
     """What is wrong with the arrays of a file, as phrases; later checks rely on the earlier ones."""
     sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
-    sizes["P"] = family.draw()[0].shape[1]
+    family_params, family_train, family_test = family.draw()
+    sizes["P"] = family_params.shape[1]
     for key, (dtype, letters) in FILE_LAYOUT.items():
-        if key not in arrays:
+        array = arrays.get(key)
+        if not isinstance(array, np.ndarray):
             yield f"array {key} is missing"
-        array = arrays[key]
         if array.dtype != dtype:
             yield f"{key} has type {array.dtype}, expected {dtype}"
         if array.ndim != len(letters) or any(sizes.setdefault(n, s) != s for n, s in zip(letters, array.shape)):
             yield f"{key} has shape {array.shape}, expected {tuple(sizes.get(n, n) for n in letters)}"
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            yield f"{key} has values that are not finite"
+        if array.dtype.kind == "f" and not (abs(array) < LARGEST).all():
+            yield f"{key} has values that are not finite, or of more than {LARGEST:g}"
     lengths, tasks, behavior = arrays["lengths"], range(sizes["T"]), arrays["ood_behavior_task"]
     for key in ("train_ids", "test_ids"):
         ids = arrays[key].tolist()
@@ -686,6 +705,8 @@ def faults(family, arrays):
             yield f"{prefix}lengths must lie between 0 and the horizon {family.horizon}"
         if abs(arrays[prefix + "actions"]).max(initial=0) > 1:
             yield f"{prefix}actions must lie in [-1, 1]"
+        if ((arrays[prefix + "lengths"] > 0) != (arrays[prefix + "behavior_step"] != NO_EPISODE)).any():
+            yield f"{prefix}lengths and {prefix}behavior_step disagree on which episodes there are"
     if (np.diff(lengths > 0, axis=1) & (lengths[:, 1:] > 0)).any():
         yield "lengths has an empty episode before a recorded one"
     if not np.isin(behavior, [RANDOM, *tasks]).all():
@@ -694,6 +715,16 @@ def faults(family, arrays):
         yield "ood_behavior_task has not the same number of random contexts for every test task"
     if (arrays["ood_lengths"] == 0).any():
         yield "an episode of ood_lengths is empty"
+    if not all((abs(family_params - row).max(1) < 1e-9).any() for row in arrays["task_params"]):
+        yield "task_params are not those of the family's tasks"
+    if np.isin(arrays["train_ids"], arrays["test_ids"]).any() and not np.isin(family_train, family_test).any():
+        yield "a task is in both train_ids and test_ids"
+    if (arrays["expert_returns"] <= arrays["random_returns"]).mean() > 0.5:
+        yield "for most tasks the expert is no better than the random policy: train the behavior policies longer"
+    least, most = (family.horizon * bound if bound else 0.0 for bound in family.reward_range)
+    for key in ("random_returns", "expert_returns"):
+        if not ((least <= arrays[key]) & (arrays[key] <= most)).all():
+            yield f"{key} has a return that the family's reward does not allow"
 
 
 # ---- evaluation -------------------------------------------------------------
@@ -792,7 +823,8 @@ def embedding_quality(data, embed):
     z/nearest_task_acc  training tasks: share of odd-numbered contexts whose nearest centroid, over the
                         even-numbered contexts of each task, is that of their own task
     z/probe_r2          linear regression from z to the task parameters, fitted on the training tasks,
-                        coefficient of determination on the test tasks (1 = perfect, 0 = the mean)"""
+                        coefficient of determination on the test tasks (1 = perfect, 0 = the mean)
+    What `unmeasurable` names is left out."""
     z, task = label_contexts(data, embed, data.train_ids)
     z, task, odd = z.double(), torch.tensor(task), torch.arange(len(task)) % 2 == 1
     centroids = torch.stack([z[~odd & (task == t)].mean(0) for t in data.train_ids])
@@ -803,10 +835,21 @@ def embedding_quality(data, embed):
     probe = torch.linalg.lstsq(torch.cat([z, one], 1), params[task], driver="gelsd").solution
     target = params[test_task]
     error = (torch.cat([test_z.double(), one[: len(test_z)].new_ones(len(test_z), 1)], 1) @ probe - target).pow(2).sum()
-    return {
+    quality = {
         "z/nearest_task_acc": (nearest == task[odd]).double().mean().item(),
         "z/probe_r2": (1 - error / (target - params[data.train_ids].mean(0)).pow(2).sum()).item(),
     }
+    return {tag: value for tag, value in quality.items() if tag not in unmeasurable(data)}
+
+
+def unmeasurable(data):
+    """Figures of `embedding_quality` that these data do not give -> dict tag -> reason."""
+    reasons, center = {}, data.task_params[data.train_ids].mean(0)
+    if data.min_episodes < 2:
+        reasons["z/nearest_task_acc"] = "a training task has a single episode"
+    if (data.task_params[data.test_ids] == center).all():
+        reasons["z/probe_r2"] = "the test tasks do not differ from the training tasks' mean"
+    return reasons
 
 
 def normalize(data, tasks, returns):
@@ -823,6 +866,7 @@ def normalize(data, tasks, returns):
 # `run.advance` and return `run.finish()`.
 
 RUN_VERSION = 2  # of run directories and policies files; a checkpoint of another version is refused
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster wants the program to stop
 # arguments that may be 0, and those with limits of their own, in all scripts; all other numbers must be positive
 MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight"}
 RANGES = {"gamma": (0, 1), "tau": (0, 1)}
@@ -835,8 +879,48 @@ def command_line(args_class, train, doc, arguments=None):
     """Parse the command line (list of str, by default the process's own) and train -> what `train` returns. With
     --resume the arguments stored there are the defaults."""
     cli = functools.partial(tyro.cli, args_class, description=doc.split("\n\n")[0], args=arguments)
-    args = cli()
-    return train(cli(default=stored_args(args_class, args.resume)) if args.resume else args)
+    with one_line_faults():
+        args = cli()
+        return train(cli(default=stored_args(args_class, args.resume)) if args.resume else args)
+
+
+@contextlib.contextmanager
+def one_line_faults():
+    """In its block signals, and faults of disk, pipe and memory, end the program with one line, no traceback."""
+    try:
+        with note_signals(at_once=True):
+            yield
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails again
+        raise SystemExit("stopped: nobody reads the output any more; what was saved stays and can be continued")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(f"{place}{error.strerror or error}; what was saved stays and can be continued")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise SystemExit("out of memory: choose smaller networks or batches (--width, --batch-size, --meta-batch)")
+
+
+@contextlib.contextmanager
+def note_signals(at_once=False):
+    """In its block the first of SIGNALS is only noted, so that one can save: -> list of signal numbers, empty until then.
+    The second, or the first where `at_once`, ends the program with exit code 128 + signal."""
+    noted = []
+
+    def note(number, _):
+        if noted or at_once:
+            print("interrupted; what was saved stays and can be continued", file=sys.stderr)
+            raise SystemExit(128 + number)
+        noted.append(number)
+
+    previous = [signal.signal(number, note) for number in SIGNALS]
+    try:
+        yield noted
+    finally:
+        for number, handler in zip(SIGNALS, previous):
+            signal.signal(number, handler)
 
 
 def resolve(args, env_args, may_be_zero=frozenset(), ranges={}):
@@ -852,21 +936,49 @@ def resolve(args, env_args, may_be_zero=frozenset(), ranges={}):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_numbers(args, MAY_BE_ZERO | may_be_zero, RANGES | ranges)
+    check_arguments(args, MAY_BE_ZERO | may_be_zero, RANGES | ranges)
     return args
 
 
-def check_numbers(args, may_be_zero, ranges):
-    """All numbers among the arguments are positive, or 0 where they may be, and finite, or lie in their range."""
+def check_arguments(args, may_be_zero, ranges):
+    """Numbers are positive, or 0 where they may be, and within their range; texts are printable, a name is no path."""
     for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, str) and not (value.isprintable() and value):
+            raise SystemExit(f"{flag} {value!r}: must be printable text")
+        if name == "exp_name" and Path(value).name != value:
+            raise SystemExit(f"{flag} {value}: must be the name of one folder, not a path")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        largest = 2**31 - 1 if isinstance(value, int) else sys.float_info.max
-        least, most = ranges.get(name, (0, largest))
-        if not least <= value <= min(most, largest) or (value == 0 and name not in may_be_zero):
-            limits = "be at least 0" if name in may_be_zero else "be positive"
-            limits = f"lie between {least} and {most}" if name in ranges else f"{limits} and below 2^31"
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must {limits}")
+        count = name == "seed" or name.endswith(("_updates", "_every"))  # all other whole numbers are sizes
+        least, most = ranges.get(name, (0, 1e6 if isinstance(value, float) else 2**31 - 1 if count else 2**20))
+        if not least <= value <= most or (value == 0 and name not in may_be_zero):
+            lower = f"at least {least}" if least or name in may_be_zero else "above 0"
+            raise SystemExit(f"{flag} {value}: must be {lower} and at most {most:.10g}")
+
+
+def read_saved(path, keys, device="cpu"):
+    """A dict that `atomic_save` and torch.save wrote, the first of whose keys marks what it is; ValueError says what is
+    wrong with the file."""
+    if not path.is_file():
+        raise ValueError("not a file")
+    try:
+        with zipfile.ZipFile(path) as file:
+            intact = file.testzip() is None  # torch.load takes damaged numbers without a word
+        saved = torch.load(path, map_location=device, weights_only=True) if intact else None
+    except OSError:
+        raise
+    except Exception:  # zipfile and torch raise a dozen kinds on damaged bytes
+        intact = False
+    if not intact:
+        raise ValueError("damaged")
+    if not isinstance(saved, dict) or keys[0] not in saved:
+        raise ValueError("not one of this repository")
+    if saved.get("version", 1) != RUN_VERSION:
+        raise ValueError(f"of version {saved.get('version', 1)} of this repository, this is {RUN_VERSION}")
+    if missing := set(keys) - set(saved):
+        raise ValueError(f"incomplete: no {missing.pop()}")
+    return saved
 
 
 def load_checkpoint(directory, args_class, device="cpu"):
@@ -874,19 +986,24 @@ def load_checkpoint(directory, args_class, device="cpu"):
     path = Path(directory) / "checkpoint.pt"
     if not path.is_file():
         raise SystemExit(f"--resume {directory}: no checkpoint.pt there; give the run directory that training printed")
+    keys = ("args", "data", "agent", "opts", "rng", "generator", "steps", "rows", "seconds")
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except Exception:
-        raise SystemExit(f"{path} is damaged; start the run anew without --resume")
-    args = saved.get("args") if isinstance(saved, dict) else None
-    if not isinstance(args, dict):
-        raise SystemExit(f"--resume {directory}: {path.name} is not of a run of these scripts")
-    if saved.get("version") != RUN_VERSION:
-        found = f"that run is of version {saved.get('version', 1)} of this repository, this is {RUN_VERSION}"
-        raise SystemExit(f"--resume {directory}: {found}; continue it with the code that began it, or start anew")
-    if set(args) != {f.name for f in fields(args_class)}:
-        raise SystemExit(f"--resume {directory}: that run is of another script or version; start anew without --resume")
+        saved, hints = read_saved(path, keys, device), typing.get_type_hints(args_class)
+        if not isinstance(saved["args"], dict) or set(saved["args"]) != set(hints):
+            raise ValueError("of another script or version")
+        if not all(fits(value, hints[name]) for name, value in saved["args"].items()):
+            raise ValueError("damaged: arguments of a wrong type")
+    except ValueError as fault:
+        raise SystemExit(f"--resume {directory}: {path.name} is {fault}; start anew without --resume")
     return saved
+
+
+def fits(value, hint):
+    """Whether a value is of a type: a class, a Literal, or several of them."""
+    options = typing.get_args(hint)
+    if options:
+        return any(fits(value, option) for option in options)
+    return isinstance(value, (hint, int) if hint is float else hint) if isinstance(hint, type) else value == hint
 
 
 def stored_args(args_class, directory):
@@ -901,14 +1018,16 @@ def set_lr(opt, lr):
 
 
 def write_json(path, content):
-    atomic_save(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+    atomic_save(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode()))
 
 
 def eval_line(results):
     """One line of the returns per protocol, normalized in brackets, and of the quality of z."""
     names = [p for p in PROTOCOLS if f"eval/{p}/return" in results]
     cells = [f"{p} {results[f'eval/{p}/return']:.1f} ({results[f'eval/{p}/normalized']:.0f})" for p in names]
-    return "  ".join(["eval", *cells, f"z acc {results['z/nearest_task_acc']:.2f} R2 {results['z/probe_r2']:.2f}"])
+    quality = {"acc": "z/nearest_task_acc", "R2": "z/probe_r2"}
+    cells += [f"z {name} {results[tag]:.2f}" for name, tag in quality.items() if tag in results]
+    return "  ".join(["eval", *cells])
 
 
 class Run:
@@ -921,7 +1040,7 @@ class Run:
 
     def __init__(self, args, data, agent, generator, evaluate, embed, phases=("policy",), free=frozenset()):
         self.args, self.data, self.agent, self.generator = args, data, agent, generator
-        self.evaluate = functools.partial(evaluate, agent, data, args)
+        self.evaluate_agent = functools.partial(evaluate, agent, data, args)
         self.embed = functools.partial(embed, agent)
         self.steps, self.phase = dict.fromkeys(phases, 0), "policy"  # updates done per phase
         self.results, self.timed, self.born, self.rows = {}, 0.0, time.time(), 1
@@ -930,15 +1049,24 @@ class Run:
             self.dir = Path(args.resume)
             self.restore(load_checkpoint(self.dir, type(args), data.device), FREE | free)
         else:
-            name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-            self.dir = Path(args.run_dir) / args.env / args.exp_name / name
-            try:
-                self.dir.mkdir(parents=True)
-            except OSError as error:
-                raise SystemExit(f"cannot make {self.dir}: {error.strerror}; choose another --run-dir")
-        self.finished = self.step >= args.total_updates and (self.dir / "result.json").is_file()
-        if not self.finished and not args.eval_only:
+            self.dir = self.make_directory()
+        self.result = self.read_result() if self.step == args.total_updates else None
+        if not self.result and not args.eval_only:
             self.open_files()
+
+    def make_directory(self):
+        """A new run directory; runs that start in the same second get a number."""
+        args, name = self.args, f"seed{self.args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for number in range(1, 1000):
+            path = Path(args.run_dir) / args.env / args.exp_name / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError as error:
+                if not path.is_dir():
+                    raise SystemExit(f"cannot make {path}: {error.strerror}; choose another --run-dir")
+            except OSError as error:
+                raise SystemExit(f"cannot make {path}: {error.strerror}; choose another --run-dir")
 
     def restore(self, saved, free):
         """Take over a checkpoint; whatever shapes the training must agree with it."""
@@ -949,32 +1077,64 @@ class Run:
         if self.data.header != saved["data"]:
             what = "is not the file that the run to resume was trained on"
             raise SystemExit(f"{self.args.dataset} {what}; use that: --dataset")
-        restore_training(self.agent, saved)
-        self.generator.set_state(saved["generator"].cpu())
-        self.steps, self.rows = saved["steps"], saved["rows"]
-        self.born -= saved["seconds"]
+        try:
+            restore_training(self.agent, saved)
+            self.generator.set_state(saved["generator"].cpu())
+            self.steps = {phase: int(saved["steps"][phase]) for phase in self.steps}
+            self.rows, self.born = int(saved["rows"]), self.born - float(saved["seconds"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            raise SystemExit(f"--resume {self.dir}: checkpoint.pt does not fit these arguments; start anew")
+        planned = saved["args"]["total_updates"]
+        if self.step > self.args.total_updates:
+            what = f"that run has done {self.step}; nothing to do"
+            raise SystemExit(f"--total-updates {self.args.total_updates}: {what}")
+        if self.args.lr_decay and self.step > planned / 2 and self.args.total_updates != planned:
+            print(f"note: learning rates that fell towards update {planned} are now those of {self.args.total_updates}")
+
+    def read_result(self):
+        """result.json as a dict, None if there is none that can be read."""
+        try:
+            return json.loads((self.dir / "result.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def lock(self):
+        """Refuse a second process in this run directory; the lock ends with the process, however it ends."""
+        folder = os.open(self.dir, os.O_RDONLY)
+        self.closing.callback(os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"--resume {self.dir}: another process is training this run")
 
     def open_files(self):
         """args.json, TensorBoard events and metrics.csv, of which the rows up to the checkpoint stay."""
         args, data = self.args, self.data
+        self.lock()
         stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
         about = {"args": stored, "versions": versions(), "command": sys.argv, "dataset": data.header}
         write_json(self.dir / "args.json", about)
         self.writer = SummaryWriter(str(self.dir), purge_step=self.updates + 1 if args.resume else None)
         self.closing.callback(self.writer.close)
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in stored.items()))
-        path = self.dir / "metrics.csv"
-        kept = path.read_text().splitlines(keepends=True)[: self.rows] if path.exists() else ["step,tag,value\n"]
-        atomic_save(path, lambda file: file.write("".join(kept).encode()))
+        path, kept = self.dir / "metrics.csv", [b"step,tag,value\n"]
+        if path.exists():
+            rows = path.read_bytes().splitlines(keepends=True)
+            if rows[:1] != kept or len(rows) < self.rows:
+                raise SystemExit(f"{path} is damaged; remove it to continue the run without its earlier rows")
+            kept = rows[: self.rows]
+        atomic_save(path, lambda file: file.writelines(kept))
         self.csv, self.rows = self.closing.enter_context(open(path, "a")), len(kept)
         tasks = f"{len(data.train_ids)} training and {len(data.test_ids)} test tasks"
         print(f"{self.dir}: {args.env}, {tasks}, device {data.device}")
         worst, best = data.random_returns[data.test_ids].mean(), data.expert_returns[data.test_ids].mean()
         returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {data.behavior_return:.1f}"
         print(f"  mean return on the test tasks: {returns}", flush=True)
+        for tag, reason in unmeasurable(data).items():
+            print(f"  {tag} is left out: {reason}", flush=True)
 
     def __enter__(self):
-        self.stopping = self.closing.enter_context(note_interrupts())
+        self.stopping = self.closing.enter_context(note_signals())
         return self
 
     def __exit__(self, *_):
@@ -1031,13 +1191,23 @@ class Run:
     def read(self, metrics):
         """The only place where training reads from the device -> dict tag -> float; all must be finite."""
         values = {tag: value.item() for tag, value in metrics.items()}
+        self.must_be_finite(values)
+        return values
+
+    def evaluate(self, protocols):
+        """-> dict tag -> finite float."""
+        results = self.evaluate_agent(protocols)
+        self.must_be_finite(results)
+        return results
+
+    def must_be_finite(self, values):
+        """Stop with one line if one of the values (dict tag -> float) or a parameter is not finite."""
         broken = [f"{tag} ({value})" for tag, value in values.items() if not math.isfinite(value)]
         broken += [f"parameter {name}" for name, p in self.agent.named_parameters() if not p.isfinite().all()]
         if broken:
             good = self.dir / "checkpoint.pt"
             remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
             raise SystemExit(f"stopped at update {self.step}: {broken[0]} is not finite; {remedy}")
-        return values
 
     def log(self, values):
         """dict tag -> number, to metrics.csv and TensorBoard."""
@@ -1075,15 +1245,15 @@ class Run:
             print(f"{self.dir} after {self.step} updates, in full in eval.json\n  " + eval_line(results))
             write_json(self.dir / "eval.json", {"step": self.step} | results)
             return results | {"run_dir": str(self.dir)}
-        if self.finished:
+        if self.result:
             print(f"{self.dir} is finished after {self.step} updates; --total-updates continues it further")
-            return json.loads((self.dir / "result.json").read_text())
+            return self.result
         if self.stopping:
             self.save()
             script = Path(sys.argv[0]).name
             where = f"{self.step} updates ({self.phase})"
             print(f"interrupted after {where}; continue with: python {script} --resume {self.dir}")
-            raise SystemExit(130)
+            raise SystemExit(128 + self.stopping[0])
         if not self.results:  # the run was cut off between the last checkpoint and result.json
             self.results = self.evaluate(PROTOCOLS)
         z, labels = label_contexts(self.data, self.embed)
@@ -1123,36 +1293,27 @@ def restore_training(agent, saved):
     agent.load_state_dict(saved["agent"])
     for name, opt in optimizers(agent).items():
         opt.load_state_dict(saved["opts"][name])
+        if any(value.shape not in ((), p.shape) for p, state in opt.state.items() for value in state.values()):
+            raise ValueError(f"{name} is of other networks")
     cpu, *cuda = (state.cpu() for state in saved["rng"])
     torch.set_rng_state(cpu)
     torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
 
 
-@contextlib.contextmanager
-def note_interrupts():
-    """In its block Ctrl-C is only noted, so that one can save first: -> list, empty until then. A second one ends at
-    once."""
-    noted = []
-
-    def note(*_):
-        noted.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def atomic_save(path, write):
-    """write(file) to a temporary name, then rename: a reader never meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """write(file) to memory, from there to a temporary name, then rename: a reader never meets half a file, and a fault
+    of the disk is an OSError that names the file, whose old content stays."""
+    temporary, content = path.with_name(path.name + ".tmp"), io.BytesIO()
+    write(content)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def resolve_device(name):
@@ -1278,12 +1439,16 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stopping
     progress = {"vector_steps": 0, "step": 0, "diverged": 0, "snapshots": [], "returns": []}
     running = np.zeros(args.rows)  # return so far of each row's episode
     if saved is not None:
-        restore_training(agent, saved)
-        replay.count = len(saved["replay_rows"])
-        replay.rows[: replay.count], replay.task_ids[: replay.count] = saved["replay_rows"], saved["replay_task_ids"]
-        env.set_state(saved["env"])
-        obs, running = family.observe(env.state).astype(np.float32), saved["running"].numpy()
-        progress = saved["progress"]
+        try:
+            restore_training(agent, saved)
+            replay.count = len(saved["replay_rows"])
+            new = slice(replay.count)
+            replay.rows[new], replay.task_ids[new] = saved["replay_rows"], saved["replay_task_ids"]
+            env.set_state(saved["env"])
+            obs, running = family.observe(env.state).astype(np.float32), saved["running"].numpy()
+            progress = {key: saved["progress"][key] for key in progress}
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            raise SystemExit(f"the policies file of {label} is damaged: remove it and run the same command again")
 
     def checkpoint():
         stored = {"replay_rows": replay.rows[: replay.count].clone(), "running": torch.as_tensor(running)}
@@ -1393,7 +1558,7 @@ def collect(args):
     for name in ("total_updates", "width"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(family, f"sac_{name}"))
-    check_numbers(args, {"ood_contexts", "seed"}, {"batch_size": (2, 2**31 - 1)})
+    check_arguments(args, {"ood_contexts", "seed"}, {"batch_size": (2, 2**20)})
     params, train_ids, test_ids = family.draw()
     for name, ids in (("train_tasks", train_ids), ("test_tasks", test_ids)):
         if (getattr(args, name) or 0) > len(ids):
@@ -1430,10 +1595,8 @@ def collect(args):
     wanted = {k: settings[k] for k in POLICY_SETTINGS}
     policies = {"version": RUN_VERSION, "settings": wanted, "finished": [], "training": None}
     if policies_path.exists():
-        policies = load_policies(policies_path)
-        if policies["settings"] != wanted:
-            remedy = "remove it, or write to another folder with --out"
-            raise SystemExit(f"{policies_path} holds policies with other settings: {remedy}")
+        actor = BehaviorActor(family.obs_dim, family.act_dim, params.shape[1], args.width)
+        policies = load_policies(policies_path, wanted, actor)
         print(f"continuing from {policies_path}")
 
     def save(training):
@@ -1441,21 +1604,18 @@ def collect(args):
         atomic_save(policies_path, lambda file: torch.save(policies, file))
 
     start = time.time()
-    try:
-        with note_interrupts() as stopping:
-            for task_ids in groups[len(policies["finished"]) :]:
-                label = args.env if args.behavior == "shared" else f"{args.env} task {task_ids[0]}"
-                saved = policies["training"]
-                snapshots = train_behavior(family, params, task_ids, args, device, saved, save, stopping, label)
-                if snapshots is None:
-                    raise KeyboardInterrupt
-                policies["finished"].append(snapshots)
-                save(None)
-        print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
-        arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies["finished"], args, device)
-    except KeyboardInterrupt:
-        print(f"interrupted; progress is in {policies_path}, the same command continues")
-        raise SystemExit(130) from None
+    with note_signals() as stopping:
+        for task_ids in groups[len(policies["finished"]) :]:
+            label = args.env if args.behavior == "shared" else f"{args.env} task {task_ids[0]}"
+            saved = policies["training"]
+            snapshots = train_behavior(family, params, task_ids, args, device, saved, save, stopping, label)
+            if snapshots is None:
+                print(f"interrupted; progress is in {policies_path}, the same command continues")
+                raise SystemExit(128 + stopping[0])
+            policies["finished"].append(snapshots)
+            save(None)
+    print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
+    arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies["finished"], args, device)
     header = {"format_version": FORMAT_VERSION, "env": args.env, "settings": settings, "versions": versions()}
     header |= {"command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | note
     arrays["header"] = np.array(json.dumps(header))
@@ -1469,14 +1629,23 @@ def collect(args):
     print(f"{policies_path} holds the policies for other --quality files; remove it when you need none")
 
 
-def load_policies(path):
-    """What an interrupted collection left, as a dict; one line if it cannot be continued."""
+def load_policies(path, wanted, actor):
+    """What an interrupted collection with the settings `wanted` left, as a dict; one line if it cannot be continued.
+    actor: a BehaviorActor that its snapshots must fit."""
     try:
-        policies = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: policies[k] for k in ("version", "settings", "finished", "training")}
-    except Exception:
-        what = "is damaged, of another version of this repository or not a policies file"
-        raise SystemExit(f"{path} {what}: remove it and run the same command again")
+        policies = read_saved(path, ("settings", "finished", "training"))
+        if policies["settings"] == wanted:
+            for state in sum(policies["finished"], []):
+                actor.load_state_dict(state)
+            if any(len(snapshots) != PHASES for snapshots in policies["finished"]):
+                raise ValueError("incomplete")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+        fault = fault if type(fault) is ValueError else "damaged"
+        raise SystemExit(f"{path} is {fault}: remove it and run the same command again")
+    if policies["settings"] != wanted:
+        remedy = "remove it, or write to another folder with --out"
+        raise SystemExit(f"{path} holds policies with other settings: {remedy}")
+    return policies
 
 
 def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
@@ -1577,4 +1746,5 @@ def choose_phases(args, num_tasks, test_ids, random_returns, expert_returns, pla
 
 
 if __name__ == "__main__":
-    collect(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    with one_line_faults():
+        collect(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
