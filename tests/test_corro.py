@@ -4,6 +4,7 @@ The numbers of the test vectors are worked out by hand; the slow recomputations 
 nothing with the script but its networks' parameters."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,7 +43,7 @@ def normal(*shape, seed=1):
 
 
 def make_inputs():
-    """-> points [M, K, z_dim] of norm 1, Batch; a third of the transitions terminates, some actions are at the bounds."""
+    """-> points [M, K, z_dim] of norm 1, Batch; some transitions terminate, some actions lie at the bounds."""
     points = torch.nn.functional.normalize(normal(TASKS, ROWS, METHOD["z_dim"]), dim=-1)
     term = (torch.arange(TASKS * BATCH).view(TASKS, BATCH) % 3 == 0).double()
     obs, next_obs = normal(TASKS, BATCH, OBS_DIM, seed=2), normal(TASKS, BATCH, OBS_DIM, seed=3)
@@ -574,10 +575,25 @@ def test_defaults_follow_the_family(monkeypatch):
     assert args.negatives == "none"
 
 
-def test_defaults_that_are_the_official_codes():
+def test_default_values():
     args = corro.Args()
     assert (args.num_negatives, args.num_queries, args.temperature, args.cvae_kl_weight) == (16, 64, 0.1, 0.2)
-    assert (args.meta_batch, args.tau, args.entropy_weight) == (16, 0.005, 0.2)
+    assert (args.meta_batch, args.tau, args.entropy_weight) == (16, 0.005, 0.2)  # up to here the official code's
+    assert (args.backbone, args.lr_decay, args.reward_noise, args.brac_alpha_max) == ("brac", True, 2.0, 100.0)
+    names = ("gamma", "reward_scale", "z_dim", "cvae_dim", "brac_alpha", "brac_alpha_lr", "divergence_target")
+    expected = {"ant-dir": (0.97, 0.5, 20, 64, 1.0, 1e-3, 0.05), "point-robot-wind": (0.9, 5.0, 5, 5, 1.5, 0.0, 0.05)}
+    for env, values in expected.items():
+        args = corro.Args(env=env, reward_noise=0.0, cvae_kl_weight=0.0, encoder_updates=0, cvae_updates=0)
+        args = dc.resolve(args, corro.ENV_ARGS, corro.MAY_BE_ZERO)
+        assert tuple(getattr(args, name) for name in names) == values
+
+
+def test_command_closest_to_the_paper():
+    command = re.search(r"Closest to the paper, ant-dir: (.*?);", corro.__doc__, re.DOTALL)[1]
+    args = dc.command_line(corro.Args, lambda args: args, corro.__doc__, command.split())
+    assert (args.backbone, args.gamma, args.reward_scale, args.lr, args.lr_decay) == ("sac", 0.99, 1, 3e-4, False)
+    assert (args.encoder_lr, args.encoder_width, args.z_dim, args.batch_size) == (3e-4, 64, 5, 256)
+    assert (args.total_updates, args.context_size, args.reward_noise) == (200_000, 200, 0.34)
 
 
 # ---- a GPU without a GPU ----------------------------------------------------------------
