@@ -521,14 +521,14 @@ def test_adapted_policy_is_the_mean_at_the_z_of_the_real_transitions(backbone, e
 
 
 def test_evaluation_gives_each_test_task_its_own_context(numbered, monkeypatch):
-    agent, args = make_agent(numbered, torch.float32, eval_episodes=2)
+    agent, args = make_agent(numbered, torch.float32, eval_episodes=3)
     seen = []
     spy(monkeypatch, "adapt", lambda agent, context, mask, explore=False: seen.append((context, mask)))
     results = corro.evaluate_all(agent, numbered, args, ("iid", "train"))
-    assert [len(context) for context, _ in seen] == [6, 12]  # 3 and 6 tasks, 2 episodes each
+    assert [len(context) for context, _ in seen] == [9, 18]  # 3 and 6 tasks, 3 episodes each
     for (context, mask), tasks in zip(seen, ((6, 7, 8), range(6))):
         task = origin(context[..., REWARD])[0]
-        assert torch.equal(task[mask == 1], torch.tensor(tasks).repeat_interleave(2)[:, None].expand(-1, 20)[mask == 1])
+        assert torch.equal(task[mask == 1], torch.tensor(tasks).repeat_interleave(3)[:, None].expand(-1, 20)[mask == 1])
     assert {"eval/iid/return", "eval/train/return", "z/nearest_task_acc", "z/probe_r2"} <= set(results)
     assert "eval/ood/return" not in results
 
@@ -580,6 +580,7 @@ def test_default_values():
     assert (args.num_negatives, args.num_queries, args.temperature, args.cvae_kl_weight) == (16, 64, 0.1, 0.2)
     assert (args.meta_batch, args.tau, args.entropy_weight) == (16, 0.005, 0.2)  # up to here the official code's
     assert (args.backbone, args.lr_decay, args.reward_noise, args.brac_alpha_max) == ("brac", True, 2.0, 100.0)
+    assert args.lr == args.encoder_lr == 1.2e-3
     names = ("gamma", "reward_scale", "z_dim", "cvae_dim", "brac_alpha", "brac_alpha_lr", "divergence_target")
     expected = {"ant-dir": (0.97, 0.5, 20, 64, 1.0, 1e-3, 0.05), "point-robot-wind": (0.9, 5.0, 5, 5, 1.5, 0.0, 0.05)}
     for env, values in expected.items():
