@@ -553,6 +553,16 @@ def test_learning_rates(decay, numbered_path, tmp_path, monkeypatch):
     assert rates["cvae"] == rates["encoder"] == [0.02] * 4
 
 
+def test_seed_decides_initialization_and_batches(numbered_path, tmp_path, monkeypatch):
+    seen = []
+    first = lambda agent, query, *_: seen.append((agent.encoder.net[0].weight.clone(), query))  # noqa: E731
+    spy(monkeypatch, "update_encoder", first, {})
+    for i, seed in enumerate((3, 3, 4)):
+        train(numbered_path, tmp_path / str(i), negatives="reward", seed=seed, encoder_updates=1)
+    assert all(torch.equal(one, again) for one, again in zip(seen[0], seen[1]))
+    assert not any(torch.equal(one, other) for one, other in zip(seen[0], seen[2]))
+
+
 @pytest.mark.parametrize("flag", [True, False])
 def test_update_is_compiled_on_demand(flag, numbered_path, tmp_path, monkeypatch):
     compiled, original = [], corro.update
