@@ -1,32 +1,259 @@
-"""corro.py: InfoNCE, the VAE, the negatives, the attention, what each phase trains, cost of an update."""
+"""corro.py: every update against a slow recomputation, the negatives, where each batch comes from, learning.
+
+The numbers of the test vectors are worked out by hand; the slow recomputations are plain loops in float64 that share
+nothing with the script but its networks' parameters."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_focal import Operations
+from conftest import ROOT, OnDevice, dataset_on_meta, origin, pattern, read_rows, slow_net, to_meta
 
 import corro
 import data_collect as dc
 
-OBS_DIM, ACT_DIM, TASKS, BATCH = 3, 2, 4, 5
+OBS_DIM, ACT_DIM, TASKS, BATCH, ROWS = 3, 2, 4, 5, 6  # ROWS: of a context, of the VAE's batch
 CTX_DIM = 2 * OBS_DIM + ACT_DIM + 1
-DATA = SimpleNamespace(obs_dim=OBS_DIM, reward_spread=0.25)
+DATA = SimpleNamespace(obs_dim=OBS_DIM, act_dim=ACT_DIM, ctx_dim=CTX_DIM, reward_spread=0.25)
+TRAIN_TASKS, REWARD = set(range(6)), 4  # of the numbered file; where its rows hold the reward
+METHOD = {"width": 16, "encoder_width": 12, "z_dim": 3, "cvae_width": 10, "cvae_dim": 4, "negatives": "generative"}
+METHOD |= {"num_negatives": 4, "temperature": 0.3, "reward_noise": 1.6, "cvae_kl_weight": 0.3, "encoder_lr": 3e-3}
+METHOD |= {"gamma": 0.8, "reward_scale": 3.0, "lr": 2e-3, "tau": 0.1, "entropy_weight": 0.4, "brac_alpha": 1.3}
+METHOD |= {"brac_alpha_lr": 0.05, "divergence_target": 0.2, "encoder_updates": 1, "cvae_updates": 1}
+SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 1, "log_every": 1, "eval_every": 99, "save_every": 99}
+SMALL |= {"eval_episodes": 1, "width": 8, "encoder_width": 8, "cvae_width": 8, "encoder_updates": 0, "cvae_updates": 0}
 
 
-def make_agent(**changes):
-    sizes = {"width": 16, "encoder_width": 16, "z_dim": 3, "cvae_width": 16, "cvae_dim": 4, "negatives": "reward"}
-    args = corro.resolve(corro.Args(**sizes | {"encoder_updates": 1, "cvae_updates": 1} | changes))
-    torch.manual_seed(0)
-    agent = corro.Agent(OBS_DIM, ACT_DIM, CTX_DIM, args).double()
-    agent.make_optimizer(args)
+def make_agent(data=DATA, dtype=torch.float64, **changes):
+    """Agent with parameters large enough that nothing is near zero -> agent, args."""
+    args = dc.resolve(corro.Args(**METHOD | changes), corro.ENV_ARGS, corro.MAY_BE_ZERO)
+    torch.manual_seed(7)
+    agent = corro.Agent(data, args).to(dtype)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.normal_(0, 0.4)
     return agent, args
+
+
+def normal(*shape, seed=1):
+    return torch.empty(*shape, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(seed))
+
+
+def make_inputs():
+    """-> points [M, K, z_dim] of norm 1, Batch; some transitions terminate, some actions lie at the bounds."""
+    points = torch.nn.functional.normalize(normal(TASKS, ROWS, METHOD["z_dim"]), dim=-1)
+    term = (torch.arange(TASKS * BATCH).view(TASKS, BATCH) % 3 == 0).double()
+    obs, next_obs = normal(TASKS, BATCH, OBS_DIM, seed=2), normal(TASKS, BATCH, OBS_DIM, seed=3)
+    act = normal(TASKS, BATCH, ACT_DIM, seed=4).clamp(-1, 1)
+    assert (act == 1).any() and (act == -1).any() and (abs(act) < 1).any()
+    return points, dc.Batch(obs, act, normal(TASKS, BATCH, seed=5), next_obs, term)
 
 
 def vectors(*values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+def train(path, folder, **changes):
+    return corro.train(corro.Args(**SMALL | {"dataset": str(path), "run_dir": str(folder)} | changes))
+
+
+# ---- slow recomputations ----------------------------------------------------------------
+
+
+def slow_layers(net, x):
+    """Linear layers with ReLU between them, one row."""
+    layers = [layer for layer in net if hasattr(layer, "weight")]
+    for i, layer in enumerate(layers):
+        x = layer.weight @ (x if i == 0 else torch.where(x > 0, x, 0.0)) + layer.bias
+    return x
+
+
+def slow_embedding(agent, row):
+    out = slow_layers(agent.encoder.net, row)
+    return out / (out * out).sum().sqrt()
+
+
+def slow_z(agent, points):
+    """Attention over points [K, z_dim], all of them real."""
+    scores = [torch.exp(agent.aggregator.score.weight[0] @ point + agent.aggregator.score.bias[0]) for point in points]
+    return sum(score / sum(scores) * point for score, point in zip(scores, points))
+
+
+def slow_policies(agent, obs, z):
+    """Mean and log_std of the policy and of the behavior policy at one obs."""
+    mean, log_std = slow_net(agent.shift, obs, z).chunk(2)
+    if agent.behavior is None:
+        return mean, log_std.clip(-5, 2), None, None
+    mean_b, log_std_b = slow_net(agent.behavior, obs, z).chunk(2)
+    log_std_b = log_std_b.clip(-3, 1)
+    return mean + mean_b, (log_std + log_std_b).clip(-5, 2), mean_b, log_std_b
+
+
+def slow_logp(mean, log_std, pre):
+    """Log-density of the action tanh(pre), by the change of variables."""
+    gaussian = torch.distributions.Normal(mean, log_std.exp()).log_prob(pre)
+    return (gaussian - torch.log(1 - torch.tanh(pre) ** 2)).sum()
+
+
+def slow_losses(agent, points, batch, args):
+    """All losses of an update of the third phase, transition by transition -> dict of scalars with graph."""
+    noise, sac = pattern((TASKS, BATCH, ACT_DIM)), args.backbone == "sac"
+    sums = dict.fromkeys(("q", "behavior", "divergence", "q_mean", "logp"), torch.zeros(()).double())
+    smaller, latents = [set(), set()], []
+    for m in range(TASKS):
+        z = slow_z(agent, points[m])
+        latents.append(z.detach())
+        for b in range(BATCH):
+            obs, act, rew, next_obs, term = (x[m, b] for x in batch)
+            with torch.no_grad():
+                mean, log_std, _, _ = slow_policies(agent, next_obs, z)
+                pre = mean + log_std.exp() * noise[m, b]
+                twins = [slow_net(agent.q_target, next_obs, torch.tanh(pre), z, member=i)[0] for i in (0, 1)]
+                smaller[0].add(twins[0].item() < twins[1].item())
+                value = min(twins) - (args.entropy_weight * slow_logp(mean, log_std, pre) if sac else 0)
+                target = args.reward_scale * rew + (0 if term else args.gamma * value)
+            for i in (0, 1):
+                sums["q"] = sums["q"] + (slow_net(agent.q, obs, act, z, member=i)[0] - target) ** 2 / (TASKS * BATCH)
+            z_fixed = z.detach()
+            mean, log_std, mean_b, log_std_b = slow_policies(agent, obs, z_fixed)
+            pre = mean + log_std.exp() * noise[m, b]
+            twins = [slow_net(agent.q, obs, torch.tanh(pre), z_fixed, member=i)[0] for i in (0, 1)]
+            smaller[1].add(twins[0].item() < twins[1].item())
+            sums["q_mean"] = sums["q_mean"] + min(twins) / (TASKS * BATCH)
+            if sac:
+                sums["logp"] = sums["logp"] + slow_logp(mean, log_std, pre) / (TASKS * BATCH)
+                continue
+            recorded = torch.atanh(act.clip(-0.999, 0.999))
+            sums["behavior"] = sums["behavior"] - slow_logp(mean_b, log_std_b, recorded) / (TASKS * BATCH)
+            std, std_b = log_std.exp(), log_std_b.exp()
+            kl = torch.log(std_b / std) + (std**2 + (mean - mean_b) ** 2) / (2 * std_b**2) - 0.5
+            sums["divergence"] = sums["divergence"] + kl.sum() / (TASKS * BATCH)
+    assert smaller == [{True, False}] * 2  # each twin is the smaller one somewhere
+    center = sum(latents) / TASKS
+    spread = (sum((z - center) ** 2 for z in latents) / (TASKS - 1)).sqrt()
+    penalty = args.entropy_weight * sums["logp"] if sac else agent.brac_alpha * sums["divergence"]
+    return sums | {"actor": penalty - sums["q_mean"], "between_std": spread.mean()}
+
+
+def slow_cvae(agent, rows, args):
+    """-> loss with graph, mean KL."""
+    noise, loss, kls = pattern((ROWS, args.cvae_dim)), 0.0, 0.0
+    for row, epsilon in zip(rows, noise):
+        mean, log_var = slow_layers(agent.cvae.encoder, row).chunk(2)
+        latent = mean + torch.sqrt(torch.exp(log_var)) * epsilon
+        prediction = slow_layers(agent.cvae.decoder, torch.cat([row[: OBS_DIM + ACT_DIM], latent]))
+        error = (prediction - row[OBS_DIM + ACT_DIM :]) ** 2  # of the reward, then of the next observation
+        kl = sum(-0.5 * (1 + v - m**2 - torch.exp(v)) for m, v in zip(mean, log_var))
+        loss = loss + (args.cvae_kl_weight * kl + error[1:].sum() / OBS_DIM + error[0]) / ROWS
+        kls = kls + kl.item() / ROWS
+    return loss, kls
+
+
+def slow_encoder(agent, query, key, negatives, args):
+    """-> loss with graph, the statistics reported."""
+    loss, hits, of_keys, of_negatives = 0.0, 0, 0.0, 0.0
+    for b in range(len(query)):
+        z = slow_embedding(agent, query[b])
+        positive = torch.dot(z, slow_embedding(agent, key[b]))
+        others = [torch.dot(z, slow_embedding(agent, row)) for row in negatives[b]]
+        odds = [torch.exp(s / args.temperature) for s in (positive, *others)]
+        loss = loss - torch.log(odds[0] / sum(odds)) / len(query)
+        hits += positive.item() > max(others).item()
+        of_keys, of_negatives = of_keys + positive.item(), of_negatives + sum(others).item() / len(others)
+    return loss, [total / len(query) for total in (hits, of_keys, of_negatives)]
+
+
+def check_update(agent, call, losses, opt, lr, first):
+    """One update: gradients of the networks named in `losses` {name: loss} are those of the losses, no other network is
+    touched, and the optimizer steps these parameters -> metrics as floats."""
+    own = {name: list(getattr(agent, name).parameters()) for name in losses}
+    gradients = {name: torch.autograd.grad(loss, own[name], retain_graph=True) for name, loss in losses.items()}
+    old = {name: p.detach().clone() for name, p in agent.named_parameters()}
+    stepped = [id(p) for group in opt.param_groups for p in group["params"]]
+    assert sorted(stepped) == sorted(id(p) for params in own.values() for p in params)
+    for parameter in agent.parameters():
+        parameter.grad = None if first else parameter.grad
+    metrics = call()
+    for name in losses:
+        for parameter, expected in zip(own[name], gradients[name]):
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=1e-11)
+    for name, parameter in agent.named_parameters():
+        if name.split(".")[0] in losses:
+            if first:  # Adam's first step is lr along the sign of the gradient
+                expected = old[name] - lr * parameter.grad / (abs(parameter.grad) + 1e-8)
+                torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-3 * lr)
+        elif not name.startswith("q_target"):
+            assert parameter.grad is None and torch.equal(parameter, old[name])
+    assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+    return {tag: value.item() for tag, value in metrics.items()}
+
+
+@pytest.mark.parametrize("backbone", ["brac", "sac"])
+def test_policy_update_is_the_slow_one(backbone, known_noise):
+    agent, args = make_agent(backbone=backbone)
+    points, batch = make_inputs()
+    for first in (True, False):  # the second one also tells whether gradients were reset
+        expected = slow_losses(agent, points, batch, args)
+        losses = {"aggregator": expected["q"], "q": expected["q"], "shift": expected["actor"]}
+        losses |= {"behavior": expected["behavior"]} if backbone == "brac" else {}
+        q_target, alpha = [p.clone() for p in agent.q_target.parameters()], agent.brac_alpha.item()
+        if backbone == "brac":
+            alpha += 0.05 * (expected["divergence"].item() - 0.2)
+        metrics = check_update(
+            agent, lambda: corro.update(agent, points, batch, args), losses, agent.opt, args.lr, first
+        )
+        reported = {"losses/q": "q", "losses/actor": "actor", "losses/behavior": "behavior", "stats/q_mean": "q_mean"}
+        reported |= {"stats/divergence": "divergence", "z/between_std": "between_std"}
+        wanted = {tag: expected[name].item() for tag, name in reported.items()} | {"stats/brac_alpha": alpha}
+        assert metrics == pytest.approx(wanted, rel=1e-8)
+        assert agent.brac_alpha.item() == pytest.approx(alpha)
+        for old, target, q in zip(q_target, agent.q_target.parameters(), agent.q.parameters()):
+            assert not torch.equal(old, q)
+            torch.testing.assert_close(target, 0.9 * old + 0.1 * q)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"brac_alpha_lr": 1e6, "brac_alpha_max": 7.0}, 7.0),
+        ({"brac_alpha_lr": 1e6, "divergence_target": 1e6}, 0.0),
+        ({"brac_alpha_lr": 0.0}, 1.3),
+    ],
+)
+def test_weight_of_the_divergence_stays_within_its_limits(changes, expected):
+    agent, args = make_agent(**changes)
+    assert corro.update(agent, *make_inputs(), args)["stats/brac_alpha"].item() == pytest.approx(expected)
+
+
+def test_cvae_update_is_the_slow_one(known_noise):
+    agent, args = make_agent()
+    rows = normal(ROWS, CTX_DIM)
+    for first in (True, False):
+        loss, kl = slow_cvae(agent, rows, args)
+        metrics = check_update(
+            agent, lambda: corro.update_cvae(agent, rows, args), {"cvae": loss}, agent.cvae_opt, args.encoder_lr, first
+        )
+        assert metrics == pytest.approx({"losses/cvae": loss.item(), "stats/cvae_kl": kl}, rel=1e-9)
+
+
+def test_encoder_update_is_the_slow_one():
+    agent, args = make_agent()
+    query, negatives = normal(ROWS, CTX_DIM), normal(ROWS, 4, CTX_DIM, seed=3)
+    key = query + 0.7 * normal(ROWS, CTX_DIM, seed=2)
+    call = lambda: corro.update_encoder(agent, query, key, negatives, args)  # noqa: E731
+    for first in (True, False):
+        loss, stats = slow_encoder(agent, query, key, negatives, args)
+        assert 0 < stats[0] < 1
+        metrics = check_update(agent, call, {"encoder": loss}, agent.encoder_opt, args.encoder_lr, first)
+        wanted = dict(zip(("contrastive_acc", "similarity_key", "similarity_negatives"), stats))
+        wanted = {f"stats/{name}": value for name, value in wanted.items()} | {"losses/contrastive": loss.item()}
+        assert metrics == pytest.approx(wanted, rel=1e-6)
+
+
+# ---- test vectors -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -46,23 +273,14 @@ def test_info_nce_vectors(positive, negatives, temperature, expected, tolerance)
 
 
 def test_encoder_update_compares_normalized_embeddings():
-    agent, args = make_agent()
-    agent.encoder.net = torch.nn.Linear(2, 2).double()
+    agent, args = make_agent(temperature=0.1)
+    agent.encoder.net = torch.nn.Linear(2, 2, bias=False).double()
     with torch.no_grad():
         agent.encoder.net.weight.copy_(torch.eye(2))
-        agent.encoder.net.bias.zero_()
-    agent.opts[1] = torch.optim.Adam(agent.encoder.parameters(), 1e-3)
     query, key = vectors((3, 4), (1, 0)), vectors((4, 3), (1, 1))
     negatives = vectors([(0, 1), (-1, 0)], [(0, 2), (1, -1)])
     metrics = corro.update_encoder(agent, query, key, negatives, args)
     assert metrics["losses/contrastive"].item() == pytest.approx(0.4387, abs=5e-5)
-    assert metrics["stats/similarity_key"].item() == pytest.approx((0.96 + 0.70711) / 2, abs=1e-5)
-
-
-def test_embeddings_have_norm_1():
-    agent, _ = make_agent()
-    z = agent.encoder(torch.randn(5, 7, CTX_DIM).double())
-    torch.testing.assert_close(z.norm(dim=-1), torch.ones(5, 7).double())
 
 
 @pytest.mark.parametrize(
@@ -84,110 +302,362 @@ def test_aggregator_vector_and_symmetry():
     with torch.no_grad():
         aggregator.score.weight.copy_(vectors((2, -1)))
         aggregator.score.bias.fill_(7)
-    each, mask = vectors([(1, 0), (0, 1), (0.6, 0.8)]), torch.ones(1, 3)
-    z = aggregator(each, mask).detach()
+    points, mask = vectors([(1, 0), (0, 1), (0.6, 0.8)]), torch.ones(1, 3)
+    z = aggregator(points, mask).detach()
     np.testing.assert_allclose(z, [(0.8957, 0.1688)], atol=5e-5)
-    torch.testing.assert_close(aggregator(each.flip(1), mask), z)
+    torch.testing.assert_close(aggregator(points.flip(1), mask), z)
+    torch.testing.assert_close(aggregator(points[:, :1].expand(-1, 4, -1), torch.ones(1, 4)), points[:, 0])
+
+
+SHAPES = [  # of the paper's networks: obs_dim, act_dim, E1's width, z, VAE's width, its latent, parameters of E1, VAE
+    (2, 2, 64, 5, 64, 5, 4_997, 1_162, 835),
+    (20, 6, 64, 5, 64, 5, 7_557, 3_722, 3_413),
+    (27, 8, 64, 5, 128, 64, 8_581, 24_704, 16_412),
+    (12, 3, 128, 40, 128, 64, 25_384, 20_224, 11_917),
+    (18, 6, 128, 32, 128, 64, 26_272, 22_144, 13_843),
+]
+
+
+@pytest.mark.parametrize("obs_dim, act_dim, width, z_dim, cvae_width, cvae_dim, e1, vae_encoder, vae_decoder", SHAPES)
+def test_networks_have_the_papers_sizes(
+    obs_dim, act_dim, width, z_dim, cvae_width, cvae_dim, e1, vae_encoder, vae_decoder
+):
+    data = SimpleNamespace(obs_dim=obs_dim, act_dim=act_dim, ctx_dim=2 * obs_dim + act_dim + 1)
+    sizes = {"encoder_width": width, "z_dim": z_dim, "cvae_width": cvae_width, "cvae_dim": cvae_dim}
+    agent, _ = make_agent(data, **sizes)
+    nets = (agent.encoder, agent.aggregator, agent.cvae.encoder, agent.cvae.decoder)
+    sizes = [sum(p.numel() for p in net.parameters()) for net in nets]
+    assert sizes == [e1, z_dim + 1, vae_encoder, vae_decoder]
+
+
+# ---- networks ---------------------------------------------------------------------------
+
+
+def test_new_agent():
+    args = dc.resolve(corro.Args(**METHOD | {"width": 400}), corro.ENV_ARGS, corro.MAY_BE_ZERO)
+    agent = corro.Agent(DATA, args)
+    for net in (agent.q, agent.shift, agent.behavior):
+        assert net.w_2.shape[1:] == (400, 400)
+        inputs = net.w_x.shape[1] + net.w_z.shape[1]
+        for name, fan_in in {"w_x": inputs, "w_z": inputs, "b_1": inputs, "w_2": 400, "b_2": 400}.items():
+            assert getattr(net, name).abs().max().item() == pytest.approx(fan_in**-0.5, rel=0.05)  # as in nn.Linear
+    assert agent.q.w_3.abs().max().item() == pytest.approx(0.05, rel=0.05)
+    for net in (agent.shift, agent.behavior):  # the first policies are nearly N(0, 1) before the tanh
+        assert 5e-4 < net.w_3.abs().max() <= 1e-3 and net.b_3.abs().max() <= 1e-3
+    assert not torch.equal(agent.q.w_3[0], agent.q.w_3[1])
+    assert all(torch.equal(p, target) for p, target in zip(agent.q.parameters(), agent.q_target.parameters()))
+    assert not any(p.requires_grad for p in agent.q_target.parameters())
+    assert agent.brac_alpha.item() == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize("backbone", ["brac", "sac"])
+def test_spreads_are_clamped(backbone):
+    agent, _ = make_agent(backbone=backbone)
+    raw = {"shift": vectors(9, -9), "behavior": vectors(4, -5)}  # log_std before clamping
     with torch.no_grad():
-        aggregator.score.bias.zero_()
-    torch.testing.assert_close(aggregator(each, mask), z)
-    torch.testing.assert_close(aggregator(each[:, :1].expand(-1, 4, -1), torch.ones(1, 4)), each[:, 0])
+        for name, log_std in raw.items() if backbone == "brac" else [("shift", raw["shift"])]:
+            getattr(agent, name).w_3.zero_()
+            getattr(agent, name).b_3[0, 0] = torch.cat([vectors(0.3, 0.2), log_std])
+    mean, log_std, mean_b, log_std_b = agent.policies(normal(2, 5, OBS_DIM), normal(2, 3))
+    assert (log_std == vectors(2, -5)).all()
+    assert (mean - vectors(0.3, 0.2) * (2 if backbone == "brac" else 1)).abs().max() < 1e-12
+    if backbone == "brac":
+        assert (log_std_b == vectors(1, -3)).all() and (mean_b == vectors(0.3, 0.2)).all()
 
 
-def test_aggregator_ignores_masked_transitions_and_is_zero_without_any():
+def test_behavior_policys_spread_is_clamped_before_the_shift_is_added():
     agent, _ = make_agent()
-    each, mask = torch.randn(2, 6, 3).double(), torch.tensor([[1, 1, 0, 0, 0, 0], [0] * 6]).double()
-    z = agent.aggregator(each, mask)
-    torch.testing.assert_close(z[:1], agent.aggregator(each[:1, :2], torch.ones(1, 2)))
-    assert (z[1] == 0).all() and (agent.aggregator(each[:, :0], mask[:, :0]) == 0).all()
-
-
-@pytest.mark.parametrize("kind", ["reward", "generative"])
-def test_negatives_keep_what_they_must(kind):
-    agent, args = make_agent(negatives=kind)
-    query = torch.randn(6, CTX_DIM).double()
-    negatives = corro.make_negatives(agent, query, DATA, args)
-    assert negatives.shape == (6, 16, CTX_DIM) and not negatives.requires_grad
-    repeated = query[:, None].expand(-1, 16, -1)
-    reward = OBS_DIM + ACT_DIM
-    assert torch.equal(negatives[..., :reward], repeated[..., :reward])  # the query's own (obs, act), bit for bit
-    assert (negatives[..., reward] != repeated[..., reward]).all()
-    assert torch.equal(negatives[..., reward + 1 :], repeated[..., reward + 1 :]) == (kind == "reward")
-    if kind == "reward":
-        noise = negatives[..., reward] - repeated[..., reward]
-        assert 0.3 < noise.std() < 0.7  # 2 times the spread of the rewards
-
-
-def test_default_negatives_follow_the_family(monkeypatch):
-    class Stop(Exception):
-        pass
-
-    def stop(*_):
-        raise Stop
-
-    monkeypatch.setattr(dc, "load_dataset", stop)
-    defaults = {"ant-dir": "reward", "point-robot-wind": "generative", "walker-rand-params": "generative"}
-    for env, expected in defaults.items():
-        args = corro.Args(env=env, total_updates=10)
-        with pytest.raises(Stop):
-            corro.train(args)
-        assert (args.negatives, args.encoder_updates, args.cvae_updates) == (expected, 10, 5)
-
-
-def test_each_update_trains_its_own_networks():
-    agent, args = make_agent(negatives="generative")
-    rows = torch.randn(8, CTX_DIM).double()
-    size = (TASKS, BATCH)
-    obs, next_obs, act = torch.randn(*size, OBS_DIM), torch.randn(*size, OBS_DIM), torch.rand(*size, ACT_DIM) - 0.5
-    batch = [x.double() for x in (obs, act, torch.randn(size), next_obs, torch.zeros(size))]
-    each = torch.nn.functional.normalize(torch.randn(TASKS, 6, 3).double(), dim=-1)
-    negatives = corro.make_negatives(agent, rows, DATA, args)
-    for call, moved in (
-        (lambda: corro.update_cvae(agent, rows, args), {"cvae"}),
-        (lambda: corro.update_encoder(agent, rows, rows.flip(0), negatives, args), {"encoder"}),
-        (lambda: corro.update(agent, each, batch, args), {"aggregator", "q", "q_target", "gaussians", "brac_alpha"}),
-    ):
-        before = {name: value.clone() for name, value in agent.state_dict().items()}
-        call()
-        after = agent.state_dict()
-        assert {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])} == moved
-
-
-def test_aggregator_learns_from_the_critics_alone(monkeypatch):
-    def gradient(brac_alpha):
-        agent, args = make_agent(brac_alpha=brac_alpha)
-        monkeypatch.setattr(agent.opts[0], "step", lambda: None)
-        with torch.no_grad():
-            agent.gaussians.b_3[1] += 0.5
-        generator = torch.Generator().manual_seed(1)
-        shapes = [(OBS_DIM,), (ACT_DIM,), (), (OBS_DIM,)]
-        batch = [torch.rand(TASKS, BATCH, *shape, generator=generator, dtype=torch.float64) - 0.5 for shape in shapes]
-        each = torch.randn(TASKS, 6, 3, generator=generator, dtype=torch.float64)
-        torch.manual_seed(0)
-        corro.update(agent, each, [*batch, torch.zeros(TASKS, BATCH).double()], args)
-        return agent.aggregator.score.weight.grad, agent.gaussians.w_3.grad
-
-    (one, policy), (other, other_policy) = gradient(0.1), gradient(10.0)
-    assert one.abs().max() > 0 and torch.equal(one, other) and not torch.equal(policy, other_policy)
-
-
-def test_precomputed_embeddings_are_those_of_the_encoder(tiny):
-    """What the third phase gathers from the embedded dataset is the embedding of what it would gather from the data."""
-    args = corro.resolve(corro.Args(env="point-robot", negatives="reward", encoder_updates=1, cvae_updates=1))
-    agent = corro.Agent(tiny.obs_dim, tiny.act_dim, tiny.ctx_dim, args)
-    embedded = corro.embed_dataset(agent, tiny)
-    tasks = torch.as_tensor(tiny.train_ids)
-    rows = tiny.sample_episode(tasks, 7, torch.Generator().manual_seed(0))[..., :-1]
-    each = embedded.sample_episode(tasks, 7, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(each, agent.encoder(rows))
-    assert tiny.episodes.shape[-1] == tiny.ctx_dim + 1  # the data itself is as before
+        for net, log_std in ((agent.shift, vectors(-1, 1)), (agent.behavior, vectors(4, -5))):
+            net.w_3.zero_()
+            net.b_3[0, 0, ACT_DIM:] = log_std
+    assert (agent.policies(normal(2, 5, OBS_DIM), normal(2, 3))[1] == vectors(0, -2)).all()
 
 
-def test_operations_of_an_encoder_update():
+def test_density_is_finite_where_the_tanh_is_flat():
+    mean, log_std, pre = vectors(0.0, 0.0), vectors(0.0, 0.0), vectors(30.0, -30.0)
+    # log of the slope 4 / (e^x + e^-x)^2 is 2 log 2 - 2 |x| there
+    expected = 2 * (-450 - 0.5 * math.log(2 * math.pi) - 2 * math.log(2) + 60)
+    assert corro.tanh_gaussian_logp(mean, log_std, pre).item() == pytest.approx(expected)
+
+
+# ---- negatives --------------------------------------------------------------------------
+
+
+def test_negatives_by_reward_add_noise_relative_to_the_spread(known_noise):
+    agent, args = make_agent(negatives="reward")
+    query = normal(ROWS, CTX_DIM)
+    kept = query.clone()
+    negatives = corro.draw_negatives(agent, DATA, query, args, None)
+    expected = kept[:, None].repeat(1, 4, 1)
+    expected[..., OBS_DIM + ACT_DIM] += 1.6 * 0.25 * pattern((ROWS, 4))
+    assert torch.equal(negatives, expected) and torch.equal(query, kept)
+
+
+def test_generative_negatives_are_decoded_from_the_prior(known_noise):
     agent, args = make_agent()
-    rows = torch.randn(64, CTX_DIM).double()
-    corro.update_encoder(agent, rows, rows, corro.make_negatives(agent, rows, DATA, args), args)
-    with Operations() as operations:
-        corro.update_encoder(agent, rows, rows, corro.make_negatives(agent, rows, DATA, args), args)
-    assert operations.count <= 120
+    query = normal(ROWS, CTX_DIM)
+    negatives, noise = corro.draw_negatives(agent, DATA, query, args, None), pattern((ROWS, 4, 4))
+    assert not negatives.requires_grad
+    for b in range(ROWS):
+        for n in range(4):
+            known = query[b, : OBS_DIM + ACT_DIM]
+            assert torch.equal(negatives[b, n, : OBS_DIM + ACT_DIM], known)
+            decoded = slow_layers(agent.cvae.decoder, torch.cat([known, noise[b, n]]))
+            torch.testing.assert_close(negatives[b, n, OBS_DIM + ACT_DIM :], decoded)
+
+
+def test_negatives_none_are_transitions_of_all_training_tasks(numbered):
+    agent, args = make_agent(numbered, negatives="none", num_negatives=50)
+    query = numbered.episodes[0, 0, :6, :-1]
+    negatives = corro.draw_negatives(agent, numbered, query, args, torch.Generator().manual_seed(0))
+    assert negatives.shape == (6, 50, numbered.ctx_dim)
+    task, episode, step = origin(negatives[..., REWARD])
+    assert torch.equal(negatives, numbered.episodes[task, episode, step, :-1])  # whole rows
+    for b in range(6):  # each draw its own task and transition, the query's task among them
+        assert set(task[b].tolist()) == TRAIN_TASKS and len(set(zip(task[b], episode[b], step[b]))) > 25
+
+
+# ---- where the data comes from ----------------------------------------------------------
+
+
+def spy(monkeypatch, name, record, result=None):
+    """A call of corro's function `name` is first given to `record`; a `result` then takes the place of its own."""
+    original = getattr(corro, name)
+
+    def wrapper(*arguments):
+        record(*arguments)
+        return original(*arguments) if result is None else result
+
+    monkeypatch.setattr(corro, name, wrapper)
+
+
+@pytest.mark.parametrize("kind", ["reward", "generative", "none"])
+def test_first_phases_see_the_right_tasks(kind, numbered, numbered_path, tmp_path, monkeypatch):
+    seen, calls = {"cvae": [], "encoder": []}, []
+    keep = lambda agent, rows, args: (calls.append("cvae"), seen["cvae"].append(rows))  # noqa: E731
+    spy(monkeypatch, "update_cvae", keep, {"losses/cvae": torch.zeros(())})  # such rewards overflow a VAE
+    spy(monkeypatch, "update_encoder", lambda *call: (calls.append("encoder"), seen["encoder"].append(call[1:4])))
+    spy(monkeypatch, "embed_transitions", lambda *_: calls.append("embed"))
+    spy(monkeypatch, "update", lambda *_: calls.append("policy"))
+    sizes = {"cvae_batch_size": 24, "num_queries": 20, "num_negatives": 3}
+    counts = {"cvae_updates": 5, "encoder_updates": 4, "total_updates": 2}
+    result = train(numbered_path, tmp_path, negatives=kind, **sizes, **counts)
+    assert calls == ["cvae"] * 5 * (kind == "generative") + ["encoder"] * 4 + ["embed"] + ["policy"] * 2
+    tags = {tag for _, tag, _ in read_rows(result["run_dir"])}
+    assert {"losses/contrastive", "losses/q"} <= tags and ("losses/cvae" in tags) == (kind == "generative")
+    for rows in seen["cvae"]:
+        assert rows.shape == (24, numbered.ctx_dim)
+        task, episode, step = origin(rows[:, REWARD])
+        assert torch.equal(rows, numbered.episodes[task, episode, step, :-1])
+        assert set(task.tolist()) <= TRAIN_TASKS and len(set(task.tolist())) > 3
+    for query, key, negatives in seen["encoder"]:
+        assert query.shape == key.shape == (20, numbered.ctx_dim) and negatives.shape == (20, 3, numbered.ctx_dim)
+        (task, episode, step), (key_task, key_episode, key_step) = origin(query[:, REWARD]), origin(key[:, REWARD])
+        assert torch.equal(query, numbered.episodes[task, episode, step, :-1])
+        assert torch.equal(key, numbered.episodes[key_task, key_episode, key_step, :-1])
+        assert torch.equal(task, key_task) and set(task.tolist()) <= TRAIN_TASKS and len(set(task.tolist())) > 3
+        assert (episode != key_episode).any() and (step != key_step).any()  # any two transitions of the task
+        if kind == "none":
+            assert set(origin(negatives[..., REWARD])[0].flatten().tolist()) == TRAIN_TASKS
+        else:
+            known = numbered.obs_dim + numbered.act_dim
+            assert torch.equal(negatives[..., :known], query[:, None, :known].expand(-1, 3, -1))
+            same_end = torch.equal(negatives[..., known + 1 :], query[:, None, known + 1 :].expand(-1, 3, -1))
+            assert same_end == (kind == "reward") and (negatives[..., known] != query[:, None, known]).all()
+
+
+def test_policy_phase_infers_each_task_from_one_of_its_own_episodes(numbered, numbered_path, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(  # an embedding that tells where it comes from
+        corro.TransitionEncoder, "forward", lambda self, rows: rows[..., REWARD, None].expand(*rows.shape[:-1], 5)
+    )
+    spy(monkeypatch, "update", lambda agent, points, batch, args: calls.append((points, batch)))
+    train(numbered_path, tmp_path, total_updates=8, meta_batch=7, batch_size=9, context_size=11)
+    chosen = []
+    for points, batch in calls:
+        assert points.shape == (7, 11, 5) and batch.act.shape == (7, 9, 2)
+        task, episode, step = origin(points[..., 0])
+        assert (task == task[:, :1]).all() and (episode == episode[:, :1]).all()
+        assert (step < numbered.lengths[task, episode]).all() and len(set(step.flatten().tolist())) > 8
+        batch_task, batch_episode, batch_step = origin(batch.rew)
+        assert (batch_task == task[:, :1]).all() and set(batch_task.flatten().tolist()) <= TRAIN_TASKS
+        rows = numbered.unpack(numbered.episodes[batch_task, batch_episode, batch_step])
+        assert all(torch.equal(given, own) for given, own in zip(batch, rows))
+        assert (batch_episode != episode[:, :1]).any()  # drawn apart from the context
+        chosen.append(tuple(task[:, 0].tolist()))
+    assert len(set(chosen)) > 4 and any(len(set(tasks)) < 7 for tasks in chosen)  # drawn anew, with replacement
+    assert set(sum(chosen, ())) == TRAIN_TASKS
+
+
+def test_embedded_dataset_is_each_transition_through_the_encoder(numbered):
+    agent, _ = make_agent(numbered, torch.float32)
+    embedded = corro.embed_transitions(agent, numbered)
+    assert embedded.shape == (*numbered.episodes.shape[:-1], 3) and not embedded.requires_grad
+    for task, episode, step in [(0, 0, 0), (0, 3, 6), (5, 1, 2), (8, 2, 4)]:
+        expected = slow_embedding(agent, numbered.episodes[task, episode, step, :-1])
+        torch.testing.assert_close(embedded[task, episode, step], expected)
+
+
+# ---- adaptation -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("explore", [False, True])
+@pytest.mark.parametrize("backbone", ["brac", "sac"])
+def test_adapted_policy_is_the_mean_at_the_z_of_the_real_transitions(backbone, explore):
+    agent, _ = make_agent(backbone=backbone)
+    context, obs = normal(3, ROWS, CTX_DIM), normal(3, OBS_DIM, seed=2)
+    mask = vectors([1] * 6, [1, 0, 1, 0, 0, 0], [0] * 6)  # the last one has no transition
+    z = corro.embed(agent, context, mask)
+    act = corro.adapt(agent, context, mask, explore)(obs, None)
+    assert act.shape == (3, ACT_DIM)
+    for r in range(3):
+        points = [slow_embedding(agent, row) for row, real in zip(context[r], mask[r]) if real]
+        expected = slow_z(agent, points) if points else torch.zeros(3).double()
+        torch.testing.assert_close(z[r], expected)
+        torch.testing.assert_close(act[r], torch.tanh(slow_policies(agent, obs[r], expected)[0]))
+    nothing = corro.embed(agent, context[:, :0], mask[:, :0])
+    assert nothing.shape == (3, 3) and (nothing == 0).all() and not z.requires_grad
+
+
+def test_evaluation_gives_each_test_task_its_own_context(numbered, monkeypatch):
+    agent, args = make_agent(numbered, torch.float32, eval_episodes=3)
+    seen = []
+    spy(monkeypatch, "adapt", lambda agent, context, mask, explore=False: seen.append((context, mask)))
+    results = corro.evaluate_all(agent, numbered, args, ("iid", "train"))
+    assert [len(context) for context, _ in seen] == [9, 18]  # 3 and 6 tasks, 3 episodes each
+    for (context, mask), tasks in zip(seen, ((6, 7, 8), range(6))):
+        task = origin(context[..., REWARD])[0]
+        assert torch.equal(task[mask == 1], torch.tensor(tasks).repeat_interleave(3)[:, None].expand(-1, 20)[mask == 1])
+    assert {"eval/iid/return", "eval/train/return", "z/nearest_task_acc", "z/probe_r2"} <= set(results)
+    assert "eval/ood/return" not in results
+
+
+# ---- schedules and switches -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [True, False])
+def test_learning_rates(decay, numbered_path, tmp_path, monkeypatch):
+    rates = {"cvae": [], "encoder": [], "policy": []}
+
+    def rate(phase, opt):
+        return lambda agent, *_: rates[phase].append(float(getattr(agent, opt).param_groups[0]["lr"]))
+
+    spy(monkeypatch, "update_cvae", rate("cvae", "cvae_opt"), {})
+    spy(monkeypatch, "update_encoder", rate("encoder", "encoder_opt"))
+    spy(monkeypatch, "update", rate("policy", "opt"))
+    lengths = {"cvae_updates": 4, "encoder_updates": 4, "total_updates": 8}
+    train(numbered_path, tmp_path, negatives="generative", lr=0.01, encoder_lr=0.02, lr_decay=decay, **lengths)
+    falling = [0.01, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025]
+    assert rates["policy"] == pytest.approx(falling if decay else [0.01] * 8)
+    assert rates["cvae"] == rates["encoder"] == [0.02] * 4
+
+
+def test_seed_decides_initialization_and_batches(numbered_path, tmp_path, monkeypatch):
+    seen = []
+    first = lambda agent, query, *_: seen.append((agent.encoder.net[0].weight.clone(), query))  # noqa: E731
+    spy(monkeypatch, "update_encoder", first, {})
+    for i, seed in enumerate((3, 3, 4)):
+        train(numbered_path, tmp_path / str(i), negatives="reward", seed=seed, encoder_updates=1)
+    assert all(torch.equal(one, again) for one, again in zip(seen[0], seen[1]))
+    assert not any(torch.equal(one, other) for one, other in zip(seen[0], seen[2]))
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_update_is_compiled_on_demand(flag, numbered_path, tmp_path, monkeypatch):
+    compiled, original = [], corro.update
+    monkeypatch.setattr(torch, "compile", lambda f: lambda *args: (compiled.append(f), f(*args))[1])
+    train(numbered_path, tmp_path, compile=flag, total_updates=2)
+    assert compiled == [original] * 2 * flag
+
+
+def test_defaults_follow_the_family(monkeypatch):
+    monkeypatch.setattr(dc, "load_dataset", lambda *_: pytest.exit)
+    for env, expected in {"ant-dir": "reward", "point-robot-wind": "generative"}.items():
+        for given, updates in ({}, (10, 5)), ({"encoder_updates": 0, "cvae_updates": 3}, (0, 3)):
+            args = corro.Args(env=env, total_updates=10, **given)
+            with pytest.raises(AttributeError):  # no data
+                corro.train(args)
+            assert (args.negatives, args.encoder_updates, args.cvae_updates) == (expected, *updates)
+    args = corro.Args(env="ant-dir", negatives="none")
+    with pytest.raises(AttributeError):
+        corro.train(args)
+    assert args.negatives == "none"
+
+
+def test_default_values():
+    args = corro.Args()
+    assert (args.num_negatives, args.num_queries, args.temperature, args.cvae_kl_weight) == (16, 64, 0.1, 0.2)
+    assert (args.meta_batch, args.tau, args.entropy_weight) == (16, 0.005, 0.2)  # up to here the official code's
+    assert (args.backbone, args.lr_decay, args.reward_noise, args.brac_alpha_max) == ("brac", True, 2.0, 100.0)
+    assert args.lr == args.encoder_lr == 1.2e-3
+    names = ("gamma", "reward_scale", "z_dim", "cvae_dim", "brac_alpha", "brac_alpha_lr", "divergence_target")
+    expected = {"ant-dir": (0.97, 0.5, 20, 64, 1.0, 1e-3, 0.05), "point-robot-wind": (0.9, 5.0, 5, 5, 1.5, 0.0, 0.05)}
+    for env, values in expected.items():
+        args = corro.Args(env=env, reward_noise=0.0, cvae_kl_weight=0.0, encoder_updates=0, cvae_updates=0)
+        args = dc.resolve(args, corro.ENV_ARGS, corro.MAY_BE_ZERO)
+        assert tuple(getattr(args, name) for name in names) == values
+
+
+def test_command_closest_to_the_paper():
+    command = re.search(r"Closest to the paper, ant-dir: (.*?);", corro.__doc__, re.DOTALL)[1]
+    args = dc.command_line(corro.Args, lambda args: args, corro.__doc__, command.split())
+    assert (args.backbone, args.gamma, args.reward_scale, args.lr, args.lr_decay) == ("sac", 0.99, 1, 3e-4, False)
+    assert (args.encoder_lr, args.encoder_width, args.z_dim, args.batch_size) == (3e-4, 64, 5, 256)
+    assert (args.total_updates, args.context_size, args.reward_noise) == (200_000, 200, 0.34)
+
+
+# ---- a GPU without a GPU ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, backbone", [("generative", "brac"), ("reward", "sac"), ("none", "brac")])
+def test_updates_stay_on_the_device(kind, backbone, numbered):
+    agent, args = make_agent(numbered, torch.float32, negatives=kind, backbone=backbone)
+    agent, data = to_meta(agent), dataset_on_meta(numbered)
+    with OnDevice():
+        query, key = data.sample(data.sample_tasks(5, None), 2, None)[..., :-1].unbind(1)
+        if kind == "generative":
+            corro.update_cvae(agent, query, args)
+        corro.update_encoder(agent, query, key, corro.draw_negatives(agent, data, query, args, None), args)
+        tasks = data.sample_tasks(4, None)
+        points = data.sample_context(tasks, 6, None, corro.embed_transitions(agent, data))
+        metrics = corro.update(agent, points, data.sample_batch(tasks, 5, None), args)
+        corro.adapt(agent, query[:, None], torch.ones_like(query[:, :1]))(query[:, : data.obs_dim], None)
+    assert all(value.device.type == "meta" for value in metrics.values())
+
+
+# ---- learning ---------------------------------------------------------------------------
+
+POINT = ROOT / "datasets" / "point-robot.npz"
+
+
+def test_brac_beats_its_data_on_unseen_tasks(tmp_path):
+    sizes = {"width": 64, "encoder_width": 32, "batch_size": 16}
+    steps = {"encoder_updates": 300, "total_updates": 500, "log_every": 100}
+    settings = {"negatives": "none", "lr": 3e-3, "tau": 0.02, "brac_alpha": 0.5}
+    result = train(POINT, tmp_path, **sizes, **steps, **settings)
+    assert result["eval/iid/return"] > -6.6  # of the data -6.8, of a random policy -20.3, of an expert -4.7
+    assert result["z/probe_r2"] > 0.85
+
+
+def test_sac_learns_the_training_tasks(tmp_path):
+    sizes = {"width": 64, "encoder_width": 32, "batch_size": 16}
+    steps = {"encoder_updates": 300, "total_updates": 500, "log_every": 100}
+    settings = {"negatives": "none", "lr": 3e-3, "tau": 0.02, "backbone": "sac"}
+    assert train(POINT, tmp_path, **sizes, **steps, **settings)["eval/train/return"] > -8.5
+
+
+def last_values(phase_updates, folder, **changes):
+    """Metrics of the last update of the first phases on point-robot."""
+    sizes = {"encoder_width": 64, "cvae_width": 64, "log_every": 100}
+    result = train(POINT, folder, cvae_updates=phase_updates, encoder_updates=phase_updates, **sizes, **changes)
+    return {tag: float(value) for step, tag, value in read_rows(result["run_dir"]) if step == phase_updates}
+
+
+def test_encoder_learns_to_tell_the_negatives_apart(tmp_path):
+    values = last_values(300, tmp_path, negatives="reward")
+    assert values["losses/contrastive"] < 2 and values["stats/contrastive_acc"] > 0.3  # chance: ln 17 = 2.83, 1 / 17
+
+
+def test_cvae_learns(tmp_path):
+    assert last_values(200, tmp_path, negatives="generative")["losses/cvae"] < 0.1
