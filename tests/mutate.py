@@ -1,0 +1,1193 @@
+"""Do the tests notice a wrong program? Makes single wrong edits, one at a time, in a copy of the repository and runs
+the tests of the edited script. An edit that passes them shows a line that nothing checks.
+
+    python tests/mutate.py                          # all scripts: hours of one core
+    python tests/mutate.py flora.py --jobs 4        # one script, four tests side by side
+    python tests/mutate.py --only twins             # the edits whose name contains the word
+    python tests/mutate.py --list                   # only check that every edit can still be made: a second
+
+pytest does not collect this file. The working tree is only read: each job has its own copy in a temporary folder, with
+links to the datasets.
+
+To extend it, add a Mutant to MUTANTS: what is then wrong with the program, a text that occurs exactly once in the
+script, and what to put in its place. The edited program must still run, and must do something else than it should, not
+the same in another way or but for a rounding. Edits are best chosen from a method's equations, before a look at the
+tests. Where no test can notice one, give the reason as `equivalent`: it is then expected to survive.
+
+The exit code is 1 if an edit survives without such a reason, is killed in spite of one, cannot be made any more, or
+ends pytest in another way than with a failed test or a hang."""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+# no compiled files: they are told apart by size and second only, so that of one edit could stand in for the next
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+BAD = {"SURVIVED", "ERROR", "CANNOT BE APPLIED"}
+
+
+class Mutant(NamedTuple):
+    name: str  # what is wrong with the program
+    old: str  # a text that occurs exactly once in the script
+    new: str  # what stands in its place
+    equivalent: str = ""  # why no test can notice
+
+
+def commands(script):
+    """pytest's arguments in the order in which an edit meets them: the second call sees what the first lets pass."""
+    name = script.removesuffix(".py")
+    if name == "data_collect":
+        return [["tests/test_data_collect.py", "tests/test_dataset_file.py"], ["tests/test_scripts.py"]]
+    return [[f"tests/test_{name}.py"], ["tests/test_scripts.py", "-k", name]]
+
+
+def edited(script, mutant):
+    """-> text of the edited script, line of the edit; ValueError if it cannot be made."""
+    text = (ROOT / script).read_text()
+    before, *after = text.split(mutant.old)
+    if len(after) != 1:
+        raise ValueError(f"its text occurs {len(after)} times")
+    changed = before + mutant.new + after[0]
+    try:
+        compile(changed, script, "exec")
+    except SyntaxError as error:
+        raise ValueError(f"the result is no Python: {error}") from None
+    return changed, before.count("\n") + 1
+
+
+def copy_tree(target):
+    """What git knows of the working tree, or would add; datasets as links."""
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    for name in subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
+        source, copy = ROOT / name, target / name
+        if source.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.symlink_to(source) if name.startswith("datasets/") else shutil.copy(source, copy)
+    return target
+
+
+def run_tests(tree, arguments, running, limit=None):
+    """-> pytest's exit code, None if it took longer than `limit` seconds, and its last line that names a test."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree}-tests"]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    place = {"cwd": tree, "env": os.environ | ENVIRONMENT, "start_new_session": True}
+    process = subprocess.Popen([*command, *arguments], **streams, **place)
+    running.append(process)
+    try:
+        lines = process.communicate(timeout=limit)[0].splitlines()
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the programs that the tests have started
+        process.communicate()
+        return None, f"longer than {limit:.0f} s"
+    named = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return process.returncode, (named or lines or [""])[-1][:110]
+
+
+def time_tests(trees, running, script):
+    """Run the tests of the script as it is -> seconds that they may take on an edited one; they must pass."""
+    tree, limits = trees.get(), []
+    for arguments in commands(script):
+        start = time.time()
+        code, said = run_tests(tree, arguments, running)
+        what = f"{script} unmodified: {' '.join(arguments)} ended with {code} after {time.time() - start:.0f} s: {said}"
+        if code:
+            raise SystemExit(what)
+        print(what, flush=True)
+        limits.append(60 + 5 * (time.time() - start))
+    trees.put(tree)
+    return limits
+
+
+def examine(trees, running, script, mutant, limits):
+    """Run the tests on an edited copy -> verdict, what there is to say."""
+    (text, line), tree = edited(script, mutant), trees.get()
+    original = (tree / script).read_text()
+    (tree / script).write_text(text)
+    for arguments, limit in zip(commands(script), limits):
+        code, said = run_tests(tree, arguments, running, limit)
+        if code != 0:
+            break
+    (tree / script).write_text(original)
+    trees.put(tree)
+    if code in (1, None) and not mutant.equivalent:
+        return "killed", said
+    if code != 0:
+        return "ERROR", f"pytest ended with {code}: {said}"
+    if mutant.equivalent:
+        return "equivalent", mutant.equivalent
+    old, new = mutant.old.replace("\n", "\n- "), mutant.new.replace("\n", "\n+ ")
+    return "SURVIVED", f"{script}:{line}\n- {old}\n+ {new}"
+
+
+def run_all(chosen, jobs, tally):
+    running = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        trees = Queue()
+        for job in range(jobs):
+            trees.put(copy_tree(Path(folder) / str(job)))
+        try:
+            scripts = list(dict.fromkeys(script for script, _ in chosen))
+            limits = dict(zip(scripts, pool.map(partial(time_tests, trees, running), scripts)))
+            start = time.time()
+            futures = {pool.submit(examine, trees, running, s, mutant, limits[s]): (s, mutant) for s, mutant in chosen}
+            for done, future in enumerate(as_completed(futures), 1):
+                (script, mutant), (verdict, said) = futures[future], future.result()
+                tally[script][verdict] += 1
+                left = (time.time() - start) / done * (len(chosen) - done) / 60
+                print(f"[{done}/{len(chosen)}, {left:.0f} min left] {script} {verdict}: {mutant.name}")
+                print("    " + said.replace("\n", "\n    "), flush=True)
+        except BaseException:  # e.g. Ctrl-C, which does not reach the tests
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help="by default all of " + ", ".join(MUTANTS))
+    parser.add_argument("--jobs", type=int, default=1, help="tests side by side, each on one thread")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only edits whose name contains it")
+    parser.add_argument("--list", action="store_true", help="only check that every edit can be made")
+    args = parser.parse_args()
+    scripts = [f"{Path(name).stem}.py" for name in args.scripts] or list(MUTANTS)
+    if not set(scripts) <= set(MUTANTS):
+        parser.error("no edits of " + ", ".join(sorted(set(scripts) - set(MUTANTS))))
+    tally, chosen = {script: Counter() for script in scripts}, []
+    for script, mutant in [(s, m) for s in scripts for m in MUTANTS[s] if args.only.lower() in m.name.lower()]:
+        try:
+            line = edited(script, mutant)[1]
+        except ValueError as error:
+            tally[script]["CANNOT BE APPLIED"] += 1
+            print(f"{script} CANNOT BE APPLIED: {mutant.name}\n    {error}")
+            continue
+        chosen.append((script, mutant))
+        if args.list:
+            tally[script]["applies"] += 1
+            print(f"{script}:{line}: {mutant.name}" + f" (equivalent: {mutant.equivalent})" * bool(mutant.equivalent))
+    if not args.list:
+        run_all(chosen, args.jobs, tally)
+    for script, counts in tally.items():
+        print(f"{script}: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in sorted(counts)))
+    return int(any(BAD & set(counts) for counts in tally.values()))
+
+
+MUTANTS = {
+    "flora.py": [
+        Mutant("the actor minimizes Q", "divergence - q.mean()", "divergence + q.mean()"),
+        Mutant("the divergence is rewarded", "agent.brac_alpha * divergence - q", "-agent.brac_alpha * divergence - q"),
+        Mutant("the policy's Q is the maximum of the twins", ".sum(-1).amin(0), psi", ".sum(-1).amax(0), psi"),
+        Mutant("termination ignored", "discount = args.gamma * (1 - term)", "discount = args.gamma * (1 + 0 * term)"),
+        Mutant("gamma ignored", "discount = args.gamma * (1 - term)", "discount = 1 - term"),
+        Mutant("reward scale ignored in the update", "    rew = args.reward_scale * rew\n", ""),
+        Mutant("the correction goes upwards", "psi_mean + alpha * psi_spread", "psi_mean - alpha * psi_spread"),
+        Mutant("the spread is a root mean square", "pow(2).sum(0).sqrt()", "pow(2).mean(0).sqrt()"),
+        Mutant(
+            "targets of the online successor features", "feature_spread(agent.psi_target(", "feature_spread(agent.psi("
+        ),
+        Mutant("the features in their target are not detached", "phi.detach() + discount", "phi + discount"),
+        Mutant("squares in place of Huber's loss", "F.huber_loss(psi,", "F.mse_loss(psi,"),
+        Mutant("the feature loss is a mean over features", ".sum((0, -1)).mean()", ".mean(-1).sum(0).mean()"),
+        Mutant(
+            "no correction in the likelihood's target",
+            "discount * (next_psi * weights).sum(-1)",
+            "discount * (psi_mean * weights).sum(-1)",
+        ),
+        Mutant("the KL term is maximized", "likelihood - args.kl_weight * kl", "likelihood + args.kl_weight * kl"),
+        Mutant("the likelihood is minimized", "(loss_r + loss_psi) - elbo", "(loss_r + loss_psi) + elbo"),
+        Mutant("likelihood weight ignored", "args.likelihood_weight * value_log", "value_log"),
+        Mutant("feature weight ignored", "args.feature_weight * (loss_r + loss_psi)", "(loss_r + loss_psi)"),
+        Mutant("the flows' volume has the wrong sign", ".sum(-1) - log_det", ".sum(-1) + log_det"),
+        Mutant("the prior sees z before the flows", "log_q + 0.5 * z_k.pow(2)", "log_q + 0.5 * z_0.pow(2)"),
+        Mutant("wrong slope of tanh in the flows' volume", "((1 - h**2) * (w @ u))", "((1 - h) * (w @ u))"),
+        Mutant("flows that need not be invertible", "zip(self.corrected_u(), self.w", "zip(self.u, self.w"),
+        Mutant("padding of a context counts as evidence", "mask[..., None] / F.softplus(var)", "1 / F.softplus(var)"),
+        Mutant("the noise of z has the variance as its scale", "mean + var.sqrt() * noise", "mean + var * noise"),
+        Mutant(
+            "no noise on z in training",
+            "noise = torch.randn(len(context), args",
+            "noise = torch.zeros(len(context), args",
+        ),
+        Mutant(
+            "W is not trained",
+            "inputs=[*agent.phi.parameters(), *agent.weights.parameters()]",
+            "inputs=[*agent.phi.parameters()]",
+        ),
+        Mutant(
+            "z gets no gradient through W",
+            "weights = agent.weights(z)[:, None]  #",
+            "weights = agent.weights(z_fixed)[:, None]  #",
+        ),
+        Mutant("softmax of W over the tasks", "logits.softmax(-1) if", "logits.softmax(0) if"),
+        Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
+        Mutant(
+            "divergence from the behavior policy to the policy",
+            "gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach())",
+            "gaussian_kl(mean_b.detach(), log_std_b.detach(), mean, log_std)",
+        ),
+        Mutant("the policy does not start at the behavior policy", "return mean_b.detach() + mean,", "return mean,"),
+        Mutant("log-density without the slope of tanh", "(gaussian - log_slope).sum(-1)", "gaussian.sum(-1)"),
+        Mutant(
+            "the multiplier falls where it should grow",
+            "(divergence - args.divergence_target)",
+            "(args.divergence_target - divergence)",
+        ),
+        Mutant("the multiplier has no limit", ".clamp_(0, args.brac_alpha_max)", ".clamp_(min=0)"),
+        Mutant(
+            "targets follow at 1 - tau",
+            "list(agent.psi.parameters()), args.tau)",
+            "list(agent.psi.parameters()), 1 - args.tau)",
+        ),
+        Mutant("a reward of the bandit is divided by no probability", "gain / self.arm_probs()[self.arm]", "gain"),
+        Mutant(
+            "the bandit credits losses", "(episode_return - self.last_return)", "(self.last_return - episode_return)"
+        ),
+        Mutant("no least probability of an arm", "floor = 0.05", "floor = 0.0"),
+        Mutant("one arm for the whole training", "run.step % args.bandit_every == 0", "run.step == 0"),
+        Mutant(
+            "the bandit's value is pessimistic", "(psi.mean(0) * agent.weights(z)", "(psi.amin(0) * agent.weights(z)"
+        ),
+        Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
+        Mutant(
+            "training on test tasks",
+            "data.sample_tasks(args.meta_batch, generator)",
+            "data.sample_tasks(args.meta_batch, generator) * 0 + int(data.test_ids[0])",
+        ),
+        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
+        Mutant("evaluation always samples z", "noise = explore * torch.randn", "noise = torch.randn"),
+        Mutant("the error of Q continues a terminated return", "length * ~terminated * last_q", "length * last_q"),
+        Mutant(
+            "z is not detached for the policy",
+            "z_fixed = z.detach()",
+            "z_fixed = z",
+            equivalent="every backward pass names the parameters that it reaches, and the targets are without gradient",
+        ),
+    ],
+    "focal.py": [
+        Mutant(
+            "the actor minimizes Q", "agent.brac_alpha * divergence - q_mean", "agent.brac_alpha * divergence + q_mean"
+        ),
+        Mutant(
+            "the target is the maximum of the twins",
+            "torch.tanh(next_pre), z_fixed).amin(0)",
+            "torch.tanh(next_pre), z_fixed).amax(0)",
+        ),
+        Mutant(
+            "the policy's Q is the mean of the twins",
+            "agent.q(obs, pi_act, z_fixed).amin(0)",
+            "agent.q(obs, pi_act, z_fixed).mean(0)",
+        ),
+        Mutant("termination ignored", "args.gamma * (1 - term) * next_q", "args.gamma * next_q"),
+        Mutant("gamma ignored", "args.gamma * (1 - term) * next_q", "(1 - term) * next_q"),
+        Mutant("reward scale ignored", "args.reward_scale * rew + ", "rew + "),
+        Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
+        Mutant(
+            "next actions without noise", "next_pre = mean + log_std.exp() * torch.randn_like(mean)", "next_pre = mean"
+        ),
+        Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
+        Mutant(
+            "entropy is a cost of the policy", "actor_loss + args.entropy_weight", "actor_loss - args.entropy_weight"
+        ),
+        Mutant("the critics' losses are averaged", ".pow(2).mean((1, 2)).sum()", ".pow(2).mean()"),
+        Mutant("different tasks attract each other", "return pull + push", "return pull - push"),
+        Mutant(
+            "pairs of one task are taken for pairs of two",
+            "(task_ids[:, None] == task_ids)",
+            "(task_ids[:, None] != task_ids)",
+        ),
+        Mutant(
+            "a task drawn twice counts as two",
+            "metric_loss(z, task_ids)\n",
+            "metric_loss(z, torch.arange(len(z), device=z.device))\n",
+        ),
+        Mutant("metric weight ignored", "args.metric_weight * metric_loss", "metric_loss"),
+        Mutant(
+            "distance as a sum over dimensions", "(z[:, None] - z).pow(2).mean(-1)", "(z[:, None] - z).pow(2).sum(-1)"
+        ),
+        Mutant("attraction without its root", "(distance + EPS).sqrt()", "(distance + EPS)"),
+        Mutant("the critics train the encoder too", "z_fixed = z.detach()", "z_fixed = z"),
+        Mutant("z is averaged over the padding too", "mask.sum(1, keepdim=True).clamp(min=1)", "max(mask.shape[1], 1)"),
+        Mutant(
+            "embeddings without bound", "torch.tanh(self.net(context.flatten(0, 1)))", "self.net(context.flatten(0, 1))"
+        ),
+        Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
+        Mutant(
+            "the behavior policy is fitted to actions after their tanh", "log_std_b, pre_tanh(act))", "log_std_b, act)"
+        ),
+        Mutant(
+            "divergence from the behavior policy to the policy",
+            "gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach())",
+            "gaussian_kl(mean_b.detach(), log_std_b.detach(), mean, log_std)",
+        ),
+        Mutant(
+            "the dual divergence has its sides exchanged",
+            "1 - F.softplus(c_data) + torch.log(F.softplus(c_policy) + 1e-8)",
+            "1 - F.softplus(c_policy) + torch.log(F.softplus(c_data) + 1e-8)",
+        ),
+        Mutant("the dual critic is minimized", "loss = penalty - dual_divergence", "loss = penalty + dual_divergence"),
+        Mutant(
+            "the penalty is taken at the policy's actions alone",
+            "torch.lerp(pi_act, act, torch.rand_like(act[..., :1]))",
+            "pi_act.clone()",
+        ),
+        Mutant("slopes below 1 are punished too", "(slope.abs() - 1).clamp(min=0)", "(slope.abs() - 1)"),
+        Mutant("weight of the penalty ignored", "args.gp_weight * slope_penalty", "slope_penalty"),
+        Mutant("the modes of the penalty are exchanged", 'if mode == "gradient":', 'if mode == "output":'),
+        Mutant("the dual critic steps once per update", "for other in more:", "for other in more[:0]:"),
+        Mutant("dual learning rate ignored", "torch.tensor(args.dual_lr)", "torch.tensor(args.lr)"),
+        Mutant(
+            "the dual divergence has no gradient",
+            "agent.dual(obs, pi_act, z_fixed)[0])",
+            "agent.dual(obs, pi_act.detach(), z_fixed)[0])",
+        ),
+        Mutant(
+            "the multiplier falls where it should grow",
+            "(divergence - args.divergence_target)",
+            "(args.divergence_target - divergence)",
+        ),
+        Mutant(
+            "targets are copies of the critics",
+            "list(agent.q.parameters()), args.tau)",
+            "list(agent.q.parameters()), 1.0)",
+        ),
+        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
+        Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
+        Mutant("batches of other tasks", "sample_batch(task_ids,", "sample_batch(task_ids.roll(1),"),
+        Mutant("z does not enter the networks", "(h + of_task[:, :, None])", "(h + self.b_1[:, :, None])"),
+    ],
+    "unicorn.py": [
+        Mutant(
+            "the actor minimizes Q (brac)",
+            "agent.brac_alpha * divergence - q_mean",
+            "agent.brac_alpha * divergence + q_mean",
+        ),
+        Mutant("the actor minimizes Q (sac)", "log_std, pi_pre).mean() - q_mean", "log_std, pi_pre).mean() + q_mean"),
+        Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
+        Mutant(
+            "entropy is a cost of the policy",
+            "actor_loss = args.entropy_weight *",
+            "actor_loss = -args.entropy_weight *",
+        ),
+        Mutant(
+            "the target is the maximum of the twins",
+            "torch.tanh(next_pre), z_fixed).amin(0)",
+            "torch.tanh(next_pre), z_fixed).amax(0)",
+        ),
+        Mutant("termination ignored", "args.gamma * (1 - term) * next_q", "args.gamma * next_q"),
+        Mutant("gamma ignored", "args.gamma * (1 - term) * next_q", "(1 - term) * next_q"),
+        Mutant("reward scale ignored", "args.reward_scale * rew + ", "rew + "),
+        Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
+        Mutant("the critics train the encoder too", "z_fixed = z.detach()", "z_fixed = z"),
+        Mutant("the likelihood rewards large variances", "(-log_var).exp() + log_var", "(-log_var).exp() - log_var"),
+        Mutant("errors are multiplied by the variance", "* (-log_var).exp()", "* log_var.exp()"),
+        Mutant(
+            "the limits of the variance are pushed apart",
+            "0.01 * (decoder.high.sum() - ",
+            "-0.01 * (decoder.high.sum() - ",
+        ),
+        Mutant("no lower limit of the variance", "return low + F.softplus(x - low)", "return x"),
+        Mutant(
+            "the next state is reconstructed, not the difference",
+            "targets = (rew, next_obs - obs)",
+            "targets = (rew, next_obs)",
+        ),
+        Mutant(
+            "the decoders do not see z",
+            "gaussian_nll(*decoder(obs, act, z), target)",
+            "gaussian_nll(*decoder(obs, act, 0 * z), target)",
+        ),
+        Mutant(
+            "the decoders are not trained",
+            "[*agent.encoder.parameters(), *agent.heads.parameters(), ",
+            "[*agent.encoder.parameters(), ",
+        ),
+        Mutant("metric weight ignored", '"metric": args.metric_weight * metric_loss', '"metric": metric_loss'),
+        Mutant("ss-0 has the metric loss", 'if args.variant == "ss-0":', 'if args.variant == "ss-00":'),
+        Mutant("no attraction within a task", "return pull + push", "return push"),
+        Mutant("repulsion over all pairs", "other = pairs - same", "other = pairs"),
+        Mutant("recon-state without effect", "dims = [1, obs_dim] if args.recon_state else [1]", "dims = [1, obs_dim]"),
+        Mutant("enc-noise without effect", " if args.enc_noise else 0.0", ""),
+        Mutant(
+            "noise on z in evaluation",
+            "agent.encoder(context, mask, 0.0)",
+            "agent.encoder(context, mask, torch.randn_like(context[..., :1]))",
+        ),
+        Mutant(
+            "the noise of z has the variance as its scale",
+            "self.log_var.exp().clamp(0.1, 10).sqrt()",
+            "self.log_var.exp().clamp(0.1, 10)",
+        ),
+        Mutant(
+            "noise after the bound of the embedding",
+            "torch.tanh(mean + std * noise)",
+            "(torch.tanh(mean) + std * noise)",
+        ),
+        Mutant("padding enters z", "std * noise) * mask[..., None]", "std * noise)"),
+        Mutant(
+            "the classifier learns the labels of other rows",
+            "(agent.heads[0](z), labels)",
+            "(agent.heads[0](z), labels.roll(1))",
+        ),
+        Mutant("labels are taken for task numbers", "task_ids = data.train_tasks[labels]", "task_ids = labels"),
+        Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
+        Mutant("batches of other tasks", "sample_batch(task_ids,", "sample_batch(task_ids.roll(1),"),
+        Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
+        Mutant(
+            "divergence from the behavior policy to the policy",
+            "gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach())",
+            "gaussian_kl(mean_b.detach(), log_std_b.detach(), mean, log_std)",
+        ),
+        Mutant(
+            "the multiplier falls where it should grow", "args.brac_alpha_lr * excess", "-args.brac_alpha_lr * excess"
+        ),
+        Mutant("targets do not follow", "list(agent.q.parameters()), args.tau)", "list(agent.q.parameters()), 0.0)"),
+        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
+        Mutant(
+            "the policy may be nearly deterministic",
+            "(log_std_b.detach() + log_std).clamp(-5, 2)",
+            "(log_std_b.detach() + log_std).clamp(-20, 2)",
+        ),
+    ],
+    "corro.py": [
+        Mutant(
+            "the actor minimizes Q (brac)",
+            "agent.brac_alpha * divergence - q_mean",
+            "agent.brac_alpha * divergence + q_mean",
+        ),
+        Mutant("the actor minimizes Q (sac)", "log_std, pi_pre).mean() - q_mean", "log_std, pi_pre).mean() + q_mean"),
+        Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
+        Mutant(
+            "the target is the maximum of the twins",
+            "torch.tanh(next_pre), z_fixed).amin(0)",
+            "torch.tanh(next_pre), z_fixed).amax(0)",
+        ),
+        Mutant(
+            "the policy's Q is the maximum of the twins",
+            "agent.q(obs, pi_act, z_fixed).amin(0)",
+            "agent.q(obs, pi_act, z_fixed).amax(0)",
+        ),
+        Mutant("termination ignored", "args.gamma * (1 - term) * next_q", "args.gamma * next_q"),
+        Mutant("gamma ignored", "args.gamma * (1 - term) * next_q", "(1 - term) * next_q"),
+        Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
+        Mutant(
+            "reward scale on the next value",
+            "args.reward_scale * rew + args.gamma",
+            "rew + args.reward_scale * args.gamma",
+        ),
+        Mutant(
+            "keys of other tasks",
+            "generator)[..., :-1].unbind(1)\n",
+            "generator)[..., :-1].unbind(1)\n            key = key.roll(1, 0)\n",
+        ),
+        Mutant(
+            "a query is its own key",
+            "torch.cat([query[:, None], key[:, None], negatives]",
+            "torch.cat([query[:, None], query[:, None], negatives]",
+        ),
+        Mutant(
+            "similarities are multiplied by the temperature", "similarity / temperature", "similarity * temperature"
+        ),
+        Mutant(
+            "temperature ignored", "cross_entropy(similarity / temperature, first)", "cross_entropy(similarity, first)"
+        ),
+        Mutant("embeddings off the sphere", "F.normalize(self.net(rows), dim=-1)", "self.net(rows)"),
+        Mutant(
+            "noise on the next observation, not the reward",
+            "negatives[..., -1 - data.obs_dim]",
+            "negatives[..., -data.obs_dim]",
+        ),
+        Mutant(
+            "reward noise ignores the spread of the rewards",
+            "args.reward_noise * data.reward_spread *",
+            "args.reward_noise *",
+        ),
+        Mutant(
+            "all negatives of a query have the same reward",
+            "* torch.randn_like(reward)",
+            "* torch.randn_like(reward[:, :1])",
+        ),
+        Mutant(
+            "the first two kinds of negatives are exchanged",
+            '"generative" if dc.FAMILIES[args.env].dynamics_vary else "reward"',
+            '"reward" if dc.FAMILIES[args.env].dynamics_vary else "generative"',
+        ),
+        Mutant("the VAE's KL has a wrong sign", "log_var.exp() - 1 - log_var", "log_var.exp() - 1 + log_var"),
+        Mutant("weight of the VAE's KL ignored", "return kl_weight * kl.mean()", "return kl.mean()"),
+        Mutant(
+            "the reward weighs as one dimension among all", "error[:, 1:].mean() + error[:, 0].mean()", "error.mean()"
+        ),
+        Mutant("counterfactuals without noise", "latent = torch.randn(*rows", "latent = torch.zeros(*rows"),
+        Mutant(
+            "no noise in the VAE's latent",
+            "latent = mean + (0.5 * log_var).exp() * torch.randn_like(mean)",
+            "latent = mean",
+        ),
+        Mutant("the VAE's noise has the variance as its scale", "(0.5 * log_var).exp()", "log_var.exp()"),
+        Mutant(
+            "the VAE learns on test tasks",
+            "data.sample_tasks(args.cvae_batch_size, generator)",
+            "data.sample_tasks(args.cvae_batch_size, generator) * 0 + int(data.test_ids[0])",
+        ),
+        Mutant(
+            "queries of test tasks",
+            "data.sample_tasks(args.num_queries, generator)",
+            "data.sample_tasks(args.num_queries, generator) * 0 + int(data.test_ids[0])",
+        ),
+        Mutant(
+            "the aggregator is not trained", "agent.q(obs, act, z) - q_target", "agent.q(obs, act, z_fixed) - q_target"
+        ),
+        Mutant("padding takes attention", ".masked_fill(mask == 0, -1e9)", ""),
+        Mutant(
+            "a mean in place of the attention",
+            "(score.softmax(1) * mask)",
+            "(mask / mask.sum(1, keepdim=True).clamp(min=1))",
+        ),
+        Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
+        Mutant("batches of other tasks", "sample_batch(task_ids,", "sample_batch(task_ids.roll(1),"),
+        Mutant(
+            "encoder-updates without effect",
+            "args.total_updates if args.encoder_updates is None else args.encoder_updates",
+            "args.total_updates",
+        ),
+        Mutant(
+            "the VAE trains as long as the policy",
+            "args.total_updates // 2 if args.cvae_updates",
+            "args.total_updates if args.cvae_updates",
+        ),
+        Mutant(
+            "encoder-lr without effect",
+            "self.encoder.parameters(), args.encoder_lr,",
+            "self.encoder.parameters(), args.lr,",
+        ),
+        Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
+        Mutant(
+            "the multiplier ignores its target", "excess = divergence - args.divergence_target", "excess = divergence"
+        ),
+        Mutant(
+            "targets follow at 1 - tau",
+            "list(agent.q.parameters()), args.tau)",
+            "list(agent.q.parameters()), 1 - args.tau)",
+        ),
+        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
+    ],
+    "macaw.py": [
+        Mutant("the policy flees good actions", "return -masked_mean(self.weigh(", "return masked_mean(self.weigh("),
+        Mutant(
+            "the advantage is flipped",
+            "rows.ret + rows.tail * self.value(weights, rows.last_obs) - value",
+            "value - rows.ret - rows.tail * self.value(weights, rows.last_obs)",
+        ),
+        Mutant(
+            "the advantage is not continued at the end",
+            "rows.ret + rows.tail * self.value(weights, rows.last_obs) - value",
+            "rows.ret - value",
+        ),
+        Mutant("the inner policy flees good actions", "error - self.weigh(", "error + self.weigh("),
+        Mutant(
+            "the advantage head does not see the action",
+            "torch.cat([h, rows.act], -1)",
+            "torch.cat([h, 0 * rows.act], -1)",
+        ),
+        Mutant("the head's loss has no weight", "F.softplus(self.c) * (guess - adv)", "(guess - adv)"),
+        Mutant("the head regresses the weight", "(guess - adv).pow(2)", "(guess - self.weigh(adv, rows.mask)).pow(2)"),
+        Mutant("the latent ascends", "z = z - a * hold(slope)", "z = z + a * hold(slope)"),
+        Mutant("the map stays where it was", "(b * (old_z * z).sum(1, keepdim=True) + c)", "c"),
+        Mutant(
+            "the offset stays where it was",
+            "(b * (old_z * z).sum(1, keepdim=True) + c)",
+            "(b * (old_z * z).sum(1, keepdim=True))",
+        ),
+        Mutant(
+            "the latent's slope ignores earlier steps of the map",
+            "slope = slope - b * (old_grad",
+            "slope = slope - 0 * (old_grad",
+        ),
+        Mutant(
+            "the outer gradient is always of first order",
+            "torch.Tensor.detach if first_order else lambda x: x",
+            "torch.Tensor.detach",
+        ),
+        Mutant("first-order without effect", "torch.Tensor.detach if first_order else lambda x: x", "lambda x: x"),
+        Mutant("one rate for z, U and u", "a, b, c = rates", "a = b = c = rates[0]"),
+        Mutant("returns are not discounted", "mask[..., t] + gamma * ahead", "mask[..., t] + ahead"),
+        Mutant("the continuing discount counts padding", "(1 - (1 - gamma) * mask[..., t])", "gamma"),
+        Mutant(
+            "termination ignored",
+            "torch.zeros_like(ended), 1 - ended",
+            "torch.zeros_like(ended), torch.ones_like(ended)",
+        ),
+        Mutant("the cap is on the exponent", "clamp(max=math.log(max_weight))", "clamp(max=max_weight)"),
+        Mutant("no cap of the weights", ".clamp(max=math.log(max_weight))", ""),
+        Mutant("advantages are centered only", "(temperature * (variance.sqrt() + 1e-8))", "temperature"),
+        Mutant("temperature ignored", "(temperature * (variance.sqrt() + 1e-8))", "(variance.sqrt() + 1e-8)"),
+        Mutant(
+            "biased spread of the advantages",
+            "(mask.sum(1, keepdim=True) - 1).clamp(min=1)",
+            "mask.sum(1, keepdim=True).clamp(min=1)",
+        ),
+        Mutant("the policy's spread ignored", "((act - mean) / std).pow(2)", "(act - mean).pow(2)"),
+        Mutant(
+            "the blend is mostly the adapted value function",
+            "torch.lerp(before, after, args.tau)",
+            "torch.lerp(after, before, args.tau)",
+        ),
+        Mutant(
+            "the outer target is not continued at the end",
+            "target = outer.ret + outer.tail * agent.value(blend, outer.last_obs)",
+            "target = outer.ret",
+        ),
+        Mutant(
+            "the outer policy loss is of the initial policy",
+            "agent.policy_loss(policy, outer, adv)",
+            "agent.policy_loss(agent.policy_net.generate(len(adv)), outer, adv)",
+        ),
+        Mutant(
+            "outer loss on the inner rows",
+            "inner, outer = draw_rows(data, table, task_ids, args, generator)",
+            "inner, _ = draw_rows(data, table, task_ids, args, generator)\n            outer = inner",
+        ),
+        Mutant(
+            "the outer rows may be of the inner episode", "lengths.float().scatter(1, inner, 0.0)", "lengths.float()"
+        ),
+        Mutant(
+            "outer rows of other tasks",
+            "rows(outer, torch.rand(outer.shape, device=device, generator=generator))",
+            "Rows(*(x.roll(1, 0) for x in rows(outer, torch.rand(outer.shape, device=device, generator=generator))))",
+        ),
+        Mutant(
+            "the inner advantage is of the initial value function",
+            "found = self.value(value, rows.obs)",
+            "found = self.value(self.value_net.generate(tasks), rows.obs)",
+        ),
+        Mutant("terminal-bootstrap without effect", "tail * self.args.terminal_bootstrap", "tail"),
+        Mutant("returns are not scaled", "ret / self.return_spread", "ret"),
+        Mutant("the spread is that of all tasks", "ret[train][seen].std()", "ret[mask > 0].std()"),
+        Mutant(
+            "inner-steps without effect in training",
+            "agent.inner_loop(inner, args.inner_steps,",
+            "agent.inner_loop(inner, 1,",
+        ),
+        Mutant(
+            "the middle is centered at the first quarter",
+            '"middle": (count - size) // 2',
+            '"middle": (count // 2 - size) // 2',
+        ),
+        Mutant("exploration without noise", "        if explore:\n", "        if False:\n"),
+        Mutant("evaluation does not adapt", "if not context.shape[1] or not steps:", "if True:"),
+        Mutant("value-lr without effect", "agent.value_opt, args.value_lr", "agent.value_opt, args.lr"),
+        Mutant("no decay of the rates' learning rate", "args.rate_lr * run.decay", "args.rate_lr"),
+        Mutant(
+            "fine-tuning flees good actions",
+            "agent.policy_loss(policy, batch, adv).sum().backward()",
+            "(-agent.policy_loss(policy, batch, adv)).sum().backward()",
+        ),
+        Mutant("fine-tuning forgets earlier episodes", "zip(*own)))", "zip(*own[-1:])))"),
+        Mutant(
+            "training on test tasks",
+            "data.sample_tasks(args.meta_batch, generator)",
+            "data.sample_tasks(args.meta_batch, generator) * 0 + int(data.test_ids[0])",
+        ),
+    ],
+    "meta_dt.py": [
+        Mutant("the return so far, not to go", "rew.flip(-1).cumsum(-1).flip(-1)", "rew.cumsum(-1)"),
+        Mutant(
+            "returns-to-go off by one", "rew.flip(-1).cumsum(-1).flip(-1)", "rew.flip(-1).cumsum(-1).flip(-1) - rew"
+        ),
+        Mutant("the data's returns are not scaled", "[..., None] / args.return_scale", "[..., None]"),
+        Mutant("a rollout's rewards are not scaled", "rtg = rtg - rew / args.return_scale", "rtg = rtg - rew"),
+        Mutant(
+            "a rollout adds its rewards", "rtg = rtg - rew / args.return_scale", "rtg = rtg + rew / args.return_scale"
+        ),
+        Mutant(
+            "the prompt is what is predicted best",
+            "return scores.argmax(1)",
+            "return torch.where(scores > 0, scores, 1e9).argmin(1)",
+        ),
+        Mutant("prompts may start before a context is complete", "(start >= context_horizon) & ", ""),
+        Mutant(
+            "the last start of a prompt is impossible",
+            "start <= lengths[:, None] - count",
+            "start < lengths[:, None] - count",
+        ),
+        Mutant(
+            "random and proportional draws are exchanged",
+            'weights = scores if how == "sample"',
+            'weights = scores if how == "random"',
+        ),
+        Mutant(
+            "training takes the same prompt every time",
+            '"sample" if args.prompt_select == "argmax" else args.prompt_select',
+            "args.prompt_select",
+        ),
+        Mutant(
+            "at test the prompt is drawn",
+            "select(sequences.scores[episode], args.prompt_select, generator)",
+            'select(sequences.scores[episode], "sample", generator)',
+        ),
+        Mutant(
+            "a context holds the step itself",
+            "episode, step - horizon, horizon)",
+            "episode, step - horizon + 1, horizon)",
+        ),
+        Mutant(
+            "rows outside an episode are not zero",
+            "rows[episode[:, None], steps] * valid[..., None]",
+            "rows[episode[:, None], steps]",
+        ),
+        Mutant("steps before an episode count as valid", "valid = (steps >= 0) & (steps", "valid = (steps"),
+        Mutant("state tokens without z", "torch.cat([self.obs(obs), z], -1)", "torch.cat([self.obs(obs), 0 * z], -1)"),
+        Mutant("an action is read after itself", "slice(1 - 3 * window", "slice(2 - 3 * window"),
+        Mutant("no causal mask", "(causal & valid[:, None] | itself)", "(valid[:, None] | itself)"),
+        Mutant(
+            "padding and dropped prompts are attended to",
+            "(causal & valid[:, None] | itself)",
+            "(causal & torch.ones_like(valid[:, None]) | itself)",
+        ),
+        Mutant("no embedding of the time", " + self.time(window.steps)[:, :, None]", ""),
+        Mutant(
+            "the prompt's steps count from 0",
+            "self.prompt_time(prompt.steps)",
+            "self.prompt_time(prompt.steps - prompt.steps[:, :1])",
+        ),
+        Mutant(
+            "no dropout in training",
+            "agent.transformer(window, prompt, args.dropout)",
+            "agent.transformer(window, prompt)",
+        ),
+        Mutant(
+            "dropout at test", "now + 1 - length, length), prompt)", "now + 1 - length, length), prompt, args.dropout)"
+        ),
+        Mutant(
+            "no dropout after the attention",
+            "F.dropout(self.project(attended), dropout, dropout > 0)",
+            "self.project(attended)",
+        ),
+        Mutant(
+            "prompt dropout is the share that is kept",
+            "draw[2] >= args.prompt_dropout",
+            "draw[2] < args.prompt_dropout",
+        ),
+        Mutant("a purely zero-shot network gets prompts at test", " and args.prompt_dropout < 1", ""),
+        Mutant("the prompt may be of the window's own episode", "rank += is_own", "rank += 0 * is_own"),
+        Mutant("prompts of other tasks", "other = best[task, rank]", "other = best[task.roll(1), rank]"),
+        Mutant("prompts of the worst episodes", "returns.topk(count, 1).indices", "(-returns).topk(count, 1).indices"),
+        Mutant("windows from a uniform step on", "(last - args.window + 1).clamp(min=0)", "last"),
+        Mutant("no warm-up", "min((step + 1) / max(updates, 1), 1.0)", "1.0"),
+        Mutant("the warm-up starts at 0", "min((step + 1) / max(updates, 1), 1.0)", "min(step / max(updates, 1), 1.0)"),
+        Mutant("no decay of the learning rate", "args.warmup_updates) * run.decay", "args.warmup_updates)"),
+        Mutant(
+            "the transformer's gradient is clipped at 1",
+            "clip_grad_norm_(agent.transformer.parameters(), CLIP)",
+            "clip_grad_norm_(agent.transformer.parameters(), 1.0)",
+        ),
+        Mutant(
+            "the world model's gradient is not clipped",
+            "clip_grad_norm_(model.parameters(), WORLD_MODEL_CLIP)",
+            "clip_grad_norm_(model.parameters(), 1e9)",
+        ),
+        Mutant("no weight decay", "weight_decay=args.weight_decay", "weight_decay=0.0"),
+        Mutant("padding counts in the loss", "torch.where(valid, error, 0).sum() / valid.sum()", "error.mean()"),
+        Mutant(
+            "the reward's decoder sees the state twice",
+            "self.reward(z, act, obs, next_obs)",
+            "self.reward(z, act, obs, obs)",
+        ),
+        Mutant(
+            "the state's decoder predicts the state",
+            "self.state(z, act, obs) - next_obs",
+            "self.state(z, act, obs) - obs",
+        ),
+        Mutant(
+            "absolute errors train the world model", "error.pow(2).mean() for error", "error.abs().mean() for error"
+        ),
+        Mutant(
+            "the world model predicts what all tasks share",
+            '"state" if dc.FAMILIES[args.env].dynamics_vary else "reward"',
+            '"reward" if dc.FAMILIES[args.env].dynamics_vary else "state"',
+        ),
+        Mutant("train_max is the mean", "seen.amax(0, keepdim=True)", "seen.mean(0, keepdim=True)"),
+        Mutant(
+            "missing episodes count as returns of 0",
+            "returns.masked_fill(data.lengths.cpu() == 0, -math.inf).amax(1)",
+            "returns.amax(1)",
+        ),
+        Mutant(
+            "targets are given to the wrong rows",
+            "targets.repeat_interleave(count // len(targets))",
+            "targets.repeat(count // len(targets))",
+        ),
+        Mutant("a rollout remembers no actions", "rows[:, t, -act_dim:] = act", "rows[:, t, -act_dim:] = 0"),
+        Mutant("a rollout's rewards lie one step late", "seen[:, t - 1, -1] = rew", "seen[:, t, -1] = rew"),
+        Mutant(
+            "the embedding leaves out the last transition",
+            "infer(context, lengths, every, lengths, agent",
+            "infer(context, lengths, every, lengths - 1, agent",
+        ),
+        Mutant(
+            "training on test tasks",
+            "    check_sizes(args, data)\n",
+            "    data.train_tasks = torch.as_tensor(data.test_ids, device=data.device)\n",
+        ),
+    ],
+    "data_collect.py": [
+        # task families
+        Mutant("point-robot flees its goal", "return -(((outcome - params) ** 2)", "return (((outcome - params) ** 2)"),
+        Mutant(
+            "point-robot's goals on the whole circle",
+            "on_circle(np.linspace(0, np.pi, sum",
+            "on_circle(np.linspace(0, 2 * np.pi, sum",
+        ),
+        Mutant(
+            "another fourth of the tasks are the test tasks", "self.counts[1] + 1) + 2\n", "self.counts[1] + 1) + 1\n"
+        ),
+        Mutant("sparse rewards are negative far from the goal", "/ 0.2).clip(0)", "/ 0.2)"),
+        Mutant(
+            "behavior policies are trained on the sparse reward",
+            "        return super().reward(outcome, act, params)\n",
+            "        return self.reward(outcome, act, params)\n",
+        ),
+        Mutant("the wind blows the other way", "0.1 * act + params", "0.1 * act - params"),
+        Mutant("the winds are drawn pair by pair", "self.split_first(wind.T)", "self.split_first(wind.reshape(-1, 2))"),
+        Mutant(
+            "seeds of the tasks from 0",
+            "RandomState(seed).rand() for seed in range(1, sum(self.counts) + 1)",
+            "RandomState(seed).rand() for seed in range(sum(self.counts))",
+        ),
+        Mutant(
+            "cheetah-vel is paid for effort", "params[..., 0]) - 0.05 * (act**2)", "params[..., 0]) + 0.05 * (act**2)"
+        ),
+        Mutant(
+            "cheetah-dir always runs forward",
+            "return params[..., 0] * outcome[..., 0] - 0.05",
+            "return outcome[..., 0] - 0.05",
+        ),
+        Mutant("ant-dir always walks along x", "return (outcome * params).sum(-1)", "return outcome[..., 0]"),
+        Mutant("ant-dir-full without its bonus", " - 0.5 * (act**2).sum(-1) + 1.0", " - 0.5 * (act**2).sum(-1)"),
+        Mutant(
+            "ant-goal's distance is Euclidean",
+            "-abs(outcome - params).sum(-1)",
+            "-(((outcome - params) ** 2).sum(-1) ** 0.5)",
+        ),
+        Mutant("physical parameters only grow", "original * base**exponent", "original * base ** abs(exponent)"),
+        Mutant("the walker falls at 0.8 m", "state[:, 2] <= 0.5", "state[:, 2] <= 0.8"),
+        Mutant(
+            "velocity per simulator step",
+            "(next_state[:, 1:2] - state[:, 1:2]) / self.dt",
+            "(next_state[:, 1:2] - state[:, 1:2]) / self.timestep",
+        ),
+        # simulation
+        Mutant(
+            "the time limit is one step late",
+            "(self.steps >= self.family.horizon)",
+            "(self.steps > self.family.horizon)",
+        ),
+        Mutant(
+            "a time limit counts as a termination",
+            "moved & self.family.terminated(next_state)",
+            "moved & (self.family.terminated(next_state) | (self.steps >= self.family.horizon))",
+        ),
+        Mutant("rows go on after the time limit", "moved & ~terminated & ~truncated\n", "moved & ~terminated\n"),
+        Mutant("a broken row is rewarded and goes on", "moved = live & ~diverged", "moved = live"),
+        Mutant("a silent reset of the simulator is not noticed", "(abs(next_state[:, 0] - clock) > 1e-9) | ", ""),
+        Mutant(
+            "actions are not clipped",
+            "np.clip(np.asarray(actions, np.float64), -1.0, 1.0)",
+            "np.asarray(actions, np.float64)",
+        ),
+        Mutant(
+            "a reset rebinds all rows",
+            'self.task_ids[mask] = np.asarray(options["task_ids"])[mask]',
+            'self.task_ids[:] = np.asarray(options["task_ids"])',
+        ),
+        Mutant(
+            "a reset does not restart the clock",
+            "self.steps[mask], self.live[mask] = 0, True",
+            "self.live[mask] = True",
+        ),
+        Mutant(
+            "every row is reset with one seed",
+            "seed = seed + np.arange(self.num_envs)",
+            "seed = seed + np.zeros(self.num_envs, int)",
+        ),
+        Mutant("recorded actions are not clipped", "act[live].clip(-1, 1), rew[live]", "act[live], rew[live]"),
+        Mutant(
+            "only a fall in the last step is recorded",
+            'out["terminated"] |= terminated',
+            'out["terminated"] = terminated',
+        ),
+        # dataset
+        Mutant("observations are centered only", "((obs - self.obs_mean) / self.obs_spread)", "(obs - self.obs_mean)"),
+        Mutant(
+            "the padding enters the statistics",
+            "[self.train_ids, :, :-1][recorded]",
+            "[self.train_ids, :, :-1].reshape(-1, self.obs_dim)",
+        ),
+        Mutant("observations are not limited", ".clamp(-OBS_LIMIT, OBS_LIMIT)", ""),
+        Mutant(
+            "foreign contexts are not standardized",
+            'keys = ("observations", "ood_observations")',
+            'keys = ("observations",)',
+        ),
+        Mutant("training tasks are numbered from 0", "return self.train_tasks[draw]", "return draw"),
+        Mutant(
+            "batches hold padding",
+            "generator=generator) * self.counts[task_ids, None]",
+            "generator=generator) * self.valid.shape[1]",
+        ),
+        Mutant(
+            "all batches are of the first task",
+            "self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]",
+            "self.valid[task_ids[:, None], pick.long()]",
+        ),
+        Mutant(
+            "contexts are of the first episode",
+            "(present / torch.empty_like(present).exponential_(generator=generator))",
+            "present",
+        ),
+        Mutant(
+            "contexts hold padding",
+            "generator=generator) * length).long()",
+            "generator=generator) * self.family.horizon).long()",
+        ),
+        Mutant(
+            "contexts use episodes of other lengths",
+            "length = self.lengths[task_ids[:, None], episode]",
+            "length = self.lengths[task_ids[:, None], 0 * episode]",
+        ),
+        Mutant("no transition terminates", "& (steps == lengths[..., None] - 1)", "& (steps == lengths[..., None])"),
+        Mutant(
+            "all transitions of a fallen episode terminate",
+            "& (steps == lengths[..., None] - 1)",
+            "& (steps <= lengths[..., None] - 1)",
+        ),
+        Mutant("the next observation is the current one", "obs[..., 1:, :], term", "obs[..., :-1, :], term"),
+        Mutant(
+            "rows after the end are not zero",
+            "    rows[steps >= lengths[..., None]] = 0.0",
+            "    rows[steps > lengths[..., None]] = 0.0",
+        ),
+        # checks of the file
+        Mutant("infinite values pass", "not np.isfinite(array).all():", "np.isnan(array).any():"),
+        Mutant(
+            "actions below -1 pass",
+            'abs(arrays[prefix + "actions"]).max(initial=0) > 1',
+            'arrays[prefix + "actions"].max(initial=0) > 1',
+        ),
+        Mutant("a task may be listed twice", "or len(set(ids)) != len(ids) or", "or"),
+        Mutant(
+            "lengths beyond the horizon pass", "range(family.horizon + 1)).all()", "range(family.horizon + 2)).all()"
+        ),
+        Mutant("another family's file passes", "if family_name != env:", "if False:"),
+        Mutant("a file of another format version passes", "if version != FORMAT_VERSION:", "if False:"),
+        Mutant(
+            "a task without an episode passes",
+            "if not (lengths[ids] > 0).any(1).all():",
+            "if not (lengths[ids] > 0).any():",
+        ),
+        # evaluation
+        Mutant(
+            "the two kinds of foreign contexts are exchanged",
+            '== (protocol == "ood_random")',
+            '!= (protocol == "ood_random")',
+        ),
+        Mutant(
+            "the protocol train is on test tasks",
+            'data.train_ids[:10] if protocol == "train" else data.test_ids',
+            "data.test_ids",
+        ),
+        Mutant(
+            "evaluation contexts of other tasks",
+            "context, lengths = data.episodes[row_tasks, pick], data.lengths[row_tasks, pick]",
+            "context, lengths = (x[np.roll(row_tasks, repeats), pick] for x in (data.episodes, data.lengths))",
+        ),
+        Mutant("every episode gets the same context", "[np.random.default_rng(seed).integers(n) for", "[0 for"),
+        Mutant(
+            "the contexts' mask is one step too long",
+            "(torch.arange(context.shape[1], device=device) < lengths[:, None])",
+            "(torch.arange(context.shape[1], device=device) <= lengths[:, None])",
+        ),
+        Mutant("policies get raw observations", "return policy(data.standardize(obs), rew)", "return policy(obs, rew)"),
+        Mutant(
+            "the online protocol explores to the end",
+            'protocol == "online" and k < EXPLORATION_EPISODES',
+            'protocol == "online"',
+        ),
+        Mutant(
+            "the online protocol forgets earlier episodes",
+            "context = torch.cat([context, transitions(done, device=device)], 1)",
+            "context = torch.cat([0 * context, transitions(done, device=device)], 1)",
+        ),
+        Mutant("the online protocol repeats one start", "(seeds + 31 * k).tolist()", "seeds.tolist()"),
+        Mutant(
+            "returns are averaged over the wrong rows",
+            ".reshape(len(tasks), repeats).mean(1)",
+            ".reshape(repeats, len(tasks)).mean(0)",
+        ),
+        Mutant(
+            "normalized with other tasks' scales",
+            "data.random_returns[tasks], data.expert_returns[tasks]",
+            "data.random_returns[: len(tasks)], data.expert_returns[: len(tasks)]",
+        ),
+        Mutant(
+            "centroids know the contexts they are tested on", "z[~odd & (task == t)].mean(0)", "z[task == t].mean(0)"
+        ),
+        Mutant(
+            "the probe is tested on the training tasks",
+            "label_contexts(data, embed, data.test_ids)",
+            "label_contexts(data, embed, data.train_ids)",
+        ),
+        # runs
+        Mutant(
+            "the learning rate falls from the start",
+            "min(1.0, 2 - 2 * (self.step / self.total))",
+            "1 - self.step / self.total",
+        ),
+        Mutant(
+            "lr-decay without effect",
+            "(self.step / self.total)) if self.args.lr_decay else 1.0",
+            "(self.step / self.total))",
+        ),
+        Mutant("a resumed run has fresh optimizers", 'opt.load_state_dict(saved["opts"][name])', "pass"),
+        Mutant(
+            "a resumed run draws the first batches again", 'self.generator.set_state(saved["generator"].cpu())', "pass"
+        ),
+        Mutant("a resumed run repeats the noise", "torch.set_rng_state(cpu)", "pass"),
+        Mutant(
+            "rows after the checkpoint stay in metrics.csv",
+            "splitlines(keepends=True)[: self.rows]",
+            "splitlines(keepends=True)",
+        ),
+        Mutant(
+            "resumed runs may change every argument", 'if getattr(self.args, name) != saved["args"][name]:', "if False:"
+        ),
+        Mutant("resumed runs may change the data", 'if self.data.header != saved["data"]:', "if False:"),
+        Mutant("the last evaluation has two protocols", 'PROTOCOLS if last else ("iid", "train")', '("iid", "train")'),
+        Mutant("infinite losses pass", "if not math.isfinite(value)]", "if math.isnan(value)]"),
+        Mutant(
+            "broken parameters are saved", "if all(p.isfinite().all() for p in self.agent.parameters()):", "if True:"
+        ),
+        Mutant("no checkpoint before the end", "if self.step % args.save_every == 0 or last:", "if last:"),
+        Mutant(
+            "a family's own arguments do not win",
+            "defaults |= values if part in args.env else {}",
+            "defaults = (values if part in args.env else {}) | defaults",
+        ),
+        # behavior policies
+        Mutant(
+            "SAC's target is the sum of the twins",
+            "for q in self.critic_target) / 2 -",
+            "for q in self.critic_target) -",
+        ),
+        Mutant(
+            "SAC's target is of the online critics", "for q in self.critic_target) / 2", "for q in self.critic) / 2"
+        ),
+        Mutant("SAC without discount", "rew + self.gamma * (1 - term) * next_q", "rew + (1 - term) * next_q"),
+        Mutant("SAC ignores terminations", "rew + self.gamma * (1 - term) * next_q", "rew + self.gamma * next_q"),
+        Mutant("entropy is a cost in SAC's target", "- temperature * next_logp", "+ temperature * next_logp"),
+        Mutant("SAC's actor minimizes Q", "(temperature * pi_logp - q).mean()", "(temperature * pi_logp + q).mean()"),
+        Mutant("SAC's actor takes the maximum of the twins", "q = torch.min(*[q(pi_in)", "q = torch.max(*[q(pi_in)"),
+        Mutant(
+            "the temperature falls where it should grow",
+            "(-self.log_temperature * (pi_logp",
+            "(self.log_temperature * (pi_logp",
+        ),
+        Mutant("the target entropy is positive", "-float(family.act_dim)", "float(family.act_dim)"),
+        Mutant(
+            "SAC's targets follow 20 times too fast",
+            "list(self.critic.parameters()), 0.005)",
+            "list(self.critic.parameters()), 0.1)",
+        ),
+        Mutant(
+            "the slope of tanh has the wrong sign", "logp = logp - 2 * (math.log(2)", "logp = logp + 2 * (math.log(2)"
+        ),
+        Mutant(
+            "the replay gives rows that were never written",
+            "torch.randint(self.count, (size,)",
+            "torch.randint(len(self.rows), (size,)",
+        ),
+        Mutant(
+            "the replay gives other rows' tasks",
+            "term[:, 0], self.task_ids[index]",
+            "term[:, 0], self.task_ids[index.flip(0)]",
+        ),
+        Mutant(
+            "rewards are those of other rows' tasks",
+            "training_reward(b_outcome, b_act, raw[b_tasks])",
+            "training_reward(b_outcome, b_act, raw[b_tasks.flip(0)])",
+        ),
+        Mutant("relabelling where the dynamics differ", "if not family.dynamics_vary:", "if True:"),
+        Mutant("the whole batch is relabelled", "half = args.batch_size // 2", "half = 0"),
+        Mutant("no warm-up with random actions", "warmup = family.horizon", "warmup = 1"),
+        Mutant(
+            "a time limit is stored as a termination",
+            'info["outcome"], next_obs, terminated, env.task_ids',
+            'info["outcome"], next_obs, terminated | truncated, env.task_ids',
+        ),
+        Mutant(
+            "broken transitions are learned from", 'kept = ~info["diverged"]', 'kept = np.ones_like(info["diverged"])'
+        ),
+        Mutant("an interrupted training continues with fresh episodes", 'env.set_state(saved["env"])', "pass"),
+        # rolling out
+        Mutant(
+            "mixed data start with the untrained policy",
+            "np.linspace(PHASES // 10 - 1, PHASES - 1, count)",
+            "np.linspace(0, PHASES - 1, count)",
+        ),
+        Mutant("medium is at nine tenths", "random_returns + 0.5 * (expert", "random_returns + 0.9 * (expert"),
+        Mutant("medium-expert has its shares exchanged", "round(0.7 * count)", "round(0.3 * count)"),
+        Mutant(
+            "test tasks have as many episodes as training tasks",
+            "args.test_episodes if task in test_ids else args.episodes",
+            "args.episodes",
+        ),
+        Mutant(
+            "foreign contexts are by the task's own policy",
+            "ood = record(phases, np.repeat(test_ids[:, None], foreign.shape[1], 1), foreign)",
+            "ood = record(phases, *[np.repeat(test_ids[:, None], foreign.shape[1], 1)] * 2)",
+        ),
+        Mutant(
+            "foreign policies know the task they play",
+            "row_tasks = scaled[torch.as_tensor(policy_ids,",
+            "row_tasks = scaled[torch.as_tensor(task_ids,",
+        ),
+        Mutant(
+            "foreign contexts of the trained policy in the random column",
+            "np.where(foreign == RANDOM, RANDOM, phases[None])",
+            "np.where(foreign == RANDOM, PHASES - 1, phases[None])",
+        ),
+        Mutant(
+            "the recorded step is one phase early",
+            "(phase + 1) * args.total_updates // PHASES",
+            "phase * args.total_updates // PHASES",
+        ),
+        Mutant("broken episodes are kept", 'while done["diverged"].any():', "while False:"),
+        Mutant(
+            "per-task policies play by the task they play on",
+            "else np.asarray(policy_ids)\n",
+            "else np.asarray(task_ids)\n",
+        ),
+        Mutant("other settings continue old policies", 'if policies["settings"] != wanted:', "if False:"),
+        Mutant(
+            "other settings pass as the finished file",
+            "changed = [k for k in settings if settings[k] != written.get(k)]",
+            "changed = []",
+        ),
+    ],
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
