@@ -232,14 +232,15 @@ def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
     agent.arm.fill_(1 if args.num_arms > 2 else 0)
     agent.arm_logits.copy_(torch.linspace(-1, 0.5, args.num_arms))
     agent.encoder.net[0].weight.data[:, 5] *= 1000
-    if args.weight_activation == "softmax":  # so that either network is the smaller one at times
+    softmax = args.weight_activation == "softmax"
+    if softmax:  # so that either network is the smaller one at times
         agent.psi.b_3.data[1] -= slow_metrics(agent, *random_batch(), args)[2].mean()
     first, second, first_metrics = {}, {}, None
     for step in (1, 2):
         context, batch = random_batch(step)
         expected, errors, gaps = slow_metrics(agent, context, batch, args)
         assert (errors.abs() < 1).any() and (errors > 1).any() and (errors < -1).any()
-        assert (gaps < 0).any() and (gaps > 0).any()
+        assert not softmax or (gaps < 0).any() and (gaps > 0).any()
         grads = {}
         for loss, networks in ROUTES.items():
             params = {k: p for k, p in agent.named_parameters() if k.split(".")[0] in networks and p.numel()}
@@ -733,11 +734,23 @@ def test_values_at_the_limits_are_accepted():
 
 
 def test_learns_point_robot_on_the_shipped_data(tmp_path):
-    settings = {"width": 64, "encoder_width": 64, "feature_dim": 16, "meta_batch": 16, "batch_size": 32}
-    settings |= {"context_size": 20, "log_every": 800, "eval_every": 800, "save_every": 800, "total_updates": 800}
+    settings = {"width": 64, "encoder_width": 64, "feature_dim": 16, "meta_batch": 8, "context_size": 20, "lr": 3e-3}
+    settings |= {"tau": 0.02, "brac_alpha": 0.7, "bandit_every": 200, "total_updates": 500, "log_every": 500}
     settings |= {"dataset": str(ROOT / "datasets" / "point-robot.npz"), "run_dir": str(tmp_path), "device": "cpu"}
-    result = flora.train(flora.Args(env="point-robot", bandit_every=200, **settings))
-    print(result)
-    assert result["eval/iid/return"] > -9.0  # random -20.3, data -6.8, expert -4.7
-    assert result["z/nearest_task_acc"] > 0.1  # chance 1/30
-    assert result["z/probe_r2"] > 0.5
+    args = flora.Args(env="point-robot", **settings)
+    result = flora.train(args)
+    # random -20.3, data -6.8, expert -4.7; sign of the actor's loss flipped -11, z ignored -16, no likelihood -15
+    assert result["eval/iid/return"] > -10.0
+    assert result["z/nearest_task_acc"] > 0.2 and result["z/probe_r2"] > 0.8  # chance: 1/30 and 0
+    last = {tag: float(value) for step, tag, value in read_rows(result["run_dir"]) if step == 500}
+    assert last["losses/reward"] < 0.2 and last["losses/behavior"] < 0.8 and last["losses/kl"] > 5
+    data = dc.load_dataset("point-robot", args.dataset)
+    agent, generator = flora.Agent(data, args), torch.Generator().manual_seed(0)
+    agent.load_state_dict(load(result["run_dir"])["agent"])
+    context = data.sample_context(data.train_tasks, 20, generator)
+    obs = data.sample_batch(data.train_tasks, 50, generator).obs
+    with torch.no_grad():  # the shift from the behavior policy is for the better by the policy's own critic
+        z = flora.embed(agent, context, torch.ones_like(context[..., 0]))
+        mean, _, mean_b, _ = agent.policies(obs, z)
+        own, anchor = (agent.q(obs, torch.tanh(x), z, agent.weights(z)[:, None])[0] for x in (mean, mean_b))
+    assert (own > anchor).float().mean() > 0.9
