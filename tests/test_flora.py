@@ -330,12 +330,6 @@ def test_posterior_kl_without_flows_averages_to_the_closed_form():
     assert abs(kl.mean() - expected) < 4 * kl.std() / math.sqrt(count)
 
 
-def test_tanh_gaussian_logp_vector():
-    mean, std, act = (torch.tensor([[x]], dtype=torch.float64) for x in (0.3, 0.5, 0.6640367703))
-    logp = flora.tanh_gaussian_logp(mean, std.log(), flora.pre_tanh(act))
-    assert logp.item() == pytest.approx(-0.1442842320, abs=1e-9)
-
-
 def test_lower_alpha_never_raises_q_with_softmax_weights():
     agent, _ = random_agent()
     generator = torch.Generator().manual_seed(0)
@@ -608,7 +602,7 @@ def test_evaluation_has_the_returns_the_quality_of_z_and_the_q_error_of_the_test
 
 @pytest.fixture
 def traced(numbered_path, tmp_path, monkeypatch):
-    """-> function of arguments: train with an update that only records what it is given -> the records, run directory."""
+    """-> function of arguments: train with an update that only records what it gets -> the records, run directory."""
     monkeypatch.setattr(flora, "evaluate_all", lambda *_: {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0})
 
     def train(**changes):
