@@ -506,6 +506,7 @@ def test_networks_start_as_linear_layers_do_and_flows_near_the_identity():
             if name in ("w_3", "b_3") and net in (agent.behavior, agent.shift):
                 bound = 1e-3  # pi starts at pi_beta, both at the middle of the actions
             assert (0.7 if parameter.numel() < 50 else 0.95) * bound < parameter.abs().max() <= bound, name
+    assert agent.weights.net[0].weight.shape == (200, 6) and agent.encoder.net[2].weight.shape == (12, 12)
     assert not torch.equal(agent.psi.w_x[0], agent.psi.w_x[1])  # the twins differ
     for name, target in agent.psi_target.named_parameters():
         assert torch.equal(target, agent.psi.get_parameter(name)) and not target.requires_grad
