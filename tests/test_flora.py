@@ -1,13 +1,10 @@
-"""flora.py: its equations against slow recomputations, gradient routing, whole runs, bad values, learning.
+"""flora.py: one whole update against a slow recomputation, flows, bandit, adaptation, the training loop, learning.
 
-The numbers of the test vectors are worked out by hand; the slow recomputations are plain loops in float64
-that share no loss code with the script.
-"""
+The slow functions state the equations once more for one task, one transition and one feature at a time, in float64;
+of the script they use nothing but parameters. Numbers in the tests are worked out by hand."""
 
 import copy
-import json
 import math
-import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,74 +12,65 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import ROOT, load, read_rows, stop_message
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
+from conftest import ROOT, OnDevice, dataset_on_meta, load, origin, pattern, read_rows, slow_net, stop_message, to_meta
+from torch.distributions import Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data_collect as dc
 import flora
 
-METHOD = {"gamma": 0.9, "reward_scale": 5.0, "lr": 1e-3, "tau": 0.005, "width": 16, "encoder_width": 16, "z_dim": 3}
-METHOD |= {"likelihood_weight": 32.0}
-METHOD |= {"feature_dim": 4, "weight_activation": "softmax", "num_flows": 2, "kl_weight": 0.1, "feature_weight": 0.01}
-METHOD |= {"alpha_min": -1.0, "num_arms": 5, "bandit_every": 10, "bandit_lr": 0.1, "bandit_feedback": "offline"}
-METHOD |= {"brac_alpha": 1.5, "brac_alpha_lr": 0.01, "brac_alpha_max": 100.0, "divergence_target": 0.05}
-SMALL = METHOD | {"env": "point-robot", "device": "cpu", "seed": 0, "total_updates": 60, "log_every": 10}
-SMALL |= {"eval_every": 10, "save_every": 10, "eval_episodes": 1, "meta_batch": 4, "batch_size": 8, "context_size": 8}
-OBS_DIM, ACT_DIM, TASKS, BATCH = 3, 2, 3, 4  # of the random agents and batches
+DIMS = SimpleNamespace(obs_dim=3, act_dim=2, ctx_dim=9)
+POINT = SimpleNamespace(obs_dim=2, act_dim=2, ctx_dim=7)
+TASKS, BATCH, CONTEXT = 3, 4, 5  # of the random batches
+# no value is a default of the script, and none is 0 or 1, so that a flag without effect shows
+METHOD = {"gamma": 0.8, "reward_scale": 3.0, "lr": 2e-3, "tau": 0.03, "width": 16, "encoder_width": 12, "z_dim": 3}
+METHOD |= {"feature_dim": 4, "num_flows": 2, "likelihood_weight": 32.0, "kl_weight": 0.3, "feature_weight": 0.2}
+METHOD |= {"alpha_min": -0.75, "num_arms": 4, "bandit_every": 3, "bandit_lr": 0.2, "brac_alpha": 0.7}
+METHOD |= {"brac_alpha_lr": 0.02, "brac_alpha_max": 50.0, "divergence_target": 0.3}
+RUN = METHOD | {"env": "point-robot", "device": "cpu", "total_updates": 8, "log_every": 4, "eval_every": 8}
+RUN |= {"save_every": 8, "eval_episodes": 1, "meta_batch": 5, "batch_size": 6, "context_size": 7}
 
 
-def run(tiny_path, folder, **changes):
-    """Train on the tiny dataset; the runs lie in `folder`."""
-    return flora.train(flora.Args(**SMALL | {"dataset": str(tiny_path), "run_dir": str(folder)} | changes))
-
-
-# ---- random agents and the slow recomputation ---------------------------------
-
-
-def random_agent(dtype=torch.float64, seed=0, obs_dim=OBS_DIM, act_dim=ACT_DIM, ctx_dim=None, **changes):
+def random_agent(dims=DIMS, dtype=torch.float64, **changes):
     """Agent with parameters large enough that nothing is near zero -> agent, args."""
-    args = flora.Args(**METHOD | changes)
-    torch.manual_seed(seed)
-    agent = flora.Agent(obs_dim, act_dim, ctx_dim or 2 * obs_dim + act_dim + 1, args).to(dtype)
+    args = flora.Args(**RUN | changes)
+    torch.manual_seed(0)
+    agent = flora.Agent(dims, args).to(dtype)
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.normal_(0, 0.4)
-    agent.make_optimizer(args)
+        agent.encoder.net[0].weight[:, dims.obs_dim + dims.act_dim] /= 1000  # the rewards of `numbered` are large
     return agent, args
 
 
-def random_batch(dtype=torch.float64, seed=1):
-    """-> context [M, K, ctx_dim], (obs, act, rew, next_obs, term); every third transition terminates."""
+def random_batch(seed=1):
+    """-> context [M, K, ctx_dim], Batch; some transitions terminate, some actions lie on the bounds."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.empty(*shape, dtype=dtype).normal_(generator=generator)
+        return torch.empty(TASKS, *shape, dtype=torch.float64).normal_(generator=generator)
 
-    context = normal(TASKS, 5, 2 * OBS_DIM + ACT_DIM + 1)
-    act = normal(TASKS, BATCH, ACT_DIM).clamp(-0.9, 0.9)
-    term = (torch.arange(TASKS * BATCH).reshape(TASKS, BATCH) % 3 == 0).to(dtype)
-    obs, next_obs = normal(TASKS, BATCH, OBS_DIM), normal(TASKS, BATCH, OBS_DIM)
-    return context, (obs, act, normal(TASKS, BATCH), next_obs, term)
-
-
-def pattern(shape):
-    return torch.linspace(-1.5, 1.5, math.prod(shape), dtype=torch.float64).reshape(shape)
+    act = (1.3 * normal(BATCH, 2)).clamp(-1, 1)
+    assert act.max() == 1 and act.min() == -1
+    term = (torch.arange(TASKS * BATCH).reshape(TASKS, BATCH) % 3 == 0).double()
+    return normal(CONTEXT, 9), dc.Batch(normal(BATCH, 3), act, normal(BATCH), normal(BATCH, 3), term)
 
 
-@pytest.fixture
-def known_noise(monkeypatch):
-    """Every standard normal draw is `pattern` of its shape."""
-    monkeypatch.setattr(torch, "randn_like", lambda x, **_: pattern(x.shape).to(x.dtype))
-    monkeypatch.setattr(torch, "randn", lambda *shape, **_: pattern(tuple(np.ravel(shape))))
+# ---- the equations, slowly --------------------------------------------------------------
+
+
+def slow_layers(net, x):
+    """Linear layers with ReLU between them, at one input."""
+    *hidden, last = [layer for layer in net if hasattr(layer, "weight")]
+    for layer in hidden:
+        x = layer.weight @ x + layer.bias
+        x = torch.where(x > 0, x, 0.0)
+    return last.weight @ x + last.bias
 
 
 def slow_flow(flows, z):
     """One latent z [Z] through the chain, equations (14) to (16) -> z_K [Z], log-det."""
-    log_det = 0.0
+    log_det = torch.zeros((), dtype=z.dtype)
     for u, w, b in zip(flows.u, flows.w, flows.b):
         wu = torch.dot(w, u)
         corrected = u + (-1 + torch.log1p((math.e - 1) * torch.exp(wu)) - wu) * w / torch.dot(w, w)
@@ -92,29 +80,23 @@ def slow_flow(flows, z):
     return z, log_det
 
 
-def slow_posterior(agent, context):
-    """Product of one Gaussian per transition of context [K, ctx_dim] -> mean [Z], var [Z]."""
-    z_dim = agent.encoder.net[-1].out_features // 2
-    means, variances = [], []
-    for d in range(z_dim):
-        precision, weighted = 0.0, 0.0
-        for transition in context:
-            out = agent.encoder.net(transition)
-            var = torch.clamp(F.softplus(out[z_dim + d]), min=1e-7)
-            precision, weighted = precision + 1 / var, weighted + out[d] / var
-        means.append(weighted / precision)
-        variances.append(1 / precision)
-    return torch.stack(means), torch.stack(variances)
+def slow_infer(agent, context, noise=0.0):
+    """One task from the transitions of context [K, ctx_dim] -> z_K [Z], mean, var, KL to the prior."""
+    precision, weighted = 0.0, 0.0
+    for transition in context:
+        mean, var = slow_layers(agent.encoder.net, transition).chunk(2)
+        var = torch.log1p(torch.exp(var))
+        precision, weighted = precision + 1 / var, weighted + mean / var
+    mean, var = weighted / precision, 1 / precision
+    z_0 = mean + var.sqrt() * noise
+    z, log_det = slow_flow(agent.flows, z_0)
+    kl = Normal(mean, var.sqrt()).log_prob(z_0).sum() - log_det - Normal(0.0, 1.0).log_prob(z).sum()
+    return z, mean, var, kl
 
 
-def slow_net(net, *inputs, member=0):
-    """One member of an MLP at one row: plain layers on the concatenated inputs, the last of which is z."""
-    h, first = torch.cat(inputs), torch.cat([net.w_x[member], net.w_z[member]])
-    h = h @ first + net.b_1[member, 0]
-    for weight, bias in ((net.w_2, net.b_2), (net.w_3, net.b_3)):
-        h = (h - h.mean()) / (h.var(correction=0) + 1e-5).sqrt()
-        h = torch.where(h > 0, h, 0.0) @ weight[member] + bias[member, 0]
-    return h
+def slow_weights(agent, z, args):
+    logits = slow_layers(agent.weights.net, z)
+    return logits.exp() / logits.exp().sum() if args.weight_activation == "softmax" else logits
 
 
 def slow_psi(net, *inputs):
@@ -123,11 +105,20 @@ def slow_psi(net, *inputs):
 
 def slow_policy(agent, obs, z):
     """Policy and behavior policy at one obs -> mean, log_std, behavior mean, behavior log_std."""
-    behavior, shift = (slow_net(agent.gaussians, obs, z, member=member) for member in range(2))
-    half = behavior.shape[-1] // 2
-    b_mean, b_log_std = behavior[..., :half], behavior[..., half:].clamp(-3, 1)
-    log_std = torch.clamp(b_log_std.detach() + shift[..., half:], -5, 2)
-    return b_mean.detach() + shift[..., :half], log_std, b_mean, b_log_std
+    b_mean, b_log_std = slow_net(agent.behavior, obs, z).chunk(2)
+    mean, log_std = slow_net(agent.shift, obs, z).chunk(2)
+    b_log_std = b_log_std.clamp(-3, 1)
+    return b_mean.detach() + mean, (b_log_std.detach() + log_std).clamp(-5, 2), b_mean, b_log_std
+
+
+def slow_act(agent, obs, z):
+    return torch.tanh(slow_policy(agent, obs, z)[0])
+
+
+def slow_value(agent, obs, z, args, combine):
+    """`combine` (min, ..) over the two networks of Q(obs, policy's action)."""
+    w = slow_weights(agent, z, args)
+    return combine([torch.dot(psi, w).item() for psi in slow_psi(agent.psi, obs, slow_act(agent, obs, z), z)])
 
 
 def huber(error):
@@ -135,75 +126,221 @@ def huber(error):
     return 0.5 * size**2 if size <= 1 else size - 0.5
 
 
-def slow_losses(agent, context, batch, args):
-    """All losses of one update, transition by transition and feature by feature -> dict of scalars with graph."""
-    noise_z, noise_act = pattern((TASKS, args.z_dim)), pattern((TASKS, BATCH, ACT_DIM))
-    alpha = agent.arms[agent.arm].item()
-    sums = dict.fromkeys(("reward", "feature", "likelihood", "kl", "behavior", "q", "divergence"), 0.0)
+def slow_probs(logits):
+    """Probabilities of the arms, each at least 0.05."""
+    total = sum(math.exp(x) for x in logits)
+    return [0.05 + (1 - 0.05 * len(logits)) * math.exp(x) / total for x in logits]
+
+
+def slow_metrics(agent, context, batch, args):
+    """What one update reports, transition by transition and feature by feature -> dict of scalars, losses with graph;
+    the (unclipped) errors of (11), and by how much the second Q of (12) exceeds the first."""
+    noise_z, noise_act = pattern((TASKS, args.z_dim)), pattern((TASKS, BATCH, 2))
+    arms = [args.alpha_min - args.alpha_min * u / (args.num_arms - 1) for u in range(args.num_arms)]
+    alpha = arms[agent.arm]
+    reward = feature = likelihood = kl_mean = behavior_loss = q = divergence = 0.0
+    means, variances, norms, perplexities, spread_data, spread_policy, errors, gaps = ([] for _ in range(8))
+    each = 1 / (TASKS * BATCH)
     for m in range(TASKS):
-        mean, var = slow_posterior(agent, context[m])
-        z_0 = mean + var.sqrt() * noise_z[m]
-        z, log_det = slow_flow(agent.flows, z_0)
-        log_q = Normal(mean, var.sqrt()).log_prob(z_0).sum() - log_det
-        sums["kl"] += (log_q - Normal(0.0, 1.0).log_prob(z).sum()) / TASKS
-        logits = agent.weights.net(z)
-        w = logits.exp() / logits.exp().sum() if args.weight_activation == "softmax" else logits
+        z, mean, var, kl = slow_infer(agent, context[m], noise_z[m])
+        w = slow_weights(agent, z, args)
+        share = abs(w) / abs(w).sum()
+        perplexities.append(math.exp(-sum(s * math.log(s) for s in share.tolist())))
+        kl_mean = kl_mean + kl / TASKS
+        means.append(mean.detach())
+        variances.append(var.detach())
+        norms.append(z.norm().item())
         fixed_z, fixed_w = z.detach(), w.detach()
         for b in range(BATCH):
             obs, act, rew, next_obs, term = (x[m, b] for x in batch)
-            reward, discount = args.reward_scale * rew, args.gamma * (1 - term)
+            rew, discount = args.reward_scale * rew, args.gamma * (1 - term)
             next_mean, next_log_std, _, _ = slow_policy(agent, next_obs, fixed_z)
             next_act = torch.tanh(next_mean + torch.exp(next_log_std) * noise_act[m, b])
             next_psi = [psi.detach() for psi in slow_psi(agent.psi_target, next_obs, next_act, fixed_z)]
             phi = slow_net(agent.phi, obs, act, next_obs, z)
             psi = slow_psi(agent.psi, obs, act, z)
-            error, q_target = reward, reward.detach()
+            prediction, q_target = 0.0, rew
             for d in range(args.feature_dim):
                 middle = (next_psi[0][d] + next_psi[1][d]) / 2
-                spread = abs(next_psi[0][d] - next_psi[1][d]) / math.sqrt(2)
-                corrected = middle + alpha * spread
-                error = error - phi[d] * w[d]
+                corrected = middle + alpha * abs(next_psi[0][d] - next_psi[1][d]) / math.sqrt(2)
+                prediction = prediction + phi[d] * w[d]
                 q_target = q_target + discount * corrected * fixed_w[d]
                 for e in range(2):
-                    sums["feature"] += huber(psi[e][d] - phi[d].detach() - discount * corrected) / (TASKS * BATCH)
-            sums["reward"] += 0.5 * error**2 / (TASKS * BATCH)
+                    errors.append(psi[e][d] - phi[d].detach() - discount * corrected)
+                    feature = feature + huber(errors[-1]) * each
+                spread_data.append(abs(psi[0][d] - psi[1][d]).item() / math.sqrt(2))
+            reward = reward + 0.5 * (rew - prediction) ** 2 * each
             for e in range(2):
                 value = sum(psi[e][d] * w[d] for d in range(args.feature_dim))
-                sums["likelihood"] -= 0.5 * (value - q_target.detach()) ** 2 / (2 * TASKS * BATCH)
+                likelihood = likelihood - 0.5 * (value - q_target.detach()) ** 2 * each / 2
             pi_mean, pi_log_std, b_mean, b_log_std = slow_policy(agent, obs, fixed_z)
-            behavior = TransformedDistribution(Normal(b_mean, b_log_std.exp()), TanhTransform())
-            sums["behavior"] -= behavior.log_prob(act).sum() / (TASKS * BATCH)
+            fitted = TransformedDistribution(Normal(b_mean, b_log_std.exp()), TanhTransform())
+            behavior_loss = behavior_loss - fitted.log_prob(act.clamp(-0.999, 0.999)).sum() * each
             fixed_b = Normal(b_mean.detach(), b_log_std.exp().detach())
-            sums["divergence"] += kl_divergence(Normal(pi_mean, pi_log_std.exp()), fixed_b).sum() / (TASKS * BATCH)
+            divergence = divergence + kl_divergence(Normal(pi_mean, pi_log_std.exp()), fixed_b).sum() * each
             pi_act = torch.tanh(pi_mean + torch.exp(pi_log_std) * noise_act[m, b])
-            values = [torch.dot(psi_e, fixed_w) for psi_e in slow_psi(agent.psi, obs, pi_act, fixed_z)]
-            sums["q"] += min(values) / (TASKS * BATCH)
-    elbo = args.likelihood_weight * sums["likelihood"] - args.kl_weight * sums["kl"]
-    return sums | {
-        "encoder": args.feature_weight * (sums["reward"] + sums["feature"]) - elbo,
-        "actor": agent.brac_alpha * sums["divergence"] - sums["q"],
-    }
+            pi_psi = slow_psi(agent.psi, obs, pi_act, fixed_z)
+            values = [torch.dot(psi_e, fixed_w) for psi_e in pi_psi]
+            gaps.append((values[1] - values[0]).item())
+            q = q + min(values) * each
+            spread_policy += (abs(pi_psi[0] - pi_psi[1]) / math.sqrt(2)).tolist()
+    elbo = args.likelihood_weight * likelihood - args.kl_weight * kl_mean
+    brac_alpha = agent.brac_alpha.item() + args.brac_alpha_lr * (divergence.item() - args.divergence_target)
+    metrics = {
+        "losses/reward": reward,
+        "losses/feature": feature,
+        "losses/encoder": args.feature_weight * (reward + feature) - elbo,
+        "losses/actor": agent.brac_alpha.item() * divergence - q,
+        "losses/behavior": behavior_loss,
+        "losses/kl": kl_mean,
+        "stats/q_mean": q,
+        "stats/divergence": divergence,
+        "stats/brac_alpha": min(max(brac_alpha, 0.0), args.brac_alpha_max),
+        "stats/alpha": alpha,
+        "stats/spread_data": np.mean(spread_data),
+        "stats/spread_policy": np.mean(spread_policy),
+        "stats/weight_perplexity": np.mean(perplexities),
+        "z/between_std": np.std(torch.stack(means).numpy(), axis=0, ddof=1).mean(),
+        "z/posterior_std": torch.stack(variances).sqrt().mean(),
+        "z/norm": np.mean(norms),
+    } | {f"bandit/prob_{arm:.2f}": p for arm, p in zip(arms, slow_probs(agent.arm_logits.tolist()))}
+    return metrics, torch.stack(errors), np.array(gaps)
 
 
-def spy_targets(monkeypatch):
-    """-> dict that receives q_target [M, B] and psi_target [M, B, D] of the next update."""
-    seen = {}
-    value_log_likelihood, feature_loss = flora.value_log_likelihood, flora.feature_loss
+# ---- one whole update -------------------------------------------------------------------
 
-    def likelihood_spy(psi, weights, q_target):
-        seen["q"] = q_target
-        return value_log_likelihood(psi, weights, q_target)
+ROUTES = {  # loss: the networks that it trains
+    "losses/encoder": ("encoder", "flows"),
+    "losses/feature": ("psi",),
+    "losses/reward": ("phi", "weights"),
+    "losses/behavior": ("behavior",),
+    "losses/actor": ("shift",),
+}
+VARIANTS = {
+    "plain": {},
+    "no flows": {"num_flows": 0, "likelihood_weight": 1.5, "kl_weight": 2.0},
+    "linear W": {"weight_activation": "none", "num_flows": 4, "feature_weight": 5.0, "gamma": 0.95},
+    "no correction": {"alpha_min": 0.0, "num_arms": 2, "reward_scale": 0.5},
+    "weights of zero": {"likelihood_weight": 0.0, "feature_weight": 0.0, "brac_alpha_lr": 0.0},
+}
 
-    def feature_spy(psi, psi_target):
-        seen["psi"] = psi_target
-        return feature_loss(psi, psi_target)
 
-    monkeypatch.setattr(flora, "value_log_likelihood", likelihood_spy)
-    monkeypatch.setattr(flora, "feature_loss", feature_spy)
-    return seen
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
+    """Metrics, the gradient of every parameter, Adam's steps, targets and multiplier."""
+    agent, args = random_agent(**VARIANTS[variant])
+    agent.arm.fill_(1 if args.num_arms > 2 else 0)
+    agent.arm_logits.copy_(torch.linspace(-1, 0.5, args.num_arms))
+    agent.encoder.net[0].weight.data[:, 5] *= 1000
+    softmax = args.weight_activation == "softmax"
+    if softmax:  # so that either network is the smaller one at times
+        agent.psi.b_3.data[1] -= slow_metrics(agent, *random_batch(), args)[2].mean()
+    first, second, first_metrics = {}, {}, None
+    for step in (1, 2):
+        context, batch = random_batch(step)
+        expected, errors, gaps = slow_metrics(agent, context, batch, args)
+        assert (errors.abs() < 1).any() and (errors > 1).any() and (errors < -1).any()
+        assert not softmax or (gaps < 0).any() and (gaps > 0).any()
+        grads = {}
+        for loss, networks in ROUTES.items():
+            params = {k: p for k, p in agent.named_parameters() if k.split(".")[0] in networks and p.numel()}
+            grads |= dict(zip(params, torch.autograd.grad(expected[loss], params.values(), retain_graph=True)))
+        before = {name: p.clone() for name, p in agent.named_parameters()}
+        metrics = flora.update(agent, context, batch, args)
+        assert metrics.keys() == expected.keys()
+        for tag, value in metrics.items():
+            assert value.item() == pytest.approx(torch.as_tensor(expected[tag]).item(), rel=1e-6), tag
+            assert value.shape == () and not value.requires_grad, tag
+        assert agent.brac_alpha.item() == pytest.approx(expected["stats/brac_alpha"], rel=1e-6)
+        for name, param in agent.named_parameters():
+            if name in grads:
+                grad = grads[name]
+                assert grad.abs().max() > 1e-9, name
+                torch.testing.assert_close(param.grad, grad, rtol=1e-6, atol=1e-9)
+                first[name] = 0.9 * first.get(name, 0) + 0.1 * grad
+                second[name] = 0.999 * second.get(name, 0) + 0.001 * grad**2
+                root = (second[name] / (1 - 0.999**step)).sqrt() + 1e-8
+                moved = before[name] - args.lr * first[name] / (1 - 0.9**step) / root
+                torch.testing.assert_close(param, moved, rtol=0, atol=1e-4 * args.lr)
+            else:
+                assert name.startswith("psi_target") or param.numel() == 0, name
+                assert param.grad is None or param.numel() == 0, name
+        for name, target in agent.psi_target.named_parameters():
+            now = (1 - args.tau) * before[f"psi_target.{name}"] + args.tau * agent.psi.get_parameter(name)
+            torch.testing.assert_close(target, now, rtol=0, atol=1e-12)
+        first_metrics = first_metrics or (metrics, {tag: value.item() for tag, value in metrics.items()})
+    assert {tag: value.item() for tag, value in first_metrics[0].items()} == first_metrics[1]  # no views of the agent
 
 
-# ---- planar flows -------------------------------------------------------------
+@pytest.mark.parametrize("changes, expected", [
+    ({"brac_alpha_lr": 1e3, "brac_alpha_max": 0.9}, 0.9), ({"brac_alpha_lr": 1e3, "divergence_target": 1e3}, 0.0),
+])
+def test_multiplier_stays_within_its_bounds(changes, expected):
+    agent, args = random_agent(**changes)
+    flora.update(agent, *random_batch(), args)
+    assert agent.brac_alpha.item() == pytest.approx(expected)
+
+
+def test_policy_deviations_stay_within_their_bounds():
+    agent, _ = random_agent()
+    obs, z = torch.zeros(1, 1, 3).double(), torch.zeros(1, 3).double()
+    for bias, low_b, low in ((-50.0, -3, -5), (50.0, 1, 2)):
+        agent.behavior.b_3.data.fill_(bias)
+        agent.shift.b_3.data.fill_(bias)
+        _, log_std, _, log_std_b = agent.policies(obs, z)
+        assert (log_std_b == low_b).all() and (log_std == low).all()
+
+
+def test_an_update_on_a_gpu_reads_nothing_back_and_leaves_nothing_on_the_cpu(numbered):
+    agent, args = random_agent(POINT, torch.float32)
+    data = dataset_on_meta(numbered)
+    to_meta(agent)
+    context, rows = torch.empty(5, 7, 7, device="meta"), torch.empty(5, 6, 8, device="meta")
+    with OnDevice():
+        metrics = flora.update(agent, context, data.unpack(rows), args)
+        z = flora.embed(agent, context, torch.ones(5, 7, device="meta"))
+        value = flora.bandit_return(agent, data, args, None)
+    assert {x.device.type for x in (*metrics.values(), z, value)} == {"meta"}
+
+
+# ---- vectors ----------------------------------------------------------------------------
+
+
+def test_feature_mean_spread_and_correction_vector():
+    mean, spread = flora.feature_spread(torch.tensor([[1.0, 4.0], [3.0, 0.0]], dtype=torch.float64))
+    np.testing.assert_allclose(mean, [2, 2], rtol=1e-12)
+    np.testing.assert_allclose(spread, [math.sqrt(2), 2 * math.sqrt(2)], rtol=1e-12)
+    np.testing.assert_allclose(mean - spread, [0.58579, -0.82843], atol=5e-6)
+
+
+@pytest.mark.parametrize("error, value", [(0.5, 0.125), (3.0, 2.5), (-3.0, 2.5), (1.0, 0.5)])
+def test_feature_loss_is_huber(error, value):
+    psi = torch.zeros(2, 1, 1, 1)
+    psi[0] = error  # the second network is exact
+    assert flora.feature_loss(psi, torch.zeros(1, 1, 1)).item() == pytest.approx(value, abs=1e-7)
+
+
+def test_posterior_kl_without_flows_averages_to_the_closed_form():
+    torch.manual_seed(0)
+    mean, var = torch.tensor([0.5, -1.0, 0.0]).double(), torch.tensor([0.3, 2.0, 1.0]).double()
+    count = 100_000
+    z_0 = mean + var.sqrt() * torch.randn(count, 3, dtype=torch.float64)
+    kl = flora.posterior_kl(z_0, z_0, mean, var, torch.zeros(count, dtype=torch.float64))
+    expected = kl_divergence(Normal(mean, var.sqrt()), Normal(0.0, 1.0)).sum()
+    assert abs(kl.mean() - expected) < 4 * kl.std() / math.sqrt(count)
+
+
+def test_lower_alpha_never_raises_q_with_softmax_weights():
+    agent, _ = random_agent()
+    generator = torch.Generator().manual_seed(0)
+    psi = 5 * torch.randn(2, 200, 4, dtype=torch.float64, generator=generator)
+    weights = agent.weights(3 * torch.randn(200, 3, dtype=torch.float64, generator=generator))
+    mean, spread = flora.feature_spread(psi)
+    values = torch.stack([((mean + alpha * spread) * weights).sum(-1) for alpha in agent.arms])
+    assert (values.diff(dim=0) >= 0).all() and (agent.arms.diff() > 0).all()
+
+
+# ---- planar flows and encoder -----------------------------------------------------------
 
 
 def random_flows(num_flows, z_dim, scale=1.0):
@@ -221,19 +358,15 @@ def random_flows(num_flows, z_dim, scale=1.0):
 def test_flow_log_det_is_that_of_the_jacobian(num_flows, z_dim, violating):
     flows = random_flows(num_flows, z_dim)
     if violating:
-        with torch.no_grad():
-            flows.u.copy_(-flows.w)
+        flows.u.data.copy_(-flows.w)
         assert ((flows.w * flows.u).sum(-1) < -1).all()
-    z = torch.randn(6, z_dim, dtype=torch.float64)
+    z = torch.randn(3, z_dim, dtype=torch.float64)
     z_k, log_det = flows(z)
     for row in range(len(z)):
         jacobian = torch.autograd.functional.jacobian(lambda x: flows(x[None])[0][0], z[row])
         sign, slogdet = torch.linalg.slogdet(jacobian)
-        assert sign > 0
-        assert log_det[row].item() == pytest.approx(slogdet.item(), abs=1e-9)
-        expected, expected_log_det = slow_flow(flows, z[row])
-        torch.testing.assert_close(z_k[row], expected, rtol=0, atol=1e-12)
-        assert log_det[row].item() == pytest.approx(expected_log_det.item(), abs=1e-9)
+        assert sign > 0 and log_det[row].item() == pytest.approx(slogdet.item(), abs=1e-9)
+        torch.testing.assert_close(z_k[row], slow_flow(flows, z[row])[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 3.0])
@@ -246,790 +379,373 @@ def test_corrected_flows_are_invertible(scale):
     torch.testing.assert_close(moved, (moved * across).sum(-1, keepdim=True) * across)  # only along w
 
 
-def test_flow_of_u_zero_is_the_identity():
-    flows = random_flows(3, 5)
-    with torch.no_grad():
-        flows.u.zero_()
+@pytest.mark.parametrize("num_flows", [0, 3])
+def test_flow_of_u_zero_is_the_identity_and_so_is_no_flow(num_flows):
+    flows = random_flows(num_flows, 5)
+    flows.u.data.zero_()
     z = torch.randn(4, 5, dtype=torch.float64)
     z_k, log_det = flows(z)
     torch.testing.assert_close(z_k, z, rtol=0, atol=1e-14)
     torch.testing.assert_close(log_det, torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
-def test_flow_at_the_bound_of_invertibility_stays_finite():
-    flows = flora.PlanarFlows(1, 3)  # float32: w^T u_hat rounds to -1, the determinant to 0 where w^T z + b = 0
-    with torch.no_grad():
-        flows.w.copy_(torch.tensor([[1.0, 0.0, 0.0]]))
-        flows.u.copy_(-100 * flows.w)
+def test_flows_are_finite_where_their_equations_are_not():
+    """In float32 w^T u_hat rounds to -1, the determinant to 0 where w^T z + b = 0; and w may vanish."""
+    flows = flora.PlanarFlows(1, 3)
+    flows.w.data.copy_(torch.tensor([[1.0, 0.0, 0.0]]))
+    flows.u.data.copy_(-100 * flows.w)
     assert (flows.w * flows.corrected_u()).sum() == -1
-    assert flows(torch.zeros(1, 3))[1].isfinite().all()
+    assert flows(torch.zeros(1, 3))[1].item() == pytest.approx(math.log(1e-6), rel=0.01)
+    flows.w.data.zero_()
+    flows.b.data.fill_(1.0)
+    z, log_det = flows(torch.zeros(1, 3))
+    assert log_det.item() == 0
+    torch.testing.assert_close(z, flows.u * math.tanh(1))
 
 
-def test_no_flows_is_the_identity():
-    flows = flora.PlanarFlows(0, 5)
-    z = torch.randn(4, 5)
-    z_k, log_det = flows(z)
-    assert torch.equal(z_k, z) and torch.equal(log_det, torch.zeros(4))
-
-
-# ---- losses against vectors and distributions -----------------------------------
-
-
-def test_feature_mean_spread_and_correction_vector():
-    mean, spread = flora.feature_spread(torch.tensor([[1.0, 4.0], [3.0, 0.0]], dtype=torch.float64))
-    np.testing.assert_allclose(mean, [2, 2], rtol=1e-12)
-    np.testing.assert_allclose(spread, [math.sqrt(2), 2 * math.sqrt(2)], rtol=1e-12)
-    np.testing.assert_allclose(mean - spread, [0.58579, -0.82843], atol=5e-6)
-
-
-@pytest.mark.parametrize("error, value", [(0.5, 0.125), (3.0, 2.5), (-3.0, 2.5), (1.0, 0.5), (0.0, 0.0)])
-def test_feature_loss_is_huber(error, value):
-    psi = torch.zeros(2, 1, 1, 1)
-    psi[0] = error  # the second network is exact
-    assert flora.feature_loss(psi, torch.zeros(1, 1, 1)).item() == pytest.approx(value, abs=1e-7)
-
-
-def test_feature_loss_sums_over_features_and_networks_and_averages_over_transitions():
-    psi = torch.full((2, 3, 4, 5), 0.5, dtype=torch.float64)
-    assert flora.feature_loss(psi, torch.zeros(3, 4, 5, dtype=torch.float64)).item() == pytest.approx(2 * 5 * 0.125)
-
-
-def test_value_log_likelihood_is_a_mean_over_networks_tasks_and_transitions():
-    generator = torch.Generator().manual_seed(0)
-    psi = torch.rand(2, 3, 4, 5, dtype=torch.float64, generator=generator)
-    weights = torch.rand(3, 1, 5, dtype=torch.float64, generator=generator)
-    q_target = torch.rand(3, 4, dtype=torch.float64, generator=generator)
-    total = 0.0
-    for e in range(2):
-        for m in range(3):
-            for b in range(4):
-                q = sum(psi[e, m, b, d].item() * weights[m, 0, d].item() for d in range(5))
-                total -= 0.5 * (q - q_target[m, b].item()) ** 2
-    value = flora.value_log_likelihood(psi, weights, q_target)
-    assert value.item() == pytest.approx(total / (2 * 3 * 4), rel=1e-12)
-
-
-def test_reward_loss_is_half_the_mean_squared_error():
-    phi = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])  # [1 task, 2 transitions, 2 features]
-    weights = torch.tensor([[[0.25, 0.75]]])
-    rew = torch.tensor([[1.0, 4.0]])  # predictions 1.75 and 3.75
-    assert flora.reward_loss(phi, weights, rew).item() == pytest.approx(0.5 * (0.75**2 + 0.25**2) / 2)
-
-
-def test_posterior_kl_without_flows_averages_to_the_closed_form():
-    torch.manual_seed(0)
-    mean, var = torch.tensor([0.5, -1.0, 0.0]).double(), torch.tensor([0.3, 2.0, 1.0]).double()
-    count = 100_000
-    z_0 = mean + var.sqrt() * torch.randn(count, 3, dtype=torch.float64)
-    kl = flora.posterior_kl(z_0, z_0, mean, var, torch.zeros(count, dtype=torch.float64))
-    expected = kl_divergence(Normal(mean, var.sqrt()), Normal(0.0, 1.0)).sum()
-    assert abs(kl.mean() - expected) < 4 * kl.std() / math.sqrt(count)
-
-
-def test_posterior_kl_through_flows_averages_to_the_integral_over_z_k():
-    """One latent dimension: the density of z_K by finite differences, the divergence by the trapezoid rule."""
-    flows = random_flows(4, 1)
-    mean, var = torch.tensor([0.4]).double(), torch.tensor([0.5]).double()
-    grid = torch.linspace(-7, 8, 60_001, dtype=torch.float64)[:, None]
-    with torch.no_grad():
-        z_k, _ = flows(grid)
-        z_k = z_k[:, 0]
-        log_density = Normal(mean, var.sqrt()).log_prob(grid)[:, 0] - torch.gradient(z_k, spacing=15 / 60_000)[0].log()
-        integrand = log_density.exp() * (log_density - Normal(0.0, 1.0).log_prob(z_k))
-        expected = torch.trapezoid(integrand, z_k)
-        count = 200_000
-        z_0 = mean + var.sqrt() * torch.randn(count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        z, log_det = flows(z_0)
-        kl = flora.posterior_kl(z_0, z, mean, var, log_det)
-    assert expected > 0.1
-    assert abs(kl.mean() - expected) < 4 * kl.std() / math.sqrt(count)
-
-
-def test_gaussian_kl_is_that_of_torch_distributions():
-    torch.manual_seed(0)
-    mean, log_std, mean_b, log_std_b = torch.randn(4, 7, 3, dtype=torch.float64)
-    expected = kl_divergence(Normal(mean, log_std.exp()), Normal(mean_b, log_std_b.exp())).sum(-1)
-    torch.testing.assert_close(flora.gaussian_kl(mean, log_std, mean_b, log_std_b), expected, rtol=1e-10, atol=1e-10)
-    same = flora.gaussian_kl(mean, log_std, mean, log_std)
-    torch.testing.assert_close(same, torch.zeros_like(same), rtol=0, atol=1e-12)
-
-
-def test_tanh_gaussian_logp_vector():
-    mean, std, pre = torch.tensor([[0.3], [0.5], [0.8]], dtype=torch.float64)
-    act = torch.tanh(pre)
-    assert act.item() == pytest.approx(0.6640367703, abs=1e-10)
-    logp = flora.tanh_gaussian_logp(mean, std.log(), flora.pre_tanh(act))
-    assert logp.item() == pytest.approx(-0.1442842320, abs=1e-10)
-
-
-def test_tanh_gaussian_logp_is_that_of_torch_distributions():
-    torch.manual_seed(0)
-    mean, log_std = torch.randn(2, 20, 3, dtype=torch.float64)
-    act = torch.tanh(torch.randn(20, 3, dtype=torch.float64))
-    expected = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), TanhTransform()).log_prob(act)
-    logp = flora.tanh_gaussian_logp(mean, log_std, flora.pre_tanh(act))
-    torch.testing.assert_close(logp, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_tanh_gaussian_logp_is_finite_at_the_bounds():
-    mean = torch.zeros(2, 1, requires_grad=True)
-    logp = flora.tanh_gaussian_logp(mean, torch.zeros(2, 1), flora.pre_tanh(torch.tensor([[1.0], [-1.0]])))
-    logp.sum().backward()
-    assert logp.isfinite().all() and mean.grad.isfinite().all()
-
-
-# ---- encoder --------------------------------------------------------------------
-
-
-def test_encoder_is_the_product_of_the_gaussians_of_the_transitions():
+def test_encoder_bounds_the_variance_of_a_factor_from_below():
     agent, _ = random_agent()
-    context, _ = random_batch()
-    mean, var = agent.encoder(context, torch.ones(context.shape[:2], dtype=torch.float64))
-    for m in range(TASKS):
-        expected_mean, expected_var = slow_posterior(agent, context[m])
-        torch.testing.assert_close(mean[m], expected_mean, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(var[m], expected_var, rtol=1e-10, atol=1e-12)
+    agent.encoder.net[-1].bias.data[3:] = -1000
+    _, var = agent.encoder(random_batch()[0], torch.ones(TASKS, CONTEXT).double())
+    torch.testing.assert_close(var, torch.full_like(var, 1e-7 / CONTEXT))
 
 
-def test_encoder_does_not_see_the_order_of_the_context():
-    agent, _ = random_agent()
-    context, _ = random_batch()
-    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64).expand(TASKS, -1)
-    order = torch.tensor([3, 1, 4, 0, 2])
-    for one, other in zip(agent.encoder(context, mask), agent.encoder(context[:, order], mask[:, order])):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+# ---- bandit -----------------------------------------------------------------------------
 
 
-def test_encoder_does_not_see_masked_transitions():
-    agent, _ = random_agent()
-    context, _ = random_batch()
-    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64).expand(TASKS, -1)
-    kept = agent.encoder(context[:, mask[0] == 1], torch.ones(TASKS, 3, dtype=torch.float64))
-    context[:, 1], context[:, 4] = 1e3, -7.0
-    for one, other in zip(agent.encoder(context, mask), kept):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
-
-
-# ---- bandit -----------------------------------------------------------------------
-
-
-def bandit(num_arms, arm):
+@pytest.mark.parametrize("num_arms, arm, gain, lr, expected", [
+    (2, 0, 2.0, 0.1, 0.2),  # clipped to 1: 0.1 * 1 / 0.5
+    (2, 0, 1.0, 0.2, 0.4),
+    (4, 2, -5.0, 0.1, -0.4),  # clipped to -1
+    (4, 3, 0.5, 0.1, 0.2),
+])
+def test_bandit_credits_the_drawn_arm_with_the_clipped_change_of_the_return(num_arms, arm, gain, lr, expected):
     agent, _ = random_agent(num_arms=num_arms)
+    generator = torch.Generator().manual_seed(0)
+    agent.bandit_step(torch.tensor(3.0), lr, generator)
+    assert agent.arm_logits.tolist() == [0.0] * num_arms  # the first return has nothing to be compared with
     agent.arm.fill_(arm)
-    return agent, torch.Generator().manual_seed(0)
+    agent.bandit_step(torch.tensor(3.0 + gain), lr, generator)
+    np.testing.assert_allclose(agent.arm_logits, expected * np.eye(num_arms)[arm], atol=1e-7)
+    assert agent.last_return.item() == 3.0 + gain
 
 
-def test_bandit_vector():
-    agent, generator = bandit(2, 0)
-    agent.bandit_step(torch.tensor(3.0), 0.2, generator)  # the first return has nothing to be compared with
-    assert agent.arm_logits.tolist() == [0.0, 0.0] and agent.last_return.item() == 3.0
-    agent.arm.fill_(0)
-    agent.bandit_step(torch.tensor(4.0), 0.2, generator)  # 0.2 * 1 / 0.5
-    np.testing.assert_allclose(agent.arm_logits, [0.4, 0.0], atol=1e-7)
+def test_bandit_vector_of_the_paper_and_its_floor():
+    agent, _ = random_agent(num_arms=2)
+    agent.arm_logits.copy_(torch.tensor([0.4, 0.0]))
     np.testing.assert_allclose(agent.arm_logits.softmax(0), [0.59869, 0.40131], atol=5e-6)
     np.testing.assert_allclose(agent.arm_probs(), [0.05 + 0.9 * 0.59869, 0.05 + 0.9 * 0.40131], atol=5e-6)
-
-
-@pytest.mark.parametrize("gain, step", [(2.0, 1.0), (-5.0, -1.0), (0.5, 0.5)])
-def test_bandit_clips_the_change_of_the_return(gain, step):
-    agent, generator = bandit(5, 3)
-    agent.bandit_step(torch.tensor(1.0), 0.1, generator)
-    agent.arm.fill_(3)
-    agent.bandit_step(torch.tensor(1.0 + gain), 0.1, generator)
-    np.testing.assert_allclose(agent.arm_logits, [0, 0, 0, 0.1 * step / 0.2, 0], atol=1e-6)
-    assert agent.last_return.item() == pytest.approx(1.0 + gain)
-
-
-def test_bandit_divides_by_the_floored_probability():
-    agent, generator = bandit(5, 0)
-    agent.arm_logits.copy_(torch.tensor([-100.0, 0.0, 0.0, 0.0, 0.0]))
+    agent, _ = random_agent(num_arms=5)
+    agent.arm_logits.copy_(torch.tensor([-100.0, 0.0, 50.0, -10.0, 10.0]))
+    np.testing.assert_allclose(agent.arm_probs(), [0.05, 0.05, 0.8, 0.05, 0.05], atol=1e-6)
     agent.last_return.fill_(0.0)
-    agent.bandit_step(torch.tensor(1.0), 0.1, generator)
-    assert agent.arm_logits[0].item() == pytest.approx(-100 + 0.1 / 0.05, rel=1e-6)
+    agent.arm.fill_(0)
+    agent.bandit_step(torch.tensor(1.0), 0.1, torch.Generator())
+    assert agent.arm_logits[0].item() == pytest.approx(-100 + 0.1 / 0.05, rel=1e-6)  # divided by the floored p
 
 
-def test_bandit_floors_every_probability():
-    agent, _ = bandit(5, 0)
-    agent.arm_logits.copy_(torch.tensor([50.0, -50.0, 0.0, -10.0, 10.0]))
-    probs = agent.arm_probs()
-    np.testing.assert_allclose(probs, [0.8, 0.05, 0.05, 0.05, 0.05], atol=1e-6)
-    assert probs.sum().item() == pytest.approx(1.0, abs=1e-6)
-
-
-def test_bandit_draws_arms_by_their_probabilities():
-    agent, generator = bandit(5, 0)
+def test_bandit_draws_arms_by_their_probabilities_from_its_generator():
+    agent, _ = random_agent(num_arms=5)
     agent.arm_logits.copy_(torch.tensor([1.0, 0.0, 0.0, -1.0, 2.0]))
-    probs, counts = agent.arm_probs(), torch.zeros(5)
+    probs, counts, generator = agent.arm_probs(), torch.zeros(5), torch.Generator().manual_seed(0)
+    untouched = torch.get_rng_state()
     for _ in range(2000):
         agent.bandit_step(torch.tensor(0.0), 0.1, generator)
         counts[agent.arm] += 1
     deviation = (counts / 2000 - probs) / (probs * (1 - probs) / 2000).sqrt()
     assert deviation.abs().max() < 4.5
+    assert torch.equal(untouched, torch.get_rng_state())
+
+
+def test_bandit_survives_a_return_that_is_not_a_number():
+    agent, _ = random_agent()
+    for value in (0.0, math.nan, 1.0):
+        agent.bandit_step(torch.tensor(value), 0.1, torch.Generator())
+    assert agent.arm_logits.tolist() == [0, 0, 0, 0] and agent.last_return == 1
 
 
 def test_arms_lie_evenly_between_alpha_min_and_zero():
-    np.testing.assert_allclose(random_agent(num_arms=5)[0].arms, [-1, -0.75, -0.5, -0.25, 0])
-    np.testing.assert_allclose(random_agent(num_arms=3, alpha_min=-0.5)[0].arms, [-0.5, -0.25, 0])
+    agent, _ = random_agent(num_arms=5, alpha_min=-1.0)
+    assert agent.arms.tolist() == [-1, -0.75, -0.5, -0.25, 0]
+    assert random_agent(num_arms=3, alpha_min=-0.5)[0].arms.tolist() == [-0.5, -0.25, 0]
 
 
-def test_offline_bandit_return_is_the_value_at_the_datas_initial_states(tiny):
-    agent, args = random_agent(torch.float32, obs_dim=2, ctx_dim=7, z_dim=3, context_size=6)
-    value = flora.bandit_return(agent, tiny, args, torch.Generator().manual_seed(3))
-    tasks = torch.as_tensor(tiny.train_ids)
-    context = tiny.sample_episode(tasks, 6, torch.Generator().manual_seed(3))[..., :-1]
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for row, task in enumerate(tiny.train_ids):
-            z, _ = slow_flow(agent.flows, slow_posterior(agent, context[row])[0])
-            w = agent.weights.net(z).softmax(-1)
-            for episode in tiny.episodes[task]:
-                obs = episode[0, :2]
-                act = torch.tanh(slow_policy(agent, obs, z)[0])
-                total += sum((psi * w).sum().item() / 2 for psi in slow_psi(agent.psi, obs, act, z))
-                count += 1
-    spread = tiny.episode_returns[tiny.train_ids].std()
-    assert float(value) == pytest.approx(total / count / (args.reward_scale * spread), rel=1e-4)
+@pytest.mark.parametrize("activation", ["softmax", "none"])
+def test_offline_feedback_is_the_mean_value_at_the_initial_states_of_the_training_tasks(activation, numbered):
+    agent, args = random_agent(POINT, torch.float32, weight_activation=activation)
+    value = flora.bandit_return(agent, numbered, args, torch.Generator().manual_seed(3))
+    context = numbered.sample_context(torch.arange(6), args.context_size, torch.Generator().manual_seed(3))
+    values = []
+    for task in range(6):
+        z = slow_infer(agent, context[task])[0]
+        values += [slow_value(agent, episode[0, :2], z, args, np.mean) for episode in numbered.episodes[task]]
+    spread = numbered.episode_returns[:6].std()
+    assert value.item() == pytest.approx(np.mean(values) / (args.reward_scale * spread), rel=1e-4)
 
 
-def test_rollout_bandit_return_plays_training_tasks_only(tiny, monkeypatch):
-    agent, args = random_agent(torch.float32, obs_dim=2, ctx_dim=7, bandit_feedback="rollout")
+def test_rollout_feedback_is_the_return_of_one_episode_on_training_tasks(tiny, monkeypatch):
+    agent, args = random_agent(POINT, torch.float32, bandit_feedback="rollout")
     real, played = dc.TaskEnv, []
-
-    def spy(family, params, task_ids):
-        played.extend(task_ids)
-        return real(family, params, task_ids)
-
-    monkeypatch.setattr(dc, "TaskEnv", spy)
-    value = flora.bandit_return(agent, tiny, args, torch.Generator().manual_seed(0))
-    assert set(played) <= set(tiny.train_ids) and not set(played) & set(tiny.test_ids)
+    monkeypatch.setattr(dc, "TaskEnv", lambda *a: played.append(real(*a)) or played[-1])
+    value = flora.bandit_return(agent, tiny, args, None)
+    (env,) = played
+    assert env.task_ids.tolist() == tiny.train_ids.tolist()
     expected = dc.evaluate(tiny, partial(flora.adapt, agent), ("train",), 1)["eval/train/return"]
-    assert float(value) == pytest.approx(expected / tiny.episode_returns[tiny.train_ids].std(), rel=1e-5)
+    assert value.item() == pytest.approx(expected / tiny.episode_returns[tiny.train_ids].std(), rel=1e-5)
 
 
-def rewritten(tiny_path, path, change):
-    """The tiny dataset after change(arrays), by way of a file -> Dataset, arrays."""
-    with np.load(tiny_path) as file:
-        arrays = dict(file)
-    change(arrays)
-    np.savez_compressed(path, **arrays)
-    return dc.load_dataset("point-robot", path), arrays
+# ---- the agent before training ----------------------------------------------------------
 
 
-def test_bandit_return_is_finite_where_all_episodes_have_the_same_return(tiny_path, tmp_path):
-    """As of a random policy on a sparse reward."""
-    flat, _ = rewritten(tiny_path, tmp_path / "flat.npz", lambda arrays: arrays["rewards"].fill(0))
-    agent, args = random_agent(torch.float32, obs_dim=2, ctx_dim=7)
-    assert math.isfinite(float(flora.bandit_return(agent, flat, args, torch.Generator().manual_seed(0))))
-
-
-def test_bandit_return_is_scaled_by_recorded_episodes_only(tiny_path, tmp_path):
-    """--test-episodes above --episodes leaves empty places in the rows of the training tasks."""
-
-    def drop_two_episodes(arrays):
-        for key in ("observations", "actions", "rewards", "lengths", "terminated"):
-            arrays[key][arrays["train_ids"], -2:] = 0
-        arrays["behavior_step"][arrays["train_ids"], -2:] = -1
-
-    gaps, arrays = rewritten(tiny_path, tmp_path / "gaps.npz", drop_two_episodes)
-    recorded = arrays["rewards"][arrays["train_ids"], :-2].sum(-1, dtype=np.float64)
-    agent, args = random_agent(torch.float32, obs_dim=2, ctx_dim=7, bandit_feedback="rollout")
-    value = flora.bandit_return(agent, gaps, args, torch.Generator().manual_seed(0))
-    expected = dc.evaluate(gaps, partial(flora.adapt, agent), ("train",), 1)["eval/train/return"]
-    assert gaps.behavior_return == pytest.approx(recorded.mean(), rel=1e-6)
-    assert float(value) == pytest.approx(expected / recorded.std(), rel=1e-5)
-
-
-# ---- update -----------------------------------------------------------------------
-
-VARIANTS = [("softmax", 2, 0), ("softmax", 0, 1), ("none", 4, 2)]
-
-
-@pytest.mark.parametrize("activation, num_flows, arm", VARIANTS)
-def test_update_reports_the_losses_of_a_slow_recomputation(activation, num_flows, arm, known_noise):
-    agent, args = random_agent(weight_activation=activation, num_flows=num_flows)
-    agent.arm.fill_(arm)
-    context, batch = random_batch()
-    expected = slow_losses(agent, context, batch, args)
-    metrics = flora.update(agent, context, batch, args)
-    reported = [tag for tag in metrics if tag.startswith("losses/")]
-    assert {"losses/" + name for name in ("reward", "feature", "encoder", "actor", "behavior", "kl")} <= set(reported)
-    for tag in reported:
-        assert metrics[tag].item() == pytest.approx(expected[tag.split("/")[1]].item(), rel=1e-6), tag
-    assert metrics["stats/q_mean"].item() == pytest.approx(expected["q"].item(), rel=1e-6)
-    assert metrics["stats/divergence"].item() == pytest.approx(expected["divergence"].item(), rel=1e-6)
-    assert metrics["stats/alpha"].item() == pytest.approx([-1, -0.75, -0.5][arm])
-    assert not any(value.requires_grad for value in metrics.values())
-
-
-@pytest.mark.parametrize("activation, num_flows, arm", VARIANTS)
-def test_every_network_gets_the_gradient_of_its_own_loss_only(activation, num_flows, arm, known_noise, monkeypatch):
-    agent, args = random_agent(weight_activation=activation, num_flows=num_flows)
-    agent.arm.fill_(arm)
-    context, batch = random_batch()
-    losses = slow_losses(agent, context, batch, args)
-    routes = {"encoder": [agent.encoder, agent.flows], "feature": [agent.psi], "reward": [agent.phi, agent.weights]}
-    expected = {}
-    policies = list(agent.gaussians.parameters())
-    for member, loss in enumerate(("behavior", "actor")):
-        grads = torch.autograd.grad(losses[loss], policies, retain_graph=True)
-        assert all((grad[1 - member] == 0).all() for grad in grads), loss
-        for param, grad in zip(policies, grads):
-            expected[param] = expected.get(param, 0) + grad
-    for loss, modules in routes.items():
-        params = [p for module in modules for p in module.parameters() if p.numel()]
-        expected |= dict(zip(params, torch.autograd.grad(losses[loss], params, retain_graph=True)))
-    monkeypatch.setattr(agent.opts[0], "step", lambda: None)
-    flora.update(agent, context, batch, args)
-    for name, param in agent.named_parameters():
-        if name.startswith("psi_target"):
-            assert param.grad is None, name
-        elif param.numel():
-            assert expected[param].abs().max() > 1e-9, name
-            torch.testing.assert_close(param.grad, expected[param], rtol=1e-6, atol=1e-9)
-
-
-def test_gradients_do_not_pile_up_over_updates(known_noise, monkeypatch):
-    agent, args = random_agent()
-    context, batch = random_batch()
-    monkeypatch.setattr(agent.opts[0], "step", lambda: None)
-    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *_: None)
-    agent.arm.fill_(0)
-    seen = []
-    for _ in range(2):
-        agent.brac_alpha.fill_(1.5)
-        flora.update(agent, context, batch, args)
-        seen.append([p.grad.clone() for p in agent.parameters() if p.grad is not None])
-    assert seen[0]
-    for first, second in zip(*seen):
-        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)
-
-
-def test_every_network_moves_in_one_update(known_noise):
-    agent, args = random_agent()
-    context, batch = random_batch()
-    before = copy.deepcopy(agent.state_dict())
-    flora.update(agent, context, batch, args)
-    still = [name for name, _ in agent.named_parameters() if torch.equal(agent.state_dict()[name], before[name])]
-    assert not still
-
-
-def constant_critic(agent, value, phi):
-    """Targets and psi of `value` and features of `phi` everywhere."""
-    with torch.no_grad():
-        for module, constant in ((agent.phi, phi), (agent.psi, value), (agent.psi_target, value)):
-            for parameter in module.parameters():
-                parameter.zero_()
-            module.b_3.fill_(constant)
-
-
-def test_target_bootstraps_except_where_the_task_terminated(known_noise, monkeypatch):
-    agent, args = random_agent(gamma=0.99, reward_scale=5.0)
-    constant_critic(agent, 10.0, 2.0)
-    seen = spy_targets(monkeypatch)
-    context, (obs, act, rew, next_obs, term) = random_batch()
-    flora.update(agent, context, (obs, act, torch.ones_like(rew), next_obs, term), args)
-    torch.testing.assert_close(seen["q"], 14.9 - 9.9 * term)  # 5 * 1 + 0.99 * 10, 5 at the end
-    torch.testing.assert_close(seen["psi"], (11.9 - 9.9 * term)[..., None].expand_as(seen["psi"]))
-
-
-def test_time_limit_is_no_termination_and_a_fall_is_one(tiny, walker):
-    ids = torch.as_tensor(tiny.train_ids)
-    assert (tiny.lengths[ids] == tiny.family.horizon).all()
-    assert tiny.unpack(tiny.episodes[ids])[4].sum() == 0
-    term = walker.unpack(walker.episodes)[4]  # [T, N, H]
-    falls = (walker.lengths > 0) & (walker.lengths < walker.family.horizon)
-    assert falls.any()
-    task, episode = falls.nonzero()[0].tolist()
-    length = walker.lengths[task, episode]
-    assert term[task, episode, length - 1] == 1 and term[task, episode].sum() == 1
-
-
-@pytest.mark.parametrize("done, share", [(0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0)])
-def test_learning_rate_is_constant_and_then_falls_linearly(done, share):
-    agent, _ = random_agent()
-    flora.anneal(agent.opts, 0.01, done)
-    rates = [group["lr"].item() for opt in agent.opts for group in opt.param_groups]
-    assert rates == pytest.approx([0.01 * share])
-
-
-def test_targets_follow_by_polyak_averaging(known_noise, monkeypatch):
-    agent, args = random_agent(tau=0.005)
-    context, batch = random_batch()
-    before = copy.deepcopy(agent.psi_target.state_dict())
-    flora.update(agent, context, batch, args)
-    for name, target in agent.psi_target.state_dict().items():
-        expected = 0.995 * before[name] + 0.005 * agent.psi.state_dict()[name]
-        torch.testing.assert_close(target, expected, rtol=1e-12, atol=1e-14)
-    monkeypatch.setattr(agent.opts[0], "step", lambda: None)
-    with torch.no_grad():
-        for module, value in ((agent.psi_target, 1.0), (agent.psi, 3.0)):
-            for parameter in module.parameters():
-                parameter.fill_(value)
-    flora.update(agent, context, batch, args)
-    for target in agent.psi_target.parameters():
-        torch.testing.assert_close(target, torch.full_like(target, 1.01), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_lower_alpha_never_raises_q_with_softmax_weights(seed, known_noise, monkeypatch):
-    agent, args = random_agent(seed=seed, weight_activation="softmax", num_arms=5)
-    start, seen, targets = copy.deepcopy(agent.state_dict()), spy_targets(monkeypatch), []
-    for arm in range(5):  # from -1 to 0
-        agent.load_state_dict(start)
-        agent.arm.fill_(arm)
-        flora.update(agent, *random_batch(seed=seed), args)
-        targets.append(seen["q"])
-    change = torch.stack(targets).diff(dim=0)
-    assert (change >= 0).all() and change.max() > 1e-3
-
-
-def test_multiplier_moves_towards_the_target_divergence_within_its_bounds(known_noise):
-    context, batch = random_batch()
-    agent, args = random_agent(brac_alpha=1.5, brac_alpha_lr=0.01, divergence_target=0.05, brac_alpha_max=100.0)
-    metrics = flora.update(agent, context, batch, args)
-    divergence = metrics["stats/divergence"].item()
-    assert agent.brac_alpha.item() == pytest.approx(1.5 + 0.01 * (divergence - 0.05), rel=1e-6)
-    assert metrics["stats/brac_alpha"].item() == agent.brac_alpha.item()
-    for changes, expected in (({"brac_alpha_max": 1.6, "brac_alpha_lr": 1e3}, 1.6), ({"divergence_target": 1e9}, 0.0)):
-        agent, args = random_agent(brac_alpha=1.5, **{"brac_alpha_lr": 0.01} | changes)
-        flora.update(agent, context, batch, args)
-        assert agent.brac_alpha.item() == pytest.approx(expected)
-    agent, args = random_agent(brac_alpha=1.5, brac_alpha_lr=0.0)
-    flora.update(agent, context, batch, args)
-    assert agent.brac_alpha.item() == 1.5
-
-
-def test_pessimistic_q_is_the_smaller_of_the_two():
-    agent, _ = random_agent()
-    obs, act = (3 * torch.randn(TASKS, 50, size).double() for size in (OBS_DIM, ACT_DIM))
-    z = 3 * torch.randn(TASKS, 3).double()
-    weights = torch.randn(TASKS, 1, 4).double()
-    q, psi = agent.q(obs, act, z, weights)
-    both = torch.zeros(2, TASKS, 50).double()
-    for m in range(TASKS):
-        for b in range(50):
-            both[:, m, b] = torch.stack(slow_psi(agent.psi, obs[m, b], act[m, b], z[m])) @ weights[m, 0]
-    assert (both[0] < both[1]).any() and (both[0] > both[1]).any()
-    torch.testing.assert_close(q, torch.where(both[0] < both[1], both[0], both[1]))
-    assert psi.shape == (2, TASKS, 50, 4)
-
-
-def test_softmax_weights_are_a_convex_mix_and_the_others_are_linear():
-    z = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = random_agent(weight_activation="softmax")[0].weights(z)
-    assert (weights > 0).all()
-    torch.testing.assert_close(weights.sum(-1), torch.ones(50).double())
-    agent, _ = random_agent(weight_activation="none")
-    torch.testing.assert_close(agent.weights(z), agent.weights.net(z))
-    assert (agent.weights(z) < 0).any()
-
-
-def test_policy_deviations_stay_within_their_bounds():
-    agent, _ = random_agent()
-    obs, z = torch.zeros(1, 1, OBS_DIM).double(), torch.zeros(1, 3).double()
-    for bias, low_b, low in ((-50.0, -3, -5), (50.0, 1, 2)):
-        with torch.no_grad():
-            agent.gaussians.b_3.fill_(bias)
-        _, log_std, _, log_std_b = agent.policies(obs, z)
-        assert (log_std_b == low_b).all() and (log_std == low).all()
-
-
-def test_policy_starts_at_the_behavior_policy():
-    args = flora.Args(**METHOD)
+def test_networks_start_as_linear_layers_do_and_flows_near_the_identity():
     torch.manual_seed(0)
-    agent = flora.Agent(OBS_DIM, ACT_DIM, 2 * OBS_DIM + ACT_DIM + 1, args)
-    with torch.no_grad():
-        for parameter in agent.gaussians.parameters():
-            parameter[0].normal_(0, 0.4)
-    obs, z = torch.randn(50, 2, OBS_DIM), torch.randn(50, 3)
-    mean, log_std, mean_b, log_std_b = agent.policies(obs, z)
-    assert mean_b.abs().max() > 0.3
-    assert flora.gaussian_kl(mean, log_std, mean_b, log_std_b).abs().max() < 1e-3
+    agent = flora.Agent(DIMS, flora.Args(**RUN | {"width": 200, "z_dim": 6, "feature_dim": 20, "num_flows": 200}))
+    for net, inputs in ((agent.phi, 14), (agent.psi, 11), (agent.behavior, 9), (agent.shift, 9)):
+        for name, parameter in net.named_parameters():
+            bound = 1 / math.sqrt(inputs if name in ("w_x", "w_z", "b_1") else 200)
+            if name in ("w_3", "b_3") and net in (agent.behavior, agent.shift):
+                bound = 1e-3  # pi starts at pi_beta, both at the middle of the actions
+            assert (0.7 if parameter.numel() < 50 else 0.95) * bound < parameter.abs().max() <= bound, name
+    assert agent.weights.net[0].weight.shape == (200, 6) and agent.encoder.net[2].weight.shape == (12, 12)
+    assert not torch.equal(agent.psi.w_x[0], agent.psi.w_x[1])  # the twins differ
+    for name, target in agent.psi_target.named_parameters():
+        assert torch.equal(target, agent.psi.get_parameter(name)) and not target.requires_grad
+    assert agent.flows.u.std().item() == pytest.approx(0.01, rel=0.1)
+    assert agent.flows.w.std().item() == pytest.approx(1 / math.sqrt(6), rel=0.1)
+    assert (agent.flows.b == 0).all() and (agent.arm_logits == 0).all() and agent.last_return.isnan()
+    assert agent.brac_alpha.item() == pytest.approx(METHOD["brac_alpha"])
 
 
-class HostReads(TorchDispatchMode):
-    """Counts the values that are copied from a tensor to Python, each a stall on a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
+# ---- adaptation -------------------------------------------------------------------------
 
 
-def test_update_reads_no_value_back_to_the_host():
-    agent, args = random_agent(torch.float32)
-    context, batch = random_batch(torch.float32)
-    with HostReads() as reads:
-        flora.update(agent, context, batch, args)
-        count = reads.count
-        agent.brac_alpha.item()
-    assert reads.count == count + 1  # the counter counts
-    assert count == 0
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).double()  # rows with all, some, no context
 
 
-def test_latent_may_be_wider_than_a_transition(tiny_path, tmp_path):
-    result = run(tiny_path, tmp_path, z_dim=12, total_updates=2)
-    assert math.isfinite(result["eval/iid/return"])
-
-
-# ---- adaptation ---------------------------------------------------------------------
-
-
-def test_actions_lie_strictly_within_the_bounds_and_move_the_point_by_a_tenth():
+@pytest.mark.parametrize("explore", [False, True])
+def test_adapt_acts_on_the_posterior_through_the_flows_or_on_the_prior(explore, known_noise):
     agent, _ = random_agent()
-    act = agent.act(torch.randn(200, 1, OBS_DIM).double(), torch.randn(200, 3).double())[:, 0]
-    assert act.shape == (200, ACT_DIM) and (act.abs() < 1).all() and act.abs().max() > 0.3
-    family = dc.FAMILIES["point-robot"]
-    env = dc.TaskEnv(family, family.draw()[0], [0, 1])
-    start, _ = env.reset(seed=0)
-    np.testing.assert_allclose(env.step(np.full((2, 2), 0.5))[0] - start, 0.05, rtol=1e-6)
-    np.testing.assert_allclose(env.step(np.full((2, 2), -3.0))[0] - start, -0.05, rtol=1e-6)  # clipped to -0.1
+    context, (obs, _, rew, _, _) = random_batch()
+    noise = float(explore) * pattern((TASKS, 3))
+    policy = flora.adapt(agent, context, MASK, explore)
+    act = policy(obs[:, 0], rew[:, 0])
+    for row in range(2):
+        z = slow_infer(agent, context[row][MASK[row] == 1], noise[row])[0]
+        torch.testing.assert_close(act[row], slow_act(agent, obs[row, 0], z))
+    torch.testing.assert_close(act[2], slow_act(agent, obs[2, 0], noise[2]))
+    no_context = flora.adapt(agent, context[:, :0], MASK[:, :0], explore)(obs[:, 0], rew[:, 0])
+    torch.testing.assert_close(no_context[0], slow_act(agent, obs[0, 0], noise[0]))
 
 
-def test_adapt_acts_on_the_posterior_mean_through_the_flows():
-    agent, _ = random_agent(torch.float32)
-    context, (obs, _, rew, _, _) = random_batch(torch.float32)
-    act = flora.adapt(agent, context, torch.ones(TASKS, 5))(obs[:, 0], rew[:, 0])
-    for m in range(TASKS):
-        z, _ = slow_flow(agent.flows, slow_posterior(agent, context[m])[0])
-        torch.testing.assert_close(act[m], torch.tanh(slow_policy(agent, obs[m, 0], z)[0]), rtol=1e-4, atol=1e-5)
+def test_embedding_is_the_posterior_mean_through_the_flows():
+    agent, _ = random_agent()
+    context, _ = random_batch()
+    z = flora.embed(agent, context[:2], MASK[:2])
+    assert not z.requires_grad
+    for row in range(2):
+        torch.testing.assert_close(z[row], slow_infer(agent, context[row][MASK[row] == 1])[0])
 
 
-def test_adapt_without_context_acts_on_the_prior_and_explores_by_sampling():
-    agent, _ = random_agent(torch.float32)
-    used = []
+def test_adaptation_repeats_itself_and_leaves_the_random_generator_of_training_alone():
+    agent, _ = random_agent(dtype=torch.float32)
+    context, obs = torch.zeros(2000, 0, 9), torch.zeros(2000, 3)
+    before, used = torch.get_rng_state(), []
     agent.act = lambda obs, z: used.append(z) or obs
-    rows = 4000
-    context, mask, obs, rew = torch.zeros(rows, 0, 9), torch.zeros(rows, 0), torch.zeros(rows, 3), torch.zeros(rows)
-    flora.adapt(agent, context, mask)(obs, rew)
-    assert (used[-1] == 0).all() and used[-1].shape == (rows, 3)
-    flora.adapt(agent, context, mask, explore=True)(obs, rew)
-    assert used[-1].mean(0).abs().max() < 0.1 and (used[-1].std(0) - 1).abs().max() < 0.1
-    context, _ = random_batch(torch.float32)
-    mask = torch.ones(TASKS, 5)
-    flora.adapt(agent, context, mask, explore=True)(obs[:TASKS], rew[:TASKS])
-    assert (used[-1] - flora.embed(agent, context, mask)).abs().min(1).values.max() > 1e-3
+    for _ in range(2):
+        flora.adapt(agent, context, context[..., 0], explore=True)(obs, None)
+    assert torch.equal(before, torch.get_rng_state()) and torch.equal(*used)
+    assert used[0].mean(0).abs().max() < 0.1 and (used[0].std(0) - 1).abs().max() < 0.1
 
 
-def test_adaptation_leaves_the_random_generator_of_training_alone(tiny):
-    agent, _ = random_agent(torch.float32, obs_dim=2, ctx_dim=7)
-    before = torch.get_rng_state()
-    dc.evaluate(tiny, partial(flora.adapt, agent), dc.PROTOCOLS, 1)
-    assert torch.equal(before, torch.get_rng_state())
+# ---- evaluation -------------------------------------------------------------------------
 
 
-def test_q_error_is_that_of_a_plain_loop():
-    agent, _ = random_agent(torch.float32)
-    args = SimpleNamespace(gamma=0.9, reward_scale=5.0)
-    generator = np.random.default_rng(0)
-    lengths, terminated = np.array([5, 3, 2], np.int32), np.array([False, True, False])
-    episodes = {"observations": generator.normal(size=(3, 6, OBS_DIM)).astype(np.float32), "lengths": lengths}
-    episodes |= {"rewards": generator.normal(size=(3, 5)).astype(np.float32), "terminated": terminated}
-    episodes["rewards"][np.arange(5) >= lengths[:, None]] = 0.0
-    episodes |= {"context": random_batch(torch.float32)[0], "mask": torch.ones(3, 5)}
-
-    def value(obs, z):
-        obs = torch.as_tensor(obs)
-        act, w = torch.tanh(slow_policy(agent, obs, z)[0]), agent.weights.net(z).softmax(-1)
-        return min((psi * w).sum().item() for psi in slow_psi(agent.psi, obs, act, z))
-
+def slow_q_error(agent, episodes, args):
+    """Mean over the episodes of Q at the start minus the discounted rewards, continued with Q at a time limit."""
     errors = []
-    with torch.no_grad():
-        for row in range(3):
-            z, _ = slow_flow(agent.flows, slow_posterior(agent, episodes["context"][row])[0])
-            total = 0.0
-            for step in range(lengths[row]):
-                total += 0.9**step * 5 * float(episodes["rewards"][row, step])
-            if not terminated[row]:
-                total += 0.9 ** lengths[row] * value(episodes["observations"][row, lengths[row]], z)
-            errors.append((value(episodes["observations"][row, 0], z) - total) / 5)
-    assert flora.q_error(agent, episodes, args) == pytest.approx(np.mean(errors), abs=1e-4)
-    everything_ends = episodes | {"terminated": np.ones(3, bool)}
-    assert abs(flora.q_error(agent, everything_ends, args) - np.mean(errors)) > 1e-3
+    for row, length in enumerate(episodes["lengths"]):
+        z = slow_infer(agent, episodes["context"][row][episodes["mask"][row] == 1])[0]
+        obs = torch.as_tensor(episodes["observations"][row])
+        total = sum(args.gamma**t * args.reward_scale * float(episodes["rewards"][row, t]) for t in range(length))
+        if not episodes["terminated"][row]:
+            total += args.gamma**length * slow_value(agent, obs[length], z, args, min)
+        errors.append((slow_value(agent, obs[0], z, args, min) - total) / args.reward_scale)
+    return np.mean(errors)
 
 
-# ---- whole runs -----------------------------------------------------------------------
+@pytest.mark.parametrize("terminated", [(False, True, False), (True, True, True)])
+def test_q_error_is_that_of_a_plain_loop(terminated):
+    agent, args = random_agent(dtype=torch.float32)
+    generator = np.random.default_rng(0)
+    lengths = np.array([5, 3, 2], np.int32)
+    episodes = {"observations": generator.normal(size=(3, 6, 3)).astype(np.float32), "lengths": lengths}
+    episodes |= {"rewards": generator.normal(size=(3, 5)).astype(np.float32), "terminated": np.array(terminated)}
+    episodes["rewards"][np.arange(5) >= lengths[:, None]] = 0.0
+    episodes |= {"context": random_batch()[0].float(), "mask": torch.ones(3, 5)}
+    episodes["mask"][1, 3:] = 0
+    assert flora.q_error(agent, episodes, args) == pytest.approx(slow_q_error(agent, episodes, args), abs=1e-4)
 
 
-@pytest.fixture(scope="module")
-def smoke(tiny_path, tmp_path_factory):
-    """A run of 60 updates -> its run directory."""
-    return Path(run(tiny_path, tmp_path_factory.mktemp("smoke"))["run_dir"])
+def test_evaluation_has_the_returns_the_quality_of_z_and_the_q_error_of_the_test_tasks(tiny):
+    agent, args = random_agent(POINT, torch.float32, eval_episodes=2)
+    agent.encoder.net[0].weight.data[:, 4] *= 1000
+    results = flora.evaluate_all(agent, tiny, args, ("train", "iid"))
+    traced = []
+    expected = dc.evaluate(tiny, partial(flora.adapt, agent), ("iid", "train"), 2, traced)
+    assert len(traced[0]["lengths"]) == 6  # two episodes on each of three test tasks
+    expected |= dc.embedding_quality(tiny, partial(flora.embed, agent))
+    assert results.pop("eval/iid/q_error") == pytest.approx(slow_q_error(agent, traced[0], args), rel=1e-3)
+    assert results == pytest.approx(expected)
 
 
-def test_run_writes_finite_metrics_at_every_interval(smoke):
-    rows = read_rows(smoke)
-    assert all(math.isfinite(float(value)) for _, _, value in rows)
-    steps_of = {}
-    for step, tag, _ in rows:
-        steps_of.setdefault(tag, []).append(step)
-    assert steps_of["losses/reward"] == steps_of["eval/iid/return"] == [10, 20, 30, 40, 50, 60]
-    assert steps_of["eval/ood/return"] == [60]
-    expected = {"reward", "feature", "encoder", "actor", "behavior", "kl"}
-    assert {"losses/" + name for name in expected} | {"eval/iid/q_error", "z/probe_r2"} <= set(steps_of)
-
-
-def test_run_logs_the_bandit(smoke):
-    rows = read_rows(smoke)
-    probs = [float(value) for step, tag, value in rows if step == 60 and tag.startswith("bandit/prob_")]
-    assert len(probs) == 5 and sum(probs) == pytest.approx(1, abs=1e-5) and min(probs) >= 0.05 - 1e-6
-    alphas = {float(value) for _, tag, value in rows if tag == "stats/alpha"}
-    assert alphas <= {-1.0, -0.75, -0.5, -0.25, 0.0} and len(alphas) > 1
-
-
-def test_run_stores_its_arguments_and_versions(smoke, tiny_path):
-    stored = json.loads((smoke / "args.json").read_text())
-    for name, value in (SMALL | {"dataset": str(tiny_path)}).items():
-        assert stored["args"][name] == value
-    assert set(stored["versions"]) >= {"torch", "numpy", "gymnasium", "mujoco", "python"}
-    assert stored["dataset"]["env"] == "point-robot"
-
-
-def test_tensorboard_has_every_scalar_but_those_of_single_tasks(smoke):
-    events = EventAccumulator(str(smoke), size_guidance={"scalars": 0})
-    events.Reload()
-    logged = {tag for _, tag, _ in read_rows(smoke) if "/return_task_" not in tag}
-    assert not logged - set(events.Tags()["scalars"])
-    assert {"charts/updates_per_sec", "charts/wall_clock_s"} <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("losses/encoder")] == [10, 20, 30, 40, 50, 60]
-    assert not [tag for tag in events.Tags()["scalars"] if "/return_task_" in tag]
-    assert any(tag.startswith("args") for tag in events.Tags()["tensors"])
-
-
-def test_tensorboard_has_the_embedding_with_its_tasks(smoke, tiny):
-    assert 'tensor_name: "z' in (smoke / "projector_config.pbtxt").read_text()
-    (metadata,) = smoke.glob("**/metadata.tsv")
-    (tensors,) = smoke.glob("**/tensors.tsv")
-    labels = [int(line) for line in metadata.read_text().split()]
-    assert set(labels) == {*tiny.train_ids, *tiny.test_ids}
-    assert np.loadtxt(tensors).shape == (len(labels), SMALL["z_dim"])
-
-
-VARIANT_RUNS = [{"num_flows": 0}, {"alpha_min": 0.0}, {"weight_activation": "none"}, {"bandit_feedback": "rollout"}]
-
-
-@pytest.mark.parametrize("changes", VARIANT_RUNS, ids=lambda changes: "-".join(changes))
-def test_variants_train(changes, tiny_path, tmp_path):
-    intervals = {"total_updates": 24, "log_every": 8, "eval_every": 24, "save_every": 24, "bandit_every": 6}
-    result = run(tiny_path, tmp_path, **intervals | changes)
-    rows = read_rows(result["run_dir"])
-    assert all(math.isfinite(float(value)) for _, _, value in rows)
-    alphas = [float(value) for _, tag, value in rows if tag == "stats/alpha"]
-    assert len(alphas) == 3 and all(alpha == 0 for alpha in alphas) == ("alpha_min" in changes)
-    assert all(value.isfinite().all() for value in load(result["run_dir"])["agent"].values())
-
-
-def test_family_with_termination_trains(walker_path, tmp_path):
-    changes = {"env": "walker-rand-params", "dataset": str(walker_path), "gamma": 0.99, "reward_scale": 0.1}
-    result = run(walker_path, tmp_path, total_updates=6, log_every=2, **changes)
-    assert math.isfinite(result["eval/iid/q_error"])
-    assert all(math.isfinite(float(value)) for _, _, value in read_rows(result["run_dir"]))
-
-
-# ---- losses that are not finite ----------------------------------------------------------
+# ---- the training loop ------------------------------------------------------------------
 
 
 @pytest.fixture
-def broken_at(monkeypatch):
-    """-> function that makes the policy and the encoder NaN after a given number of updates."""
-    update, count = flora.update, [0]
+def traced(numbered_path, tmp_path, monkeypatch):
+    """-> function of arguments: train with an update that only records what it gets -> the records, run directory."""
+    monkeypatch.setattr(flora, "evaluate_all", lambda *_: {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0})
 
-    def break_after(limit):
-        def wrapped(agent, *inputs):
-            metrics = update(agent, *inputs)
-            count[0] += 1
-            if count[0] == limit:
-                with torch.no_grad():
-                    agent.gaussians.w_2.fill_(math.nan)
-                    agent.encoder.net[0].weight.fill_(math.nan)
-            return metrics
+    def train(**changes):
+        calls, folder = [], tmp_path / str(len(list(tmp_path.iterdir())))
 
-        monkeypatch.setattr(flora, "update", wrapped)
+        def record(agent, context, batch, args):
+            calls.append(SimpleNamespace(context=context, batch=batch, arm=agent.arm.item(), args=args))
+            calls[-1].lr, calls[-1].w_x = agent.opt.param_groups[0]["lr"].item(), agent.psi.w_x.detach().clone()
+            return {"losses/count": torch.tensor(float(len(calls)))}
 
-    return break_after
+        monkeypatch.setattr(flora, "update", record)
+        result = flora.train(flora.Args(**RUN | {"dataset": str(numbered_path), "run_dir": str(folder)} | changes))
+        return calls, Path(result["run_dir"])
 
-
-NAN_MEETS = {  # what meets the NaN of update 25: its flags, the update at which the run stops
-    "log line": ({}, 30),
-    "bandit": ({"bandit_every": 13}, 30),
-    "evaluation": ({"eval_every": 26}, 26),
-    "evaluation at once": ({"eval_every": 25}, 25),
-    "checkpoint": ({"save_every": 5}, 25),
-    "end": ({"total_updates": 28}, 28),
-}
+    return train
 
 
-@pytest.mark.parametrize("first", NAN_MEETS)
-def test_run_stops_cleanly_whatever_meets_the_nan_first(first, broken_at, tiny_path, tmp_path):
-    broken_at(25)
-    changes, update = NAN_MEETS[first]
-    message = stop_message(lambda: run(tiny_path, tmp_path, **{"eval_every": 60, "bandit_every": 60} | changes))
-    (run_dir,) = tmp_path.glob("*/*/*")
-    what = r"parameter [\w.]+" if update == 25 else r"(losses|stats|z)/\w+ \(nan\)"  # of 25 the losses are still good
-    assert re.search(rf"update {update}: {what} is not finite", message)
-    assert str(run_dir / "checkpoint.pt") in message
-    saved = load(run_dir)
-    assert saved["steps"]["policy"] == 20 and all(p.isfinite().all() for p in saved["agent"].values())
-    assert all(math.isfinite(float(value)) for _, _, value in read_rows(run_dir))
-    assert not (run_dir / "result.json").exists()
+def test_updates_see_training_tasks_with_context_and_batch_of_the_same_one(traced):
+    calls, run_dir = traced(total_updates=30, save_every=30, eval_every=30)
+    seen, apart = set(), 0
+    for call in calls:
+        assert call.context.shape == (5, 7, 7) and call.batch.obs.shape == (5, 6, 2)
+        context_task, context_episode, context_step = origin(call.context[..., 4])
+        task, episode, step = origin(call.batch.rew)
+        of_row = task[:, :1]
+        assert (task == of_row).all() and (context_task == of_row).all()  # padding would count as task 0
+        assert (context_episode == context_episode[:, :1]).all()  # a context is cut from one episode
+        seen |= set(of_row.flatten().tolist())
+        apart += (episode != context_episode[:, :1]).sum().item()
+    assert seen == set(range(6))  # 6 to 8 are test tasks
+    assert apart / (30 * 5 * 6) > 0.5  # the batch is of all four episodes
+    assert [float(value) for _, tag, value in read_rows(run_dir) if tag == "losses/count"] == [4, 8, 12, 16, 20, 24, 28]
 
 
-def test_stopped_run_names_no_checkpoint_that_does_not_exist(broken_at, tiny_path, tmp_path):
-    broken_at(5)
-    message = stop_message(lambda: run(tiny_path, tmp_path, eval_every=60, bandit_every=60, save_every=60))
-    assert "update 10" in message
-    assert all(Path(name).exists() for name in re.findall(r"\S+checkpoint\.pt", message))
+def test_batches_and_networks_are_those_of_the_seed(traced):
+    one, again, other = (traced(seed=seed)[0] for seed in (7, 7, 8))
+    for a, b, c in zip(one, again, other):
+        assert torch.equal(a.context, b.context) and torch.equal(a.batch.rew, b.batch.rew) and torch.equal(a.w_x, b.w_x)
+        assert not torch.equal(a.context, c.context) and not torch.equal(a.w_x, c.w_x)
 
 
-# ---- bad input --------------------------------------------------------------------------
+@pytest.mark.parametrize("decay, shares", [(True, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]), (False, [1] * 8)])
+def test_learning_rate_falls_to_zero_in_the_second_half(decay, shares, traced):
+    calls, _ = traced(lr_decay=decay)
+    assert [call.lr for call in calls] == pytest.approx([METHOD["lr"] * share for share in shares])
 
 
-BAD_VALUES = [("lr", math.inf), ("alpha_min", 1.0), ("alpha_min", -1.5), ("alpha_min", math.nan), ("gamma", 2.0)]
-BAD_VALUES += [("gamma", math.nan), ("tau", 1.5), ("context_size", 0), ("num_flows", -1), ("z_dim", 0)]
-BAD_VALUES += [("num_arms", 0), ("num_arms", 21), ("eval_episodes", 0), ("kl_weight", -0.1), ("reward_scale", 0.0)]
+def test_every_bandit_episode_credits_its_arm_and_draws_the_next(traced, monkeypatch):
+    returns = [0.0, 0.3, -2.0, -1.6, 0.5, 0.4, 0.45, 0.2, 0.6, 0.9]
+    rest = iter(returns)
+    monkeypatch.setattr(flora, "bandit_return", lambda *_: torch.tensor(next(rest)))
+    calls, run_dir = traced(total_updates=30, save_every=30, eval_every=30)
+    arms = [call.arm for call in calls]
+    drawn = arms[::3]
+    assert arms == [arm for arm in drawn for _ in range(3)] and len(set(drawn)) > 2
+    logits = [0.0] * 4
+    for g in range(1, 10):
+        change = min(max(returns[g] - returns[g - 1], -1), 1)
+        logits[drawn[g - 1]] += METHOD["bandit_lr"] * change / slow_probs(logits)[drawn[g - 1]]
+    saved = load(run_dir)["agent"]
+    np.testing.assert_allclose(saved["arm_logits"], logits, atol=1e-6)
+    assert saved["last_return"].item() == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("name, value", BAD_VALUES)
-def test_impossible_value_is_refused(name, value, tiny_path, tmp_path):
-    message = stop_message(lambda: run(tiny_path, tmp_path / "runs", **{name: value}))
-    assert f"--{name.replace('_', '-')}" in message and str(value) in message
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("feedback", ["offline", "rollout"])
+def test_training_asks_for_the_feedback_of_its_flag(feedback, traced, numbered):
+    calls, run_dir = traced(bandit_feedback=feedback, total_updates=3, save_every=3)
+    agent = flora.Agent(numbered, calls[0].args)
+    agent.load_state_dict(load(run_dir)["agent"])  # the recording update trains nothing
+    generator = torch.Generator().manual_seed(0)
+    value = flora.bandit_return(agent, numbered, flora.Args(**RUN | {"bandit_feedback": feedback}), generator)
+    assert agent.last_return.item() == pytest.approx(value.item())
 
 
-# ---- compilation and learning --------------------------------------------------------------
+def test_ablations_train_together(tiny_path, tmp_path):
+    changes = {"num_flows": 0, "alpha_min": 0.0, "weight_activation": "none", "bandit_feedback": "rollout"}
+    settings = RUN | changes | {"dataset": str(tiny_path), "run_dir": str(tmp_path), "log_every": 1}
+    rows = read_rows(flora.train(flora.Args(**settings))["run_dir"])
+    assert all(math.isfinite(float(value)) for _, _, value in rows)
+    assert [float(value) for _, tag, value in rows if tag == "stats/alpha"] == [0.0] * 8
 
 
-def test_compiled_run_has_the_losses_of_the_plain_one(smoke, tiny_path, tmp_path, monkeypatch):
-    """Traced and differentiated by torch.compile, with the operators of torch instead of generated C++:
-    the code generator takes a minute and draws other random numbers."""
+def test_compile_hands_the_update_to_torch(traced, monkeypatch):
     compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    for wanted in (False, True):
+        calls, _ = traced(compile=wanted)
+        assert len(calls) == 8 and compiled == [flora.update] * wanted
 
-    def trace_only(function):
-        compiled.append(function)
-        return real(function, backend="aot_eager")
 
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", trace_only)
-    result = run(tiny_path, tmp_path, total_updates=20, eval_every=20, compile=True)
-    assert compiled == [flora.update]
-    expected = {tag: float(value) for step, tag, value in read_rows(smoke) if step == 10}  # before the rate falls
-    for step, tag, value in read_rows(result["run_dir"]):
-        if step == 10 and tag.startswith(("losses/", "stats/", "z/")):
-            assert float(value) == pytest.approx(expected[tag], rel=1e-3, abs=1e-4), tag
+# ---- flags ------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_paper_and_of_the_family():
+    args = flora.Args()
+    assert (args.kl_weight, args.feature_weight, args.bandit_lr) == (0.1, 0.01, 0.1)
+    assert (args.alpha_min, args.num_arms, args.feature_dim, args.num_flows) == (-1.0, 5, 32, 4)
+    assert (args.weight_activation, args.bandit_feedback, args.likelihood_weight) == ("softmax", "offline", 256.0)
+    names = ("gamma", "reward_scale", "z_dim", "brac_alpha", "brac_alpha_lr", "divergence_target")
+    families = {"ant-dir": (0.97, 0.5, 20, 1.0, 1e-3, 0.05), "point-robot-wind": (0.9, 5.0, 5, 1.5, 0.0, 0.05)}
+    for env, values in families.items():
+        resolved = dc.resolve(flora.Args(env=env), flora.ENV_ARGS, flora.MAY_BE_ZERO, flora.RANGES)
+        assert tuple(getattr(resolved, name) for name in names) == values
+
+
+@pytest.mark.parametrize("name, value", [
+    ("alpha_min", 0.5), ("alpha_min", -1.5), ("alpha_min", math.nan), ("num_arms", 0), ("num_arms", 21),
+    ("num_flows", -1), ("kl_weight", -0.1), ("bandit_lr", 0.0), ("bandit_every", 0), ("feature_dim", 0),
+])
+def test_impossible_value_is_refused(name, value):
+    message = stop_message(lambda: flora.train(flora.Args(**RUN | {name: value})))
+    assert f"--{name.replace('_', '-')} {value}" in message
+
+
+def test_values_at_the_limits_are_accepted():
+    least = {"num_flows": 0, "likelihood_weight": 0.0, "kl_weight": 0.0, "feature_weight": 0.0, "alpha_min": 0.0}
+    for changes in (least | {"num_arms": 1}, {"alpha_min": -1.0, "num_arms": 20}):
+        args = flora.Args(**RUN | changes)
+        assert dc.resolve(copy.copy(args), flora.ENV_ARGS, flora.MAY_BE_ZERO, flora.RANGES).num_arms == args.num_arms
+
+
+# ---- learning ---------------------------------------------------------------------------
 
 
 def test_learns_point_robot_on_the_shipped_data(tmp_path):
-    path = ROOT / "datasets" / "point-robot.npz"
-    if not path.is_file():
-        pytest.skip("datasets/point-robot.npz is not there: python data_collect.py --env point-robot makes it")
-    settings = {"width": 128, "encoder_width": 128, "z_dim": 5, "feature_dim": 32, "num_flows": 4, "meta_batch": 16}
-    settings |= {"batch_size": 32, "context_size": 20, "bandit_every": 250, "brac_alpha_lr": 0.0, "eval_episodes": 2}
-    settings |= {"total_updates": 1000, "log_every": 500, "eval_every": 1000, "save_every": 1000}
-    result = run(path, tmp_path, **settings)
-    chance = 1 / len(dc.load_dataset("point-robot", path).train_ids)
-    assert result["eval/iid/return"] > -9.0  # random -20.3, data -6.8, expert -4.7
-    assert result["z/nearest_task_acc"] > 3 * chance
-    assert result["z/probe_r2"] > 0.5
+    settings = {"width": 64, "encoder_width": 64, "feature_dim": 16, "meta_batch": 8, "context_size": 20, "lr": 3e-3}
+    settings |= {"tau": 0.02, "brac_alpha": 0.7, "bandit_every": 200, "total_updates": 500, "log_every": 500}
+    settings |= {"dataset": str(ROOT / "datasets" / "point-robot.npz"), "run_dir": str(tmp_path), "device": "cpu"}
+    args = flora.Args(env="point-robot", **settings)
+    result = flora.train(args)
+    # random -20.3, data -6.8, expert -4.7; sign of the actor's loss flipped -11, z ignored -19, no likelihood -16
+    assert result["eval/iid/return"] > -10.0
+    assert result["z/nearest_task_acc"] > 0.2 and result["z/probe_r2"] > 0.8  # chance: 1/30 and 0
+    last = {tag: float(value) for step, tag, value in read_rows(result["run_dir"]) if step == 500}
+    assert last["losses/reward"] < 0.2 and last["losses/behavior"] < 0.8 and last["losses/kl"] > 5
+    data = dc.load_dataset("point-robot", args.dataset)
+    agent, generator = flora.Agent(data, args), torch.Generator().manual_seed(0)
+    agent.load_state_dict(load(result["run_dir"])["agent"])
+    context = data.sample_context(data.train_tasks, 20, generator)
+    obs = data.sample_batch(data.train_tasks, 50, generator).obs
+    with torch.no_grad():  # the shift from the behavior policy is for the better by the policy's own critic
+        z = flora.embed(agent, context, torch.ones_like(context[..., 0]))
+        mean, _, mean_b, _ = agent.policies(obs, z)
+        own, anchor = (agent.q(obs, torch.tanh(x), z, agent.weights(z)[:, None])[0] for x in (mean, mean_b))
+    assert (own > anchor).float().mean() > 0.9
