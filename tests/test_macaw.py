@@ -1,6 +1,11 @@
-"""macaw.py: returns, advantage weights, generated layers, the inner loop against its generic form, gradient routing,
-batches, adaptation, whole runs of the variants, bad input."""
+"""macaw.py: the test vectors of its equations, one whole update, the adaptation and the fine-tuning against slow
+recomputations, where the rows come from, schedules, learning.
 
+The slow recomputations are loops over tasks and transitions in float64 that share nothing with the script but the
+parameters: every task gets copies of z, U and u of its own, moved by gradient descent, through which torch
+differentiates."""
+
+import copy
 import math
 from dataclasses import replace
 from functools import partial
@@ -10,41 +15,48 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import stop_message
+from conftest import ROOT, OnDevice, dataset_on_meta, pattern, stop_message, to_meta
 
 import data_collect as dc
 import macaw
 
 SIZES = SimpleNamespace(obs_dim=3, act_dim=2, family=SimpleNamespace(horizon=10))
-SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 20, "log_every": 10, "eval_every": 10}
-SMALL |= {"save_every": 10, "eval_episodes": 1, "meta_batch": 4, "batch_size": 8, "context_size": 8}
-SMALL |= {"width": 16, "latent": 6, "head_width": 8}
+TASKS = 4
+# settings that differ from 0, 1 and each other, so that one missing or in a wrong place shows
+METHOD = {"width": 8, "latent": 5, "head_width": 4, "inner_lr": 0.02, "adv_weight": 0.3, "policy_std": 0.4}
+METHOD |= {"temperature": 1.3, "max_weight": 1.8, "tau": 0.3, "lr": 1e-3, "value_lr": 3e-3, "rate_lr": 7e-3}
+SMALL = METHOD | {"env": "point-robot", "device": "cpu", "total_updates": 20, "log_every": 20, "eval_every": 20}
+SMALL |= {"save_every": 20, "eval_episodes": 1, "meta_batch": 4, "batch_size": 8, "context_size": 12}
 
 
-def make_agent(sizes=SIZES, dtype=torch.float64, **changes):
-    settings = {"width": 8, "latent": 5, "head_width": 4, "inner_lr": 0.02, "adv_weight": 0.3}
-    args = macaw.resolve(macaw.Args(**settings | changes))
-    torch.manual_seed(0)
+def make_args(**changes):
+    return dc.resolve(macaw.Args(**METHOD | changes), macaw.ENV_ARGS, macaw.MAY_BE_ZERO)
+
+
+def make_agent(sizes=SIZES, dtype=torch.float64, seed=0, **changes):
+    """An agent with a different inner rate for every tensor."""
+    args = make_args(**changes)
+    torch.manual_seed(seed)
     agent = macaw.Agent(sizes, args).to(dtype)
-    agent.make_optimizer(args)
+    with torch.no_grad():
+        for net in (agent.value_net, agent.policy_net):
+            net.rho.add_(0.5 * torch.randn_like(net.rho))
     return agent, args
 
 
-def make_batches(tasks=4, sizes=((9, 1), (7, 7)), padded=True):
-    """Inner and outer batch of random rows; in the inner one the last rows of the second task are padding."""
-    generator = torch.Generator().manual_seed(1)
+def make_rows(count, seed, padded=False, one_end=False, dtype=torch.float64):
+    """Random Rows of TASKS tasks; every third continues no return; padded: the last rows of the second task are no
+    real ones; one_end: all rows of a task are of one episode."""
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.empty(*shape, dtype=torch.float64).normal_(generator=generator)
+        return torch.empty(TASKS, *shape, dtype=dtype).normal_(generator=generator)
 
-    batches = []
-    for rows, episodes in sizes:
-        obs, act, ret = normal(tasks, rows, 3), normal(tasks, rows, 2).clamp(-0.9, 0.9), normal(tasks, rows)
-        tail, mask = normal(tasks, rows).sigmoid(), torch.ones(tasks, rows, dtype=torch.float64)
-        batches.append((obs, act, ret, tail, normal(tasks, episodes, 3), mask))
-    if padded:
-        batches[0][-1][1, -3:] = 0
-    return batches
+    obs, act, ret = normal(count, 3), normal(count, 2).clamp(-0.9, 0.9), normal(count)
+    tail = normal(count).sigmoid() * (torch.arange(TASKS * count).reshape(TASKS, count) % 3 > 0)
+    mask = torch.ones(TASKS, count, dtype=dtype)
+    mask[1, -3:] = 0 if padded else 1
+    return macaw.Rows(obs, act, ret, tail, mask, normal(1 if one_end else count, 3))
 
 
 def doubles(*values):
@@ -53,6 +65,197 @@ def doubles(*values):
 
 def weights_of(adv, **limits):
     return macaw.awr_weights(adv[None], torch.ones_like(adv)[None], **limits)[0]
+
+
+# ---- slow recomputation -----------------------------------------------------------------
+#
+# Rows of one task: (obs [n, obs_dim], act, return [n], discount [n], last_obs), real ones alone.
+
+
+def slow_layer(w, x):
+    out = len(w) // (x.shape[-1] + 1)
+    matrix, bias = w[: x.shape[-1] * out], w[x.shape[-1] * out :]
+    return x @ matrix.reshape(-1, out) + bias
+
+
+def slow_hidden(weights, x):
+    for w in weights[:3]:
+        x = slow_layer(w, x).clamp(min=0)
+    return x
+
+
+def slow_value(weights, obs):
+    return slow_layer(weights[3], slow_hidden(weights, obs))[..., 0]
+
+
+def slow_mean(weights, obs):
+    return torch.tanh(slow_layer(weights[3], slow_hidden(weights, obs)))
+
+
+def slow_guess(weights, obs, act):
+    h = slow_layer(weights[4], torch.cat([slow_hidden(weights, obs), act], -1)).clamp(min=0)
+    return slow_layer(weights[5], h)[..., 0]
+
+
+def slow_awr(adv, args):
+    """Advantages [n] of one task -> weights [n]."""
+    scaled = (adv - adv.mean()) / args.temperature / (adv.std() + 1e-8)
+    return torch.tensor([min(math.exp(x), args.max_weight) for x in scaled.tolist()], dtype=torch.float64)
+
+
+def slow_generate(params):
+    return [U @ z + u for z, U, u in params]
+
+
+def slow_parameters(net):
+    return [(layer.z, layer.map, layer.offset) for layer in net.layers]
+
+
+def slow_descend(net, loss, steps, first_order):
+    """Gradient descent of one task on its own z, U and u -> adapted weights, loss before."""
+    params, rates, before = slow_parameters(net), torch.log1p(net.rho.exp()), None
+    for _ in range(steps):
+        found = loss(slow_generate(params))
+        before = found if before is None else before
+        flat = [p for layer in params for p in layer]
+        grads = torch.autograd.grad(found, flat, create_graph=True, materialize_grads=True, allow_unused=True)
+        grads = iter([g.detach() for g in grads] if first_order else grads)
+        params = [[p - rate * next(grads) for p, rate in zip(layer, abc)] for layer, abc in zip(params, rates)]
+    return slow_generate(params), before
+
+
+def rows_of(rows, task):
+    """Rows of the script -> those of one task."""
+    obs, act, ret, tail, mask, last_obs = (x[task] for x in rows)
+    real = mask > 0
+    return obs[real], act[real], ret[real], tail[real], last_obs.expand_as(obs)[real]
+
+
+def slow_advantages(value, rows):
+    obs, _, ret, tail, last = rows
+    return (ret + tail * slow_value(value, last) - slow_value(value, obs)).detach()
+
+
+def slow_value_loss(weights, rows):
+    return ((slow_value(weights, rows[0]) - rows[2]) ** 2).mean()
+
+
+def slow_awr_loss(weights, rows, adv, args):
+    logp = torch.distributions.Normal(slow_mean(weights, rows[0]), args.policy_std).log_prob(rows[1]).sum(1)
+    return -(slow_awr(adv, args) * logp).mean()
+
+
+def slow_adapt(agent, rows, steps, first_order=False):
+    """The inner loop of one task -> adapted weights of value function and policy, its losses."""
+    value, before = slow_descend(agent.value_net, lambda w: slow_value_loss(w, rows), steps, first_order)
+    adv = slow_advantages(value, rows)
+
+    def policy_loss(weights):
+        loss = slow_awr_loss(weights, rows, adv, agent.args)
+        if agent.args.adv_head:
+            loss = loss + torch.log1p(agent.c.exp()) * ((slow_guess(weights, *rows[:2]) - adv) ** 2).mean()
+        return loss
+
+    policy, policy_before = slow_descend(agent.policy_net, policy_loss, steps, first_order)
+    return value, policy, (before, slow_value_loss(value, rows), policy_before)
+
+
+def slow_update(agent, inner, outer, args):
+    """-> the loss whose gradient all parameters get, and what the update reports of the batch."""
+    each, weights, advantages = [], [], []
+    for task in range(len(inner.obs)):
+        value, policy, losses = slow_adapt(agent, rows_of(inner, task), args.inner_steps, args.first_order)
+        obs, _, ret, tail, last = rows = rows_of(outer, task)
+        initial = slow_generate(slow_parameters(agent.value_net))
+        blend = [(1 - args.tau) * w + args.tau * w_new for w, w_new in zip(initial, value)]
+        target = (ret + tail * slow_value(blend, last)).detach()
+        value_loss = ((slow_value(value, obs) - target) ** 2).mean()
+        adv = slow_advantages(value, rows)
+        each.append((*losses, value_loss, slow_awr_loss(policy, rows, adv, args)))
+        weights += slow_awr(adv, args).tolist()
+        advantages += adv.tolist()
+    names = ("inner_value", "inner_value_after", "inner_policy", "value", "policy")
+    losses = {f"losses/{name}": sum(of_tasks) / len(each) for name, of_tasks in zip(names, zip(*each))}
+    report = {tag: loss.item() for tag, loss in losses.items()}
+    report |= {"stats/weight_mean": np.mean(weights), "stats/weight_max": max(weights)}
+    report["stats/capped"] = np.mean([w == args.max_weight for w in weights])
+    report["stats/adv_std"] = np.std(advantages, ddof=1)
+    return losses["losses/value"] + losses["losses/policy"], report
+
+
+def slow_rates(agent):
+    """What the update reports of inner rates and lambda."""
+    report = {"stats/lambda": math.log1p(math.exp(agent.c.item()))} if agent.args.adv_head else {}
+    for name, net in (("value", agent.value_net), ("policy", agent.policy_net)):
+        rates = sorted(math.log1p(math.exp(rho)) for rho in net.rho.flatten().tolist())
+        middle = (len(rates) - 1) // 2  # torch's median is the lower of the two in the middle
+        report |= {f"stats/{name}_rate_{k}": rates[i] for k, i in (("min", 0), ("median", middle), ("max", -1))}
+    return report
+
+
+VARIANTS = [{}, {"inner_steps": 2}, {"first_order": True}, {"first_order": True, "inner_steps": 2}, {"adv_head": False}]
+VARIANTS += [{"weight_transform": False}, {"weight_transform": False, "inner_steps": 3}, {"tau": 0.0}]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: "-".join(changes) or "default")
+def test_update_is_that_of_gradient_descent_on_copies_of_all_parameters(changes):
+    agent, args = make_agent(**changes)
+    inner, outer = make_rows(9, 1, padded=True, one_end=True), make_rows(7, 2)
+    loss, report = slow_update(agent, inner, outer, args)
+    assert 0 < report["stats/capped"] < 1
+    names, params = zip(*agent.named_parameters())
+    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    before = [p.detach().clone() for p in params]
+    for parameter in params:  # of an update before: must not be added to
+        parameter.grad = torch.ones_like(parameter)
+    found = macaw.update(agent, inner, outer, args)
+
+    report |= slow_rates(agent)  # as after the step
+    assert {tag: value.item() for tag, value in found.items()} == pytest.approx(report, abs=1e-7)
+    assert not any(value.requires_grad or value.dim() for value in found.values())
+    assert len(names) == (33 if args.adv_head else 26)
+    idle = {f"policy_net.layers.{k}.{kind}" for k in (4, 5) for kind in ("z", "map", "offset")} | {"c"}
+    for name, parameter, grad, old in zip(names, params, grads, before):
+        if parameter.numel() == 0:  # z and U of a plain layer
+            continue
+        if args.first_order and name in idle:  # they learn through the inner gradient alone
+            assert grad is None and parameter.grad is None and torch.equal(parameter, old), name
+            continue
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-8, atol=1e-11, msg=name)
+        rate = name.endswith("rho") or name == "c"
+        lr = args.rate_lr if rate else args.lr if "policy" in name else args.value_lr
+        stepped = old - lr * grad / (grad.abs() + 1e-8)  # Adam's first step, each group with its own rate
+        torch.testing.assert_close(parameter.detach(), stepped, rtol=0, atol=1e-6, msg=name)
+        assert grad.abs().max() > 1e-9, name
+
+
+def test_rates_of_the_head_learn_from_the_second_inner_step_on():
+    for steps in (1, 2):
+        agent, args = make_agent(inner_steps=steps)
+        macaw.update(agent, make_rows(9, 1, one_end=True), make_rows(7, 2), args)
+        assert (agent.policy_net.rho.grad[:4] != 0).all() and (agent.value_net.rho.grad != 0).all()
+        assert ((agent.policy_net.rho.grad[4:] != 0) == (steps > 1)).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"inner_steps": 2}, {"adv_head": False, "first_order": True}], ids=str)
+def test_update_leaves_no_tensor_on_the_cpu_and_reads_nothing(changes):
+    agent, args = make_agent(dtype=torch.float32, **changes)
+    inner, outer = (make_rows(n, n, dtype=torch.float32) for n in (9, 7))
+    agent, inner, outer = to_meta(agent), *(macaw.Rows(*(x.to("meta") for x in rows)) for rows in (inner, outer))
+    with OnDevice():
+        metrics = macaw.update(agent, inner, outer, args)
+    assert all(value.device.type == "meta" for value in metrics.values())
+
+
+def test_drawing_leaves_no_tensor_on_the_cpu_and_reads_nothing(numbered, monkeypatch):
+    agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_segment="middle")
+    table = macaw.Rows(*(x.to("meta") for x in macaw.label_data(agent, numbered)))
+    shape = (3, args.batch_size)  # with replacement CUDA's multinomial does not read, only that of "meta" is refused
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.zeros(shape, dtype=torch.long, device="meta"))
+    task_ids = torch.tensor([0, 2, 5]).to("meta")
+    with OnDevice():
+        inner, outer = macaw.draw_rows(dataset_on_meta(numbered), table, task_ids, args, None)
+    assert inner.obs.shape == (3, args.context_size, 2) and outer.last_obs.shape == (*shape, 2)
 
 
 # ---- returns ----------------------------------------------------------------------------
@@ -65,41 +268,50 @@ def test_monte_carlo_vectors():
     np.testing.assert_allclose(ret + 10 * tail, [15.62329, 14.771, 12.9], atol=1e-12)
 
 
-def test_monte_carlo_of_padded_and_terminated_episodes():
-    rew = torch.tensor([[1.0, 2.0, 3.0, 0.0, 0.0]] * 2).double()
-    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]] * 2).double()
-    ret, tail = macaw.monte_carlo(rew, mask, doubles(0, 1), 0.99)
-    np.testing.assert_allclose(ret[:, :3], [[5.9203, 4.97, 3.0]] * 2, atol=1e-12)
-    np.testing.assert_allclose(tail[:, :3], [[0.970299, 0.9801, 0.99], [0, 0, 0]], atol=1e-12)
+def test_the_terminal_bootstrap_removes_the_weight_of_the_time_index():
+    rew = -torch.ones(200).double()
+    ret, tail = macaw.monte_carlo(rew, torch.ones(200).double(), doubles(0)[0], 0.99)
+    adv = ret - ret.mean()
+    assert ret.mean().item() == pytest.approx(-57.13, abs=0.01) and ret.std().item() == pytest.approx(24.16, abs=0.01)
+    weights = weights_of(adv)
+    assert weights[-1].item() == pytest.approx(10.2117, abs=1e-3)
+    assert weights[0].item() == pytest.approx(0.29526, abs=1e-4)
+    assert (ret + tail * -100 + 100).abs().max() < 1e-9
 
 
-def test_labels_of_a_dataset_are_those_of_its_contexts(walker):
-    """Training knows where a task ended itself; adaptation infers it from the length of the episode."""
-    agent, _ = make_agent(walker, torch.float32, env="walker-rand-params")
-    mask = (torch.arange(200) < walker.lengths[..., None]).float()
-    ended = walker.episodes[..., -1].amax(-1)
-    assert 0 < ended.mean() < 1
-    torch.testing.assert_close((mask.sum(-1) < 200).float()[walker.lengths > 0], ended[walker.lengths > 0])
-    *_, tail, last_obs = agent.label(walker.episodes[..., :-1], mask, ended)
-    assert ((tail == 0).all(-1) == (ended == 1)).all()
-    task, episode = (walker.lengths > 0).nonzero()[0]
-    length = walker.lengths[task, episode]
-    next_obs = walker.unpack(walker.episodes)[3]
-    assert torch.equal(last_obs[task, episode, 0], next_obs[task, episode, length - 1])
+def slow_labels(episode, length, ended, gamma):
+    """Rows [H, ctx_dim] of one episode -> (obs, act, return, discount, last_obs) of its steps, returns unscaled."""
+    obs, act, rew, next_obs = (x[:length] for x in episode.double().split([2, 2, 1, 2], -1))
+    ret = [sum(gamma ** (s - t) * rew[s, 0] for s in range(t, length)) for t in range(length)]
+    tail = [0.0 if ended else gamma ** (length - t) for t in range(length)]
+    return obs, act, torch.stack(ret), doubles(*tail), next_obs[-1:].expand_as(obs)
 
 
-def test_without_the_terminal_bootstrap_the_returns_end_with_the_episode(tiny):
-    agent, _ = make_agent(tiny, torch.float32, env="point-robot", terminal_bootstrap=False)
-    table = macaw.label_data(agent, tiny)
-    assert (table[3] == 0).all() and table[2].abs().max() > 0
+def slow_table(data, gamma=0.9):
+    """-> {(task, episode): labels}, returns divided by their spread over the training tasks; that spread."""
+    table = {}
+    for task, episode in (data.lengths > 0).nonzero().tolist():
+        length = data.lengths[task, episode].item()
+        rows = data.episodes[task, episode]
+        table[task, episode] = slow_labels(rows[:, :-1], length, rows[length - 1, -1] == 1, gamma)
+    spread = torch.cat([ret for (task, _), (_, _, ret, *_) in table.items() if task in data.train_ids]).std()
+    assert spread > 100  # scaled or not makes a difference
+    return {at: (obs, act, ret / spread, *rest) for at, (obs, act, ret, *rest) in table.items()}, spread
 
 
-def test_returns_have_unit_spread_over_the_training_tasks(tiny):
-    agent, _ = make_agent(tiny, torch.float32, env="point-robot")
-    table = macaw.label_data(agent, tiny)
-    valid = torch.arange(20) < tiny.lengths[tiny.train_ids][..., None]
-    assert table[2][tiny.train_ids][valid].std() == pytest.approx(1, abs=1e-5)
-    assert len({tuple(row) for row in agent.probes.tolist()}) == 8
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_labels_of_all_episodes(numbered, bootstrap):
+    agent, _ = make_agent(numbered, torch.float32, env="point-robot", terminal_bootstrap=bootstrap)
+    table, (expected, spread) = macaw.label_data(agent, numbered), slow_table(numbered)
+    assert agent.return_spread.item() == pytest.approx(spread.item(), rel=1e-5)
+    for (task, episode), (obs, act, ret, tail, last) in expected.items():
+        *found, mask, last_obs = (x[task, episode, : len(obs)].double() for x in table)
+        for x, y in zip([*found, last_obs], [obs, act, ret, tail * bootstrap, last]):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        assert (mask == 1).all() and (table.mask[task, episode, len(obs) :] == 0).all()
+    seen = torch.cat([labels[0] for (task, _), labels in expected.items() if task in numbered.train_ids])
+    places = [k * (len(seen) - 1) // 7 for k in range(8)]  # from the first to the last, evenly
+    torch.testing.assert_close(agent.probes.double(), seen[places])
 
 
 # ---- advantage weights ------------------------------------------------------------------
@@ -124,22 +336,9 @@ def test_awr_weights_of_equal_advantages_are_one(adv):
     assert (weights_of(adv) == 1).all()
 
 
-def test_awr_weights_are_blind_to_scale_and_shift_and_padding():
-    adv = torch.randn(30).double()
+def test_awr_weights_are_blind_to_scale_and_shift():
+    adv = torch.linspace(-1, 2, 30).double().pow(3)
     torch.testing.assert_close(weights_of(5 * adv + 7), weights_of(adv), rtol=1e-6, atol=0)
-    padded, mask = torch.cat([adv, 100 * torch.ones(5)]), torch.cat([torch.ones(30), torch.zeros(5)])
-    torch.testing.assert_close(macaw.awr_weights(padded[None].double(), mask[None].double())[0, :30], weights_of(adv))
-
-
-def test_the_terminal_bootstrap_removes_the_weight_of_the_time_index():
-    rew = -torch.ones(200).double()
-    ret, tail = macaw.monte_carlo(rew, torch.ones(200).double(), doubles(0)[0], 0.99)
-    adv = ret - ret.mean()
-    assert ret.mean().item() == pytest.approx(-57.13, abs=0.01) and ret.std().item() == pytest.approx(24.16, abs=0.01)
-    weights = weights_of(adv)
-    assert weights[-1].item() == pytest.approx(10.2117, abs=1e-3)
-    assert weights[0].item() == pytest.approx(0.29526, abs=1e-4)
-    assert (ret + tail * -100 + 100).abs().max() < 1e-9
 
 
 def test_gaussian_logp_vector():
@@ -149,46 +348,40 @@ def test_gaussian_logp_vector():
     np.testing.assert_allclose(each, [0.1904994, -1.3095006], atol=1e-6)
 
 
-def test_awr_alone_confuses_action_and_weight_and_the_advantage_loss_does_not():
-    def gradient(act, weight, head):
-        mean, guess = doubles(0).requires_grad_(), doubles(0).requires_grad_()
-        loss = -weight * macaw.gaussian_logp(mean, doubles(act), 0.2) + head * (guess - math.log(weight)).pow(2)[0]
-        return torch.autograd.grad(loss, (mean, guess), materialize_grads=True)
+def test_awr_alone_confuses_action_and_weight():
+    def slope(act, weight):
+        mean = doubles(0).requires_grad_()
+        (grad,) = torch.autograd.grad(-weight * macaw.gaussian_logp(mean, doubles(act), 0.2), mean)
+        return grad.item()
 
-    one, two = gradient(0.2, 1.0, 0.0), gradient(0.1, 2.0, 0.0)
-    assert one[0].item() == pytest.approx(-5) and two[0].item() == pytest.approx(-5) and one[1] == two[1]
-    assert gradient(0.2, 1.0, 1.0)[1] != gradient(0.1, 2.0, 1.0)[1]
+    assert slope(0.2, 1.0) == pytest.approx(-5) and slope(0.1, 2.0) == pytest.approx(-5)
 
 
 # ---- generated layers -------------------------------------------------------------------
 
 
-def small_net(rate):
+def small_net():
     net = macaw.Net([(2, 2)], 2, 1.0).double()
     with torch.no_grad():
-        net.z[0].copy_(doubles(1, -1))
-        net.map[0].copy_(torch.arange(12).reshape(6, 2) / 10)
-        net.offset[0].copy_(torch.arange(6) / 10)
-        net.rho.fill_(math.log(math.expm1(rate)))
+        net.layers[0].z.copy_(doubles(1, -1))
+        net.layers[0].map.copy_(torch.arange(12).reshape(6, 2) / 10)
+        net.layers[0].offset.copy_(torch.arange(6) / 10)
+        net.rho.fill_(math.log(math.expm1(0.1)))
     return net
 
 
-def test_generated_layer_vector():
-    net = small_net(0.1)
+def test_generated_layer_and_inner_step_vectors():
+    net, x = small_net(), doubles([[1, 2]])
     weights = net.generate(1)
     np.testing.assert_allclose(weights[0][0].detach(), [-0.1, 0, 0.1, 0.2, 0.3, 0.4], atol=1e-7)
-    np.testing.assert_allclose(net.layer(weights, 0, doubles([[1, 2]])).detach(), [[[0.4, 0.8]]], atol=1e-7)
-
-
-def test_inner_step_vector():
-    net, x = small_net(0.1), doubles([[1, 2]])
-    weights, before = net.descend(lambda weights: net.layer(weights, 0, x).sum((1, 2)), 1, 1)
+    np.testing.assert_allclose(net.layers[0](weights[0], x).detach(), [[[0.4, 0.8]]], atol=1e-7)
+    (slope,) = torch.autograd.grad(net.layers[0](weights[0], x).sum(), net.layers[0].z)
+    np.testing.assert_allclose(slope, [4.0, 4.8], atol=1e-6)
+    weights, before = net.descend(lambda weights: net.layers[0](weights[0], x).sum((1, 2)), 1, 1)
     expected = [-0.456, -0.532, -0.916, -0.992, -0.76, -0.836]
     np.testing.assert_allclose(weights[0][0].detach(), expected, atol=1e-6)
-    np.testing.assert_allclose(net.layer(weights, 0, x).detach(), [[[-3.048, -3.352]]], atol=1e-6)
+    np.testing.assert_allclose(net.layers[0](weights[0], x).detach(), [[[-3.048, -3.352]]], atol=1e-6)
     assert before.item() == pytest.approx(1.2, abs=1e-6)
-    (slope,) = torch.autograd.grad(net.layer(net.generate(1), 0, x).sum(), net.z[0])
-    np.testing.assert_allclose(slope, [4.0, 4.8], atol=1e-6)
 
 
 @pytest.mark.parametrize("first_order, dw, dr", [(False, -1.9940163, -0.3463072), (True, -3.8093796, -0.3463072)])
@@ -196,7 +389,7 @@ def test_scalar_step_vector_through_the_softplus_of_the_rate(first_order, dw, dr
     net = macaw.Net([(1, 1)], 0, 0.1).double()  # plain: weights [w, bias]
     with torch.no_grad():
         net.rho.fill_(math.log(0.1))  # exact in double
-        net.offset[0].copy_(doubles(1, 0))
+        net.layers[0].offset.copy_(doubles(1, 0))
 
     def loss(weights):
         return (weights[0][:, :1] * doubles([1, 2]) - 2).pow(2).mean(1)
@@ -205,27 +398,29 @@ def test_scalar_step_vector_through_the_softplus_of_the_rate(first_order, dw, dr
     assert before.item() == pytest.approx(0.5) and weights[0, 0].item() == pytest.approx(1.0953102, abs=1e-7)
     outer = (weights[0, 0] - 3).pow(2)
     assert outer.item() == pytest.approx(3.6278433, abs=1e-6)
-    in_w, in_rho = torch.autograd.grad(outer, (net.offset[0], net.rho))
+    in_w, in_rho = torch.autograd.grad(outer, (net.layers[0].offset, net.rho))
     assert in_w[0].item() == pytest.approx(dw, abs=1e-6) and in_rho[0, 2].item() == pytest.approx(dr, abs=1e-6)
 
 
-def test_softplus_of_the_logarithm_is_the_rate_but_for_its_second_order():
-    agent, _ = make_agent(inner_lr=1e-3, adv_weight=0.01)
-    assert F.softplus(agent.value_net.rho)[0, 0].item() == pytest.approx(0.00099950033, rel=1e-5)
+def test_rates_and_lambda_start_as_given_but_for_the_second_order_of_their_softplus():
+    args = make_args(inner_lr=1e-3, adv_weight=0.01)
+    agent = macaw.Agent(SIZES, args)
+    for net in (agent.value_net, agent.policy_net):
+        assert F.softplus(net.rho).tolist() == pytest.approx(np.full(net.rho.shape, 0.00099950033), rel=1e-5)
     assert F.softplus(agent.c).item() == pytest.approx(0.00995033, rel=1e-5)
+    assert F.softplus(macaw.Agent(SIZES, make_args(adv_weight=0.0)).c) < 1e-7
 
 
 @pytest.mark.parametrize(
     "obs_dim, act_dim, policy, value",
     [(20, 6, 2_663_263, 2_262_901), (27, 8, 2_760_829, 2_333_601), (17, 6, 2_632_963, 2_232_601)],
 )
-def test_parameter_counts(obs_dim, act_dim, policy, value):
+def test_parameter_counts_of_the_default_sizes(obs_dim, act_dim, policy, value):
     sizes = SimpleNamespace(obs_dim=obs_dim, act_dim=act_dim, family=SIZES.family)
-    agent = macaw.Agent(sizes, macaw.resolve(macaw.Args()))
-    agent.make_optimizer(agent.args)
-    assert [sum(p.numel() for p in group) for group in agent.params[:2]] == [policy, value]
-    assert [len(group) for group in agent.params] == [18, 12, 3]
-    assert sum(rho.numel() for rho in agent.params[2]) == 31
+    agent = macaw.Agent(sizes, dc.resolve(macaw.Args(), macaw.ENV_ARGS, macaw.MAY_BE_ZERO))
+    groups = [opt.param_groups[0]["params"] for opt in (agent.policy_opt, agent.value_opt, agent.rate_opt)]
+    assert [sum(p.numel() for p in group) for group in groups] == [policy, value, 31]
+    assert [len(group) for group in groups] == [18, 12, 3]
 
 
 def test_one_transition_moves_a_generated_layer_by_more_than_rank_one():
@@ -235,297 +430,393 @@ def test_one_transition_moves_a_generated_layer_by_more_than_rank_one():
 
     def rank_of_change(rates):
         net.rho.data.copy_(torch.tensor(rates).clamp(min=1e-30).log())
-        change = net.descend(lambda w: (net.layer(w, 0, x) - y).pow(2).sum((1, 2)), 1, 1)[0][0] - net.generate(1)[0]
+        change = net.descend(lambda w: (net.layers[0](w[0], x) - y).pow(2).sum((1, 2)), 1, 1)[0][0] - net.generate(1)[0]
         return torch.linalg.matrix_rank(change[0, :400].view(20, 20).detach(), rtol=1e-9).item()
 
     assert rank_of_change([0, 0, 1e-2]) == 1 < rank_of_change([1e-2, 0, 0])
 
 
-def test_initial_weights_have_the_spread_of_a_generated_layer():
+@pytest.mark.parametrize("latent", [100, 0])
+def test_spread_of_the_initial_weights(latent):
+    """Generated, a scalar output's are ten times those of a plain layer: z has the standard deviation 1 / out."""
     torch.manual_seed(0)
-    net = macaw.Net([(20, 100), (100, 100), (100, 1)], 100, 1e-3)
-    weights = [w[0, : size * out] for w, (size, out) in zip(net.generate(1), net.shapes)]
-    np.testing.assert_allclose([w.std().item() for w in weights[:2]], 0.058, rtol=0.05)
-    assert 0.4 < weights[2].std().item() < 0.8  # ten times that of a plain layer
+    shapes = [(20, 100), (100, 100), (100, 1)]
+    net = macaw.Net(shapes, latent, 1e-3)
+    weights = [w[0, : size * out] for w, (size, out) in zip(net.generate(1), shapes)]
+    expected = [0.0583, 0.0583, 0.58] if latent else [1 / math.sqrt(3 * size) for size, _ in shapes]
+    np.testing.assert_allclose([w.std().item() for w in weights], expected, rtol=0.25 if latent else 0.1)
 
 
-def test_inner_loop_learns_to_tell_two_tasks_apart():
-    """Returns 3 s and -3 s: no function fits both, one inner step on the right one does."""
-    torch.manual_seed(0)
-    net, sign = macaw.Net([(2, 16), (16, 16), (16, 16), (16, 1)], 10, 1e-2), torch.tensor([[3.0], [-3.0]])
-    opt = torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(400):
-        inner, outer = torch.randn(2, 2, 32, 2)
-
-        def loss(weights, rows):
-            return (net(weights, rows)[0][..., 0] - sign * rows[..., 0]).pow(2).mean(1)
-
-        weights, before = net.descend(lambda weights: loss(weights, inner), 2, 1)
-        after = loss(weights, outer).mean()
-        opt.zero_grad()
-        after.backward()
-        opt.step()
-    assert after < 0.5 and after < before.mean() / 10
+# ---- where the rows come from -----------------------------------------------------------
 
 
-# ---- the inner loop against its generic form --------------------------------------------
+@pytest.fixture
+def batches(numbered, numbered_path, tmp_path, monkeypatch):
+    """batches(**changes) -> list of (inner, outer) that the training hands to the update, and the agent."""
+    monkeypatch.setattr(macaw, "evaluate_all", lambda *_: {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0})
+
+    def collect(**changes):
+        seen, agents = [], []
+
+        def spy(agent, inner, outer, args):
+            agents.append(agent)
+            seen.append((inner, outer))
+            return {"losses/value": torch.zeros(())}
+
+        monkeypatch.setattr(macaw, "update", spy)
+        macaw.train(macaw.Args(**SMALL | {"dataset": str(numbered_path), "run_dir": str(tmp_path)} | changes))
+        assert len(seen) == 20
+        return seen, agents[0]
+
+    return collect
 
 
-def oracle_losses(agent, inner, outer, args):
-    """Outer losses of value function and policy, task by task, by plain gradient descent on a full copy of z, U and u
-    per task: the definition, vectorized by vmap."""
-    nets = agent.value_net, agent.policy_net
-    value_params, policy_params = ([list(net.z), list(net.map), list(net.offset)] for net in nets)
-
-    def generate(params):
-        return [(matrix @ z + offset)[None] for z, matrix, offset in zip(*params)]
-
-    def descend(net, params, loss):
-        rates = F.softplus(net.rho)
-        for _ in range(args.inner_steps):
-            grads = torch.func.grad(lambda params: loss(generate(params)))(params)
-            if args.first_order:
-                grads = [[grad.detach() for grad in kind] for kind in grads]
-            moves = [[rate * grad for rate, grad in zip(*kind)] for kind in zip(rates.T, grads)]
-            params = [[p - move for p, move in zip(*kind)] for kind in zip(params, moves)]
-        return generate(params)
-
-    def task_losses(inner, outer):
-        inner, outer = ([x[None] for x in batch] for batch in (inner, outer))
-        (obs, _, ret, _, _, mask), (out_obs, _, out_ret, out_tail, out_last, _) = inner, outer
-
-        def value_loss(weights):
-            return macaw.masked_mean((agent.value(weights, obs) - ret).pow(2), mask)[0]
-
-        value = descend(agent.value_net, value_params, value_loss)
-        blend = [(1 - args.tau) * w + args.tau * w_fast for w, w_fast in zip(generate(value_params), value)]
-        target = (out_ret + out_tail * agent.value(blend, out_last)).detach()
-        adv, out_adv = (agent.advantage(value, b, agent.value(value, b[0])).detach() for b in (inner, outer))
-        loss = descend(agent.policy_net, policy_params, lambda w: agent.inner_policy_loss(w, inner, adv)[0])
-        value_loss = (agent.value(value, out_obs) - target).pow(2).mean()
-        return value_loss, agent.policy_loss(loss, outer, out_adv)[0]
-
-    return torch.vmap(task_losses)(tuple(inner), tuple(outer))
+@pytest.mark.parametrize("part, allowed", [("all", {0, 1, 2, 3}), ("start", {0}), ("middle", {1}), ("end", {3})])
+def test_training_rows_are_labelled_and_of_the_right_tasks_and_episodes(part, allowed, numbered, batches):
+    expected, _ = slow_table(numbered)
+    origin = {tuple(numbered.episodes[t, e, s, :2].tolist()): (t, e, s) for t, e in expected for s in range(20)}
+    seen, tasks, inner_episodes, outer_episodes = batches(inner_segment=part)[0], set(), set(), set()
+    for inner, outer in seen:
+        assert inner.obs.shape == (4, 12, 2) and outer.obs.shape == (4, 8, 2) and inner.last_obs.shape == (4, 1, 2)
+        for k in range(4):
+            places = [[origin[tuple(obs)] for obs in rows.obs[k].tolist()] for rows in (inner, outer)]
+            assert len({task for both in places for task, _, _ in both}) == 1  # both of one task
+            ((task, episode),) = {place[:2] for place in places[0]}  # the inner rows of one episode
+            others = {place[1] for place in places[1]}
+            assert episode not in others
+            length = len(expected[task, episode][0])
+            for i, (_, _, step) in enumerate(places[0]):  # one in every twelfth of the episode
+                assert i * length // 12 <= step <= (i + 1) * length / 12
+            for rows, found in zip((inner, outer), places):
+                for i, at in enumerate(found):
+                    _, act, ret, tail, last = (x[at[2]] for x in expected[at[:2]])
+                    row = [x.expand(*rows.mask.shape, -1)[k, i] for x in (rows.act, rows.last_obs)]
+                    for x, y in zip([*row, rows.ret[k, i], rows.tail[k, i]], [act, last, ret, tail]):
+                        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
+            tasks.add(task)
+            inner_episodes.add(episode)
+            outer_episodes |= others
+        assert (inner.mask == 1).all() and (outer.mask == 1).all()
+    assert tasks == set(numbered.train_ids) and inner_episodes == allowed
+    assert outer_episodes == ({0, 1, 2, 3} if part == "all" else {0, 1, 2, 3} - allowed)
 
 
-@pytest.mark.parametrize("tau", [0.1, 1.0])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"inner_steps": 3}, {"first_order": True}, {"first_order": True, "inner_steps": 2}]
-    + [{"adv_head": False}, {"weight_transform": False, "inner_steps": 2}],
-    ids=lambda changes: "-".join(changes) or "default",
-)
-def test_update_equals_plain_gradient_descent_on_copies_of_all_parameters(changes, tau):
-    agent, args = make_agent(tau=tau, **changes)
-    inner, outer = make_batches()
-    losses = [loss.mean() for loss in oracle_losses(agent, inner, outer, args)]
-    names, params = zip(*agent.named_parameters())
-    expected = torch.autograd.grad(sum(losses), params, materialize_grads=True, allow_unused=True)
-    metrics = macaw.update(agent, inner, outer, args)
-    assert metrics["losses/value"].item() == pytest.approx(losses[0].item(), abs=1e-10)
-    assert metrics["losses/policy"].item() == pytest.approx(losses[1].item(), abs=1e-10)
-    assert len(names) == (24 if not args.adv_head else 30) + 2 + args.adv_head
-    for name, parameter, grad in zip(names, params, expected):
-        found = torch.zeros_like(grad) if parameter.grad is None else parameter.grad
-        assert (found - grad).abs().max().item() < 1e-10 if grad.numel() else True, name
+def test_inner_episodes_and_outer_transitions_are_uniform(numbered):
+    agent, args = make_agent(numbered, torch.float32, env="point-robot", batch_size=200)
+    table, task_ids = macaw.label_data(agent, numbered), torch.full((2000,), 2)
+    steps = torch.arange(80.0).reshape(4, 20).expand(9, -1, -1)  # in place of the returns
+    generator = torch.Generator().manual_seed(0)
+    inner, outer = macaw.draw_rows(numbered, table._replace(ret=steps), task_ids, args, generator)
+    first = torch.bincount(inner.ret[:, 0].long() // 20, minlength=4) / 2000
+    np.testing.assert_allclose(first, 0.25, atol=0.04)
+    lengths = numbered.lengths[2]
+    kept = outer.ret[inner.ret[:, 0] < 20].long()  # inner: episode 0
+    share = torch.bincount(kept.flatten(), minlength=80).reshape(4, 20) / kept.numel()
+    real = torch.arange(20) < lengths[:, None]
+    real[0] = False
+    np.testing.assert_allclose(share, real / real.sum(), atol=0.005)
 
 
-# ---- gradient routing -------------------------------------------------------------------
+def test_segments_are_quarters_of_the_recorded_episodes():
+    lengths = torch.tensor([[5] * 8 + [0] * 2, [5] * 10, [5] * 3 + [0] * 7])
+    found = {p: [x.nonzero()[:, 0].tolist() for x in macaw.segment(lengths, p)] for p in ("start", "middle", "end")}
+    assert found == {
+        "start": [[0, 1], [0, 1], [0]],
+        "middle": [[3, 4], [4, 5], [1]],
+        "end": [[6, 7], [8, 9], [2]],
+    }
+    assert torch.equal(macaw.segment(lengths, "all"), (lengths > 0).float())
 
 
-def largest_gradients(agent, args, **batches):
-    macaw.update(agent, *make_batches(**batches), args)
-    return {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in agent.named_parameters()}
+def test_a_task_with_one_episode_is_refused(numbered, monkeypatch):
+    monkeypatch.setattr(dc, "load_dataset", lambda *_: SimpleNamespace(min_episodes=1))
+    assert "two episodes of every training task" in stop_message(macaw.train, macaw.Args(env="point-robot"))
 
 
-def test_head_and_lambda_learn_through_the_second_order_alone():
-    agent, args = make_agent()
-    grads = largest_gradients(agent, args)
-    head = [f"policy_net.{kind}.{layer}" for kind in ("z", "map", "offset") for layer in (4, 5)] + ["c"]
-    assert min(grads.values()) > 0
-    assert (agent.policy_net.rho.grad[4:] == 0).all() and (agent.policy_net.rho.grad[:4] != 0).all()
-    agent, args = make_agent(first_order=True)
-    grads = largest_gradients(agent, args)
-    assert all(grads[name] == 0 for name in head)
-    assert all(grad > 0 for name, grad in grads.items() if name not in head)
+# ---- schedules and switches -------------------------------------------------------------
 
 
-def test_rates_of_the_head_learn_from_the_second_inner_step_on():
-    agent, args = make_agent(inner_steps=2)
-    largest_gradients(agent, args)
-    assert (agent.policy_net.rho.grad != 0).all()
+@pytest.mark.parametrize("decay", [True, False])
+def test_learning_rates_fall_in_the_second_half(decay, numbered_path, tmp_path, monkeypatch):
+    rates = []
+
+    def spy(agent, inner, outer, args):
+        opts = (agent.policy_opt, agent.value_opt, agent.rate_opt)
+        rates.append([opt.param_groups[0]["lr"].item() for opt in opts])
+        return {"losses/value": torch.zeros(())}
+
+    monkeypatch.setattr(macaw, "update", spy)
+    monkeypatch.setattr(macaw, "evaluate_all", lambda *_: {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0})
+    changes = {"dataset": str(numbered_path), "run_dir": str(tmp_path), "lr_decay": decay, "total_updates": 10}
+    macaw.train(macaw.Args(**SMALL | changes))
+    factors = [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2] if decay else [1] * 10
+    np.testing.assert_allclose(rates, np.outer(factors, [1e-3, 3e-3, 7e-3]), rtol=1e-6)
 
 
-def test_without_the_weight_lambda_the_head_changes_nothing():
-    (one, args), (two, other_args) = make_agent(adv_weight=0.0), make_agent(adv_head=False)
-    own = two.state_dict()
-    two.load_state_dict(own | {k: v for k, v in one.state_dict().items() if k in own and v.shape == own[k].shape})
-    batches = make_batches()
-    loss, other = (macaw.update(agent, *batches, given) for agent, given in ((one, args), (two, other_args)))
-    torch.testing.assert_close(loss["losses/policy"], other["losses/policy"], atol=1e-6, rtol=0)
+def test_compile_compiles_the_update(numbered_path, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    monkeypatch.setattr(macaw, "evaluate_all", lambda *_: {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0})
+    changes = {"dataset": str(numbered_path), "total_updates": 1, "save_every": 1}
+    for flag in (False, True):
+        macaw.train(macaw.Args(**SMALL | changes | {"run_dir": str(tmp_path / str(flag)), "compile": flag}))
+    assert compiled == [macaw.update]
 
 
-def test_policy_loss_does_not_reach_the_value_function():
-    agent, _ = make_agent()
-    inner, outer = make_batches()
-    value, policy, *_ = agent.inner_loop(inner, 1)
-    loss = agent.policy_loss(policy, outer, agent.advantage(value, outer, agent.value(value, outer[0]))).sum()
-    params = list(agent.value_net.parameters())
-    assert all(grad is None for grad in torch.autograd.grad(loss, params, allow_unused=True))
-
-
-def test_padded_rows_change_nothing():
-    agent, _ = make_agent()
-    inner, _ = make_batches()
-    changed = [x.clone() for x in inner]
-    for x in (changed[0], changed[1], changed[2], changed[3]):
-        x[1, -3:] = 5.0
-    for one, two in zip(agent.inner_loop(inner, 2)[:2], agent.inner_loop(changed, 2)[:2]):
-        for a, b in zip(one, two):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-# ---- batches ----------------------------------------------------------------------------
-
-
-def test_middle_segment_is_in_the_middle():
-    assert [macaw.segment(1000, 100, part) for part in ("start", "middle", "end")] == [0, 450, 900]
-
-
-PARTS = [("all", {0, 1, 2, 3, 4, 5, 6, 7}), ("start", {0, 1}), ("middle", {3, 4}), ("end", {6, 7})]
-
-
-@pytest.mark.parametrize("part, allowed", PARTS)
-def test_inner_and_outer_rows_are_disjoint_and_of_the_right_episodes(part, allowed, tiny):
-    agent, args = make_agent(tiny, torch.float32, env="point-robot", inner_segment=part, context_size=20, batch_size=30)
-    *_, last_obs = macaw.label_data(agent, tiny)
-    count, horizon = tiny.lengths.shape[1], 20
-    index = torch.arange(len(tiny.lengths) * count * horizon).view(len(tiny.lengths), count, horizon)
-    table = [index[..., None], index, index, index, last_obs]
-    generator, ids, seen = torch.Generator().manual_seed(0), torch.as_tensor(tiny.train_ids).repeat(40), set()
-    inner, outer = macaw.sample(tiny, table, ids, args, generator)
-    for k in range(len(ids)):
-        episodes = [set((batch[2][k] // horizon).tolist()) for batch in (inner, outer)]
-        assert len(episodes[0]) == 1 and not episodes[0] & episodes[1]
-        assert {e // count for both in episodes for e in both} == {ids[k].item()}
-        seen |= {e % count for e in episodes[0]}
-        assert inner[2][k].unique().numel() == 20  # a context as long as the episode takes every row once
-    assert seen == allowed
-    assert inner[4].shape == (len(ids), 1, 2) and outer[4].shape == (len(ids), 30, 2)
+def test_discount_depends_on_the_family_and_only_weights_and_counts_may_be_zero():
+    assert make_args(env="point-robot").gamma == 0.9 and make_args(env="ant-dir").gamma == 0.99
+    assert make_args(env="ant-dir", gamma=0.5).gamma == 0.5
+    make_args(adv_weight=0.0, tau=0.0, online_ft=0)
+    for name in ("inner_lr", "latent", "inner_steps", "policy_std", "temperature", "max_weight", "ft_value_steps"):
+        assert f"--{name.replace('_', '-')} 0" in stop_message(partial(make_args, **{name: 0}))
 
 
 # ---- adaptation -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def point_agent(tiny):
-    agent, _ = make_agent(tiny, torch.float32, env="point-robot", inner_lr=1e-3)
-    macaw.label_data(agent, tiny)
+def make_contexts(agent):
+    """Three rows of two episodes each, of random length: the first of the first row is whole, the third row is empty
+    -> context, mask, and per row the labelled steps."""
+    context = torch.empty(3, 40, 7, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(3))
+    mask, labels = torch.zeros(3, 40, dtype=torch.float64), []
+    for row, lengths in enumerate([(20, 8), (5, 20), (0, 0)]):
+        episodes = []
+        for start, length in zip((0, 20), lengths):
+            mask[row, start : start + length] = 1
+            if length:
+                episodes.append(slow_labels(context[row, start : start + 20], length, length < 20, agent.args.gamma))
+        labels.append(scaled(episodes, agent.return_spread))
+    return context, mask, labels
+
+
+def scaled(episodes, spread):
+    """Labels of several episodes -> rows of one task, returns divided by spread; None without an episode."""
+    if not episodes:
+        return None
+    obs, act, ret, tail, last = (torch.cat(x) for x in zip(*episodes))
+    return obs, act, ret / spread, tail, last
+
+
+@pytest.fixture
+def point_agent(numbered):
+    agent, _ = make_agent(numbered, env="point-robot", inner_steps=2, gamma=0.9)
+    agent.return_spread.fill_(2.5)
+    agent.probes.normal_(generator=torch.Generator().manual_seed(5))
     return agent
 
 
-def context_of(data, tasks=(0, 1, 2), episodes=(0,)):
-    context = torch.cat([data.episodes[list(tasks), e][..., :-1] for e in episodes], 1)
-    return context, torch.ones(context.shape[:2])
+def slow_policy(agent, labels, steps):
+    """Policy weights after `steps` on one context; initial without a transition."""
+    initial = slow_generate(slow_parameters(agent.policy_net))
+    return [w.detach() for w in (slow_adapt(agent, labels, steps)[1] if labels and steps else initial)]
 
 
-def test_adaptation_leaves_the_initial_parameters_alone_and_no_context_gives_them(tiny, point_agent):
+@pytest.mark.parametrize("steps", [None, 0, 1, 3])
+def test_adapted_policy_acts_as_after_gradient_descent_on_the_context(steps, point_agent):
     before = {k: v.clone() for k, v in point_agent.state_dict().items()}
-    context, mask = context_of(tiny)
-    obs = torch.randn(3, 2)
-    acts = {k: macaw.adapt(point_agent, context, mask, steps=k)(obs, torch.zeros(3)) for k in (0, 1, 5)}
+    context, mask, labels = make_contexts(point_agent)
+    obs = context[:, 0, :2] + 0.3
+    found = macaw.adapt(point_agent, context, mask, steps=steps)(obs, torch.zeros(3))
+    weights = [slow_policy(point_agent, each, 2 if steps is None else steps) for each in labels]
+    torch.testing.assert_close(found, torch.stack([slow_mean(w, o) for w, o in zip(weights, obs)]), rtol=0, atol=1e-6)
+    assert not found.requires_grad
     assert all(torch.equal(v, before[k]) for k, v in point_agent.state_dict().items())
-    assert not torch.equal(acts[0], acts[1]) and not torch.equal(acts[1], acts[5])
-    none = macaw.adapt(point_agent, context[:, :0], mask[:, :0])(obs, torch.zeros(3))
-    assert torch.equal(none, acts[0])
-    assert not any(w.requires_grad for weights in macaw.adapted(point_agent, context, mask, 2) for w in weights)
 
 
-def test_rows_of_a_batch_are_adapted_apart(tiny, point_agent):
-    context, mask = context_of(tiny)
-    together, alone = macaw.embed(point_agent, context, mask), macaw.embed(point_agent, context[1:2], mask[1:2])
-    torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-6)
-    assert together.shape == (3, 16)
+def test_no_context_gives_the_initial_policy(point_agent):
+    obs = doubles([0.1, 0.2], [1.0, -0.5])
+    found = macaw.adapt(point_agent, torch.zeros(2, 0, 7).double(), torch.zeros(2, 0).double())(obs, None)
+    weights = slow_policy(point_agent, None, 2)
+    torch.testing.assert_close(found, torch.stack([slow_mean(weights, o) for o in obs]))
 
 
-def test_two_equal_episodes_adapt_like_one_but_for_the_spread_of_the_advantages(tiny, point_agent):
-    one, two = (macaw.adapted(point_agent, *context_of(tiny, episodes=e), 1)[0] for e in ((0,), (0, 0)))
-    for a, b in zip(one, two):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+def test_embedding_is_what_the_adapted_policy_does_at_the_probes(point_agent):
+    context, mask, labels = make_contexts(point_agent)
+    weights = [slow_policy(point_agent, each, 2) for each in labels]
+    expected = [torch.cat([slow_mean(w, o) for o in point_agent.probes]) for w in weights]
+    torch.testing.assert_close(macaw.embed(point_agent, context, mask), torch.stack(expected), rtol=0, atol=1e-6)
 
 
-def test_adaptation_fits_the_returns_of_the_context(tiny, point_agent):
-    context, mask = context_of(tiny)
-    *batch, _ = point_agent.label(context, mask, torch.zeros(3))
-    errors = []
-    for steps in (0, 1, 5):
-        value, _ = macaw.adapted(point_agent, context, mask, steps)
-        with torch.no_grad():
-            errors.append((point_agent.value(value, batch[0]) - batch[2]).pow(2).mean())
-    assert errors[0] > errors[1] > errors[2]
+def test_exploration_adds_the_noise_of_the_policy(point_agent, known_noise):
+    context, mask, _ = make_contexts(point_agent)
+    obs = context[:, 0, :2]
+    plain, noisy = (macaw.adapt(point_agent, context, mask, explore)(obs, None) for explore in (False, True))
+    expected = plain + 0.4 * pattern(plain.shape)
+    assert expected.abs().max() < 1  # the bounds have a test of their own
+    torch.testing.assert_close(noisy, expected)
 
 
-def test_exploration_adds_the_noise_of_the_policy(tiny, point_agent):
-    context, mask = context_of(tiny)
-    obs, rew = torch.zeros(3, 2), torch.zeros(3)
-    plain, noisy = (macaw.adapt(point_agent, context, mask, explore)(obs, rew) for explore in (False, True))
-    again = macaw.adapt(point_agent, context, mask, True)(obs, rew)
-    assert torch.equal(noisy, again) and 0 < (noisy - plain).abs().max() < 1 and noisy.abs().max() <= 1
+def test_actions_stay_within_the_bounds_and_noise_differs_by_step_but_not_by_call(point_agent):
+    point_agent.args = replace(point_agent.args, policy_std=50.0)
+    context, mask, _ = make_contexts(point_agent)
+    policies = [macaw.adapt(point_agent, context, mask, True) for _ in range(2)]
+    acts = [[policy(context[:, 0, :2], None) for _ in range(3)] for policy in policies]
+    assert all(act.abs().max() == 1 for act in acts[0])
+    assert not torch.equal(acts[0][0], acts[0][1]) and all(torch.equal(a, b) for a, b in zip(*acts))
 
 
-def test_returns_without_a_step_and_after_the_usual_steps_are_those_of_the_protocols(tiny, point_agent):
-    results = macaw.evaluate_all(point_agent, tiny, replace(point_agent.args, eval_episodes=1), dc.PROTOCOLS)
-    for steps in (0, 1):
-        found = dc.evaluate(tiny, partial(macaw.adapt, point_agent, steps=steps), ("iid",), 1)["eval/iid/return"]
-        assert results[f"adapt/return_{steps}_steps"] == found
+def test_evaluation_reports_returns_by_number_of_steps_and_tunes_only_at_the_end(numbered, monkeypatch):
+    agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_steps=5, eval_episodes=3, online_ft=4)
+
+    def evaluate(data, adapt, protocols, episodes):
+        assert data is numbered and adapt.func is macaw.adapt and adapt.args == (agent,) and episodes == 3
+        steps = adapt.keywords.get("steps", 5)
+        assert protocols == ("iid",) or "steps" not in adapt.keywords
+        return {f"eval/{protocol}/return": 100.0 * (protocol == "zero_shot") + steps for protocol in protocols}
+
+    monkeypatch.setattr(dc, "evaluate", evaluate)
+    monkeypatch.setattr(dc, "embedding_quality", lambda data, embed: {"z": (embed.func, embed.args)})
+    monkeypatch.setattr(macaw, "fine_tune", lambda *given: {"tuned": given})
+    quality = {"z": (macaw.embed, (agent,))}
+    found = macaw.evaluate_all(agent, numbered, args, ("iid", "train"))
+    assert found == {"eval/iid/return": 5, "eval/train/return": 5} | quality
+    found = macaw.evaluate_all(agent, numbered, args, dc.PROTOCOLS)
+    assert [found[f"adapt/return_{k}_steps"] for k in (0, 1, 5, 20)] == [105, 1, 5, 20]
+    assert found["tuned"] == (agent, numbered, args) and found["z"] == quality["z"]
+    assert "tuned" not in macaw.evaluate_all(agent, numbered, replace(args, online_ft=0), dc.PROTOCOLS)
 
 
-# ---- whole runs -------------------------------------------------------------------------
+# ---- online fine-tuning -----------------------------------------------------------------
 
 
-def run(tiny_path, folder, **changes):
-    return macaw.train(macaw.Args(**SMALL | {"dataset": str(tiny_path), "run_dir": str(folder)} | changes))
+class Simulation:
+    """In place of TaskEnv and rollout: known episodes, the third of which ends early, and a record of every policy's
+    actions at `obs`, one row per task."""
+
+    def __init__(self, tasks):
+        self.tasks, self.plays, self.obs = tasks, [], pattern((tasks, 2)) / 2
+
+    def env(self, family, params, tasks):
+        assert list(tasks) == [6, 7, 8]
+        return SimpleNamespace(close=lambda: None)
+
+    def rollout(self, env, policy, seeds, device):
+        generator = torch.Generator().manual_seed(len(self.plays))
+        episode = {
+            "observations": torch.empty(self.tasks, 21, 2, dtype=torch.float64).normal_(generator=generator).numpy(),
+            "actions": torch.empty(self.tasks, 20, 2, dtype=torch.float64).uniform_(-1, 1, generator=generator).numpy(),
+            "rewards": torch.empty(self.tasks, 20, dtype=torch.float64).normal_(generator=generator).numpy(),
+            "lengths": np.array([20, 11, 14]),
+            "terminated": np.array([False, True, False]),
+        }
+        self.plays.append((policy(self.obs, None), list(seeds), copy.deepcopy(episode)))
+        return episode
 
 
-VARIANTS = [{"inner_steps": 2}, {"weight_transform": False}, {"adv_head": False}, {"first_order": True}]
-VARIANTS += [{"inner_segment": "start"}, {"terminal_bootstrap": False}, {"online_ft": 1, "ft_value_steps": 2}]
+@pytest.fixture
+def simulation(numbered, monkeypatch):
+    simulation = Simulation(len(numbered.test_ids))
+    monkeypatch.setattr(dc, "TaskEnv", simulation.env)
+    monkeypatch.setattr(dc, "rollout", simulation.rollout)
+    return simulation
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: "-".join(changes))
-def test_run_of_every_variant(changes, tiny_path, tmp_path, monkeypatch):
-    agents, run_class = [], macaw.Run
-
-    class Spy(run_class):
-        def __enter__(self):
-            agents.append((self.agent, {k: v.clone() for k, v in self.agent.named_parameters()}))
-            return super().__enter__()
-
-    monkeypatch.setattr(macaw, "Run", Spy)
-    result = run(tiny_path, tmp_path, **changes)
-    ((agent, before),) = agents
-    still = {k for k, p in agent.named_parameters() if p.numel() and torch.equal(p, before[k])}
-    head = {f"policy_net.{kind}.{layer}" for kind in ("z", "map", "offset") for layer in (4, 5)} | {"c"}
-    assert still == (head if changes.get("first_order") else set())
-    for protocol in dc.PROTOCOLS:
-        assert math.isfinite(result[f"eval/{protocol}/return"])
-    assert all(math.isfinite(result[f"adapt/return_{k}_steps"]) for k in (0, 1, 5, 20))
-    assert ("online_ft/return_ep_1" in result) == ("online_ft" in changes)
+def picks(mask, count):
+    """In place of the random draw of real rows: count columns of each row of mask."""
+    real = [row.nonzero()[:, 0] for row in mask]
+    return torch.stack([columns[(5 * torch.arange(count) + k) % len(columns)] for k, columns in enumerate(real)])
 
 
-# ---- bad input --------------------------------------------------------------------------
+def slow_fine_tune(agent, data, simulation, args):
+    """-> actions [tasks, 2] at simulation.obs before the first own episode and after each one's training."""
+    acts = [[] for _ in data.test_ids]
+    for k, task in enumerate(data.test_ids):
+        length = data.lengths[task, 0].item()
+        labels = slow_labels(data.episodes[task, 0, :, :-1], length, length < 20, args.gamma)
+        value, policy, _ = slow_adapt(agent, scaled([labels], agent.return_spread), args.inner_steps)
+        value, policy = ([w.detach().requires_grad_() for w in weights] for weights in (value, policy))
+        value_opt, policy_opt = torch.optim.Adam(value, args.ft_lr), torch.optim.Adam(policy, args.ft_lr)
+        obs, episodes = data.standardize(simulation.obs[k]), []
+        acts[k].append(slow_mean(policy, obs).detach())
+        for _, _, own in simulation.plays:
+            length, states = own["lengths"][k], data.standardize(torch.as_tensor(own["observations"][k]))
+            act, rew = torch.as_tensor(own["actions"][k]), torch.as_tensor(own["rewards"][k])
+            rows = torch.cat([states[:-1], act, rew[:, None], states[1:]], 1)
+            episodes.append(slow_labels(rows, length, own["terminated"][k], args.gamma))
+            rows = scaled(episodes, agent.return_spread)
+            chosen = [(5 * i + k) % len(rows[0]) for i in range(args.ft_batch_size)]
+            batch = tuple(x[chosen] for x in rows)
+            for _ in range(args.ft_value_steps):
+                value_opt.zero_grad()
+                slow_value_loss(value, batch).backward()
+                value_opt.step()
+            for _ in range(args.ft_policy_steps):
+                policy_opt.zero_grad()
+                slow_awr_loss(policy, batch, slow_advantages(value, batch), args).backward()
+                policy_opt.step()
+            acts[k].append(slow_mean(policy, obs).detach())
+    return torch.stack([torch.stack(each) for each in zip(*acts)])
 
 
-BAD = [("inner_lr", 0.0), ("latent", 0), ("inner_steps", 0), ("tau", 1.5), ("adv_weight", -1.0), ("online_ft", -1)]
-BAD += [("policy_std", 0.0), ("max_weight", math.inf), ("gamma", math.nan), ("ft_value_steps", -3)]
+def test_fine_tuning_is_adam_on_each_tasks_own_weights(numbered, simulation, known_noise, monkeypatch):
+    changes = {"online_ft": 2, "ft_lr": 0.02, "ft_batch_size": 6, "ft_value_steps": 2, "ft_policy_steps": 3}
+    agent, args = make_agent(numbered, env="point-robot", inner_steps=2, policy_std=0.8, **changes)
+    agent.return_spread.fill_(2.5)
+    data = copy.copy(numbered)
+    data.episodes = data.episodes.double()
+    data.episodes[..., 4] /= 1000  # rewards
+    before = {k: v.clone() for k, v in agent.state_dict().items()}
+    drawn = []
+
+    def multinomial(mask, count, replacement, generator):
+        assert replacement
+        drawn.append(mask.sum(1).tolist())
+        return picks(mask, count)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    results = macaw.fine_tune(agent, data, args)
+    assert drawn == [[20, 11, 14]] * 5 + [[40, 22, 28]] * 5  # all own transitions, and only real ones
+    (first, *_), (noisy, *_), (noisy_2, *_), (last, *_) = simulation.plays
+    plays = simulation.plays
+    assert results == {
+        "online_ft/return_ep_0": pytest.approx(plays[0][2]["rewards"].sum(1).mean()),
+        "online_ft/return_ep_2": pytest.approx(plays[3][2]["rewards"].sum(1).mean()),
+    }
+    assert len({tuple(seeds) for _, seeds, _ in plays}) == 3 and all(len(set(seeds)) == 3 for _, seeds, _ in plays)
+    simulation.plays = plays[1:3]  # the own ones
+    expected = slow_fine_tune(agent, data, simulation, args)
+    noise = args.policy_std * pattern((3, 2))
+    assert (expected[0] + noise).abs().max() > 1 > expected.abs().max()
+    wanted = (expected[0], expected[0] + noise, expected[1] + noise, expected[2])
+    for found, act in zip((first, noisy, noisy_2, last), wanted):
+        torch.testing.assert_close(found, act.clamp(-1, 1), rtol=0, atol=1e-5)
+    assert (expected[2] - expected[0]).abs().min() > 1e-3
+    assert all(torch.equal(v, before[k]) for k, v in agent.state_dict().items())
 
 
-@pytest.mark.parametrize("flag, value", BAD)
-def test_impossible_value_is_refused_in_one_line(flag, value, tiny_path, tmp_path):
-    message = stop_message(lambda: run(tiny_path, tmp_path / "runs", **{flag: value}))
-    assert f"--{flag.replace('_', '-')} {value}" in message and not (tmp_path / "runs").exists()
+def test_fine_tuning_is_evaluated_every_tenth_time_and_at_the_end(numbered, simulation, monkeypatch):
+    changes = {"online_ft": 12, "ft_value_steps": 1, "ft_policy_steps": 1, "ft_batch_size": 4, "inner_lr": 1e-4}
+    agent, args = make_agent(numbered, torch.float32, env="point-robot", **changes)
+    simulation.obs = simulation.obs.float()
+    rollout = simulation.rollout
+
+    def single(*given):
+        return {k: np.float32(v) if v.dtype == float else v for k, v in rollout(*given).items()}
+
+    monkeypatch.setattr(dc, "rollout", single)
+    assert list(macaw.fine_tune(agent, numbered, args)) == [f"online_ft/return_ep_{k}" for k in (0, 10, 12)]
+    assert len(simulation.plays) == 12 + 3
 
 
-def test_a_task_with_one_episode_is_refused(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny, "min_episodes", 1)
-    monkeypatch.setattr(dc, "load_dataset", lambda *_: tiny)
-    assert "two episodes of every training task" in stop_message(lambda: run("some.npz", tmp_path))
+# ---- learning ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_learns_to_reach_goals_on_new_tasks(seed, tmp_path, monkeypatch):
+    """point-robot: random -20, expert -4.7; the best policy that knows nothing of the task about -15.5."""
+    rows = []
+
+    def evaluate(agent, data, args, protocols):
+        tested = dc.evaluate(data, partial(macaw.adapt, agent), ("iid", "zero_shot"), 1)
+        return tested | {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0}
+
+    update = macaw.update
+    monkeypatch.setattr(macaw, "update", lambda *given: rows.append(update(*given)) or rows[-1])
+    monkeypatch.setattr(macaw, "evaluate_all", evaluate)
+    changes = {"total_updates": 100, "save_every": 100, "eval_every": 100, "log_every": 100, "width": 32, "latent": 16}
+    changes |= {"dataset": str(ROOT / "datasets" / "point-robot.npz"), "run_dir": str(tmp_path), "seed": seed}
+    result = macaw.train(macaw.Args(env="point-robot", device="cpu", lr=3e-3, value_lr=3e-3, **changes))
+    assert result["eval/iid/return"] > -7.5 and result["eval/zero_shot/return"] < -12
+    names = ("inner_value", "inner_value_after", "value")
+    inner, after, outer = (np.mean([row[f"losses/{name}"].item() for row in rows[-20:]]) for name in names)
+    assert after < inner and outer < 0.3  # returns have a spread of 1
