@@ -23,6 +23,7 @@ import random
 import shlex
 import signal
 import sys
+import threading
 import time
 import typing
 import zipfile
@@ -887,6 +888,7 @@ def command_line(args_class, train, doc, arguments=None):
 @contextlib.contextmanager
 def one_line_faults():
     """In its block signals, and faults of disk, pipe and memory, end the program with one line, no traceback."""
+    threading.excepthook = lambda _: None  # TensorBoard's thread meets the disk's faults too; we report them here
     try:
         with note_signals(at_once=True):
             yield
@@ -946,7 +948,7 @@ def check_arguments(args, may_be_zero, ranges):
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, str) and not (value.isprintable() and value):
             raise SystemExit(f"{flag} {value!r}: must be printable text")
-        if name == "exp_name" and Path(value).name != value:
+        if name == "exp_name" and (Path(value).name != value or value == ".."):
             raise SystemExit(f"{flag} {value}: must be the name of one folder, not a path")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue

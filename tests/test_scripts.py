@@ -2,11 +2,14 @@
 whole runs, interruption, resume, bad input. What does not depend on the script is checked with flora.py alone."""
 
 import copy
+import errno
+import fcntl
 import functools
 import importlib
 import inspect
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -245,10 +248,13 @@ def stop_program(case, tiny_path, folder, update, signal_number, **changes):
     return process.wait(timeout=60), stdout, stderr, run_dir
 
 
-@scripts
-def test_ctrl_c_saves_and_says_how_to_resume(name, tiny_path, tmp_path):
-    code, stdout, stderr, run_dir = stop_program(name, tiny_path, tmp_path, 20, signal.SIGINT, total_updates=3000)
-    assert code == 130 and "Traceback" not in stderr
+STOPS = [(name, signal.SIGINT) for name in SCRIPTS] + [("flora", signal.SIGTERM), ("flora", signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("name, number", STOPS)
+def test_signal_saves_and_says_how_to_resume(name, number, tiny_path, tmp_path):
+    code, stdout, stderr, run_dir = stop_program(name, tiny_path, tmp_path, 20, number, total_updates=3000)
+    assert code == 128 + number and "Traceback" not in stderr
     (command,) = [line for line in stdout.splitlines() if "--resume" in line]
     assert command.endswith(f"python {name}.py --resume {run_dir.relative_to(tmp_path)}")
     assert sum(load(run_dir)["steps"].values()) >= 20 and not (run_dir / "result.json").exists()
@@ -322,6 +328,44 @@ def test_resuming_a_finished_run_keeps_its_results(copied, straight):
     assert_same_run(copied, straight("flora").run_dir)
 
 
+def test_fewer_updates_than_done_are_refused(copied):
+    before = (copied / "checkpoint.pt").read_bytes()
+    assert "has done 40" in stop_message(lambda: resume("flora", copied, total_updates=30))
+    assert (copied / "checkpoint.pt").read_bytes() == before
+
+
+def test_longer_training_says_that_its_learning_rates_are_not_those_of_a_straight_one(copied, capsys):
+    resume("flora", copied, total_updates=50)
+    assert "fell towards update 40 are now those of 50" in capsys.readouterr().out
+
+
+def test_unreadable_result_is_made_again(copied, straight):
+    (copied / "result.json").write_bytes(b"{\xff")
+    resume("flora", copied)
+    assert_same_run(copied, straight("flora").run_dir)
+
+
+def test_damaged_metrics_are_refused(tiny_path, tmp_path):
+    run_dir = cut_run("flora", tiny_path, tmp_path, 25)
+    (run_dir / "metrics.csv").write_bytes(b"\x00\xff\n" * 3)
+    assert "metrics.csv is damaged" in stop_message(lambda: resume("flora", run_dir))
+
+
+def test_second_process_in_a_run_directory_is_refused(tiny_path, tmp_path):
+    run_dir = cut_run("flora", tiny_path, tmp_path, 25)
+    folder = os.open(run_dir, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    assert "another process" in stop_message(lambda: resume("flora", run_dir))
+    os.close(folder)
+    resume("flora", run_dir)
+
+
+def test_runs_of_the_same_second_get_directories_of_their_own(tiny_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    dirs = [run("flora", tiny_path, tmp_path, total_updates=1)["run_dir"] for _ in range(2)]
+    assert [Path(run_dir).name for run_dir in dirs] == ["seed0-now", "seed0-now-2"]
+
+
 def test_resuming_after_an_interrupted_last_evaluation_delivers_the_results(copied, straight):
     """Ctrl-C there, or a kill before the end, leaves the checkpoint of the last update and no result.json."""
     (copied / "result.json").unlink()
@@ -370,10 +414,69 @@ def test_run_that_is_not_finite_stops_and_keeps_the_checkpoint(case, parameter, 
     assert not (run_dir / "result.json").exists()
 
 
+@pytest.mark.parametrize("tag", ["eval/ood/return", "z/probe_r2"])
+def test_evaluation_that_is_not_finite_stops_the_run(tag, tiny_path, tmp_path, monkeypatch):
+    evaluate_all = flora.evaluate_all
+    monkeypatch.setattr(flora, "evaluate_all", lambda *inputs: evaluate_all(*inputs) | {tag: math.nan})
+    message = stop_message(lambda: run("flora", tiny_path, tmp_path))
+    assert f"update 20: {tag} (nan) is not finite" in message
+    assert not list(tmp_path.glob("*/*/*/result.json"))
+
+
+# ---- faults of the machine --------------------------------------------------------------
+
+
+def test_full_disk_keeps_the_last_checkpoint(tiny_path, tmp_path, monkeypatch):
+    run_dir, fsync = cut_run("flora", tiny_path, tmp_path, 25), os.fsync
+    before = (run_dir / "checkpoint.pt").read_bytes()
+
+    def full(file):
+        fsync(file)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = stop_message(command, "flora", "--resume", str(run_dir))
+    assert "No space left on device" in message and str(run_dir) in message
+    assert (run_dir / "checkpoint.pt").read_bytes() == before and not list(run_dir.glob("*.tmp"))
+
+
+def test_run_directory_that_vanished_ends_with_one_line(tiny_path, tmp_path, monkeypatch):
+    update, count = flora.update, [0]
+
+    def vanishing(*inputs):
+        count[0] += 1
+        if count[0] == 5:
+            shutil.rmtree(tmp_path / "point-robot")
+        return update(*inputs)
+
+    monkeypatch.setattr(flora, "update", vanishing)
+    settings = flags(SMALL | {"dataset": str(tiny_path), "run_dir": str(tmp_path)})
+    assert "No such file" in stop_message(command, "flora", *settings)
+
+
+def test_closed_pipe_ends_with_one_line(straight, tmp_path):
+    run_dir = shutil.copytree(straight("flora").run_dir, tmp_path / "run")
+    process = start_script(tmp_path, "flora.py", "--resume", str(run_dir), "--total-updates", "400")
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(timeout=60) == 1 and stderr.count("\n") == 1 and "nobody reads" in stderr
+    assert load(run_dir)["steps"]["policy"] >= 40
+
+
+def test_evaluation_of_a_run_that_cannot_be_written_to_shows_its_results(copied, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system", str(copied))
+
+    monkeypatch.setattr(dc, "write_json", refuse)
+    message = stop_message(command, "flora", "--resume", str(copied), "--eval-only")
+    assert "Read-only" in message and "iid" in capsys.readouterr().out
+
+
 # ---- bad input --------------------------------------------------------------------------
 
 
 BAD = [("lr", 0.0), ("lr", math.nan), ("total_updates", 0), ("batch_size", -1), ("seed", -1)]
+BAD += [("lr", 1e308), ("batch_size", 2**21), ("total_updates", 2**31)]
 
 
 @scripts
@@ -433,15 +536,17 @@ def test_resume_of_a_truncated_checkpoint_is_refused(copied):
 
 
 ARGS = asdict(flora.Args())
+WHOLE = dict.fromkeys(("data", "agent", "opts", "rng", "generator", "steps", "rows", "seconds"))
+WHOLE |= {"version": dc.RUN_VERSION, "args": ARGS}
 FOREIGN = {  # checkpoints that torch can read and that are no run of flora.py, and what is said of them
-    "state dict": ({"weight": torch.zeros(2)}, "not of a run"),
-    "list": ([1, 2], "not of a run"),
+    "state dict": ({"weight": torch.zeros(2)}, "not one of this repository"),
+    "list": ([1, 2], "not one of this repository"),
     "old version": ({"args": ARGS, "step": 3}, "of version 1 of this repository, this is 2"),
-    "other arguments": ({"version": dc.RUN_VERSION, "args": {"exp_name": "sac", "lr": 0.1}}, "another script"),
-    "argument missing": (
-        {"version": dc.RUN_VERSION, "args": {k: v for k, v in ARGS.items() if k != "num_flows"}},
-        "another script",
-    ),
+    "other script": (WHOLE | {"args": {"exp_name": "sac", "lr": 0.1}}, "of another script"),
+    "argument missing": (WHOLE | {"args": {k: v for k, v in ARGS.items() if k != "num_flows"}}, "of another script"),
+    "argument of a wrong type": (WHOLE | {"args": ARGS | {"width": "wide"}}, "arguments of a wrong type"),
+    "choice that there is not": (WHOLE | {"args": ARGS | {"device": "abacus"}}, "arguments of a wrong type"),
+    "key missing": ({k: v for k, v in WHOLE.items() if k != "rng"}, "incomplete: no rng"),
 }
 
 
@@ -451,6 +556,60 @@ def test_resume_of_a_foreign_checkpoint_is_refused(kind, tmp_path):
     torch.save(content, tmp_path / "checkpoint.pt")
     message = stop_message(lambda: resume("flora", tmp_path))
     assert str(tmp_path) in message and reason in message
+
+
+def first_state(saved):
+    """A tensor of Adam's state."""
+    return saved["opts"]["opt"]["state"][0]
+
+
+DAMAGE = {  # whole checkpoints with one wrong field
+    "weights of another width": lambda saved: saved["agent"].update({"behavior.w_2": torch.zeros(1, 3, 3)}),
+    "optimizer of other networks": lambda saved: first_state(saved).update(exp_avg=torch.zeros(3)),
+    "optimizer missing": lambda saved: saved["opts"].clear(),
+    "generator": lambda saved: saved.update(generator=torch.zeros(3, dtype=torch.uint8)),
+    "random state": lambda saved: saved.update(rng=[]),
+    "steps": lambda saved: saved.update(steps={}),
+    "rows": lambda saved: saved.update(rows="many"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_checkpoint_with_a_wrong_field_is_refused(kind, copied):
+    saved = load(copied)
+    DAMAGE[kind](saved)
+    torch.save(saved, copied / "checkpoint.pt")
+    message = stop_message(lambda: resume("flora", copied, total_updates=60))
+    assert "checkpoint.pt does not fit" in message and str(copied) in message
+
+
+def test_any_damaged_byte_of_a_checkpoint_is_refused_or_harmless(copied):
+    """torch.load alone does not look at the checksums of the file."""
+    whole, rng, refused = (copied / "checkpoint.pt").read_bytes(), np.random.default_rng(0), 0
+    reference = dc.load_checkpoint(copied, flora.Args)
+    for place in rng.integers(len(whole), size=60):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.integers(8)
+        (copied / "checkpoint.pt").write_bytes(damaged)
+        try:
+            saved = dc.load_checkpoint(copied, flora.Args)
+        except SystemExit as stop:
+            assert "checkpoint.pt" in stop.code and "\n" not in stop.code
+            refused += 1
+        else:  # a byte between the members of the archive
+            assert_same_state(saved, reference)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "a/b", "..", "nul\0", "line\nbreak", "\udcff", ""])
+def test_name_of_an_experiment_that_is_no_folder_is_refused(name, tiny_path, tmp_path):
+    assert "--exp-name" in stop_message(lambda: run("flora", tiny_path, tmp_path / "runs", exp_name=name))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_impossible_discount_is_refused_with_its_true_limits(tiny_path, tmp_path):
+    message = stop_message(lambda: run("flora", tiny_path, tmp_path, gamma=0.0))
+    assert message == "--gamma 0.0: must be above 0 and at most 1"
 
 
 def test_dataset_of_another_family_is_refused(tiny_path, tmp_path):
