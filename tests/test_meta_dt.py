@@ -708,10 +708,10 @@ def test_learns_point_robot_on_the_shipped_data(tmp_path):
     path = ROOT / "datasets" / "point-robot.npz"
     if not path.is_file():
         pytest.skip("datasets/point-robot.npz is not there: python data_collect.py --env point-robot makes it")
-    settings = {"width": 32, "encoder_width": 32, "layers": 2, "meta_batch": 16, "batch_size": 20, "context_size": 16}
-    settings |= {"total_updates": 250, "lr": 2e-3, "log_every": 250, "eval_every": 250, "save_every": 250}
-    result = run(path, tmp_path, world_model_updates=250, **settings)
-    assert result["eval/iid/return"] > -7.5  # random -20.3, data -6.8, expert -4.7
+    settings = {"width": 32, "encoder_width": 32, "layers": 1, "meta_batch": 16, "batch_size": 20, "context_size": 16}
+    settings |= {"total_updates": 200, "lr": 3e-3, "log_every": 200, "eval_every": 200, "save_every": 200}
+    result = run(path, tmp_path, world_model_updates=200, **settings)
+    assert result["eval/iid/return"] > -6.8  # as the data, which are of many policies; random -20.3, expert -4.7
     assert result["z/probe_r2"] > 0.9
     losses = {tag: float(value) for _, tag, value in read_rows(result["run_dir"])}
     assert losses["losses/world_model"] < 0.004 and losses["losses/actor"] < 0.25
