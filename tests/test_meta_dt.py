@@ -688,10 +688,16 @@ def test_learning_rate_rises_stays_and_falls(lr_decay, tiny_path, tmp_path, monk
         assert all(p.grad is None and not p.requires_grad for p in agent.world_model.parameters())
         return update(agent, *drawn)
 
+    def draw_spy(*inputs):
+        assert inputs[-1].initial_seed() == torch.initial_seed() == 7
+        return draw(*inputs)
+
+    draw = meta_dt.draw_windows
+    monkeypatch.setattr(meta_dt, "draw_windows", draw_spy)
     monkeypatch.setattr(meta_dt, "update", spy)
     monkeypatch.setattr(torch, "compile", None)  # not asked for
-    changes = {"lr": 0.5, "warmup_updates": 4, "world_model_updates": 3, "lr_decay": lr_decay, "total_updates": 20}
-    run_dir = run(tiny_path, tmp_path, **changes)["run_dir"]
+    changes = {"seed": 7, "lr": 0.5, "warmup_updates": 4, "world_model_updates": 3, "total_updates": 20}
+    run_dir = run(tiny_path, tmp_path, lr_decay=lr_decay, **changes)["run_dir"]
     meta_dt.train(replace(dc.stored_args(meta_dt.Args, run_dir), total_updates=30, target_return="task_max"))
     falls = [0.5 * (1 - n / 10) for n in range(10)] + [0.5 * (2 - n / 15) for n in range(20, 30)]
     falls = falls if lr_decay else [0.5] * 20
@@ -745,6 +751,14 @@ def test_defaults_follow_the_family(env, loss, window, prompt_length, scale, mon
     args = resolved(monkeypatch, env=env, total_updates=100)
     assert (args.world_model_loss, args.window, args.prompt_length) == (loss, window, prompt_length)
     assert (args.return_scale, args.world_model_updates, args.warmup_updates) == (scale, 50, 10)
+
+
+def test_defaults_of_the_official_code():
+    official = {"context_horizon": 4, "z_dim": 16, "encoder_width": 128, "world_model_lr": 1e-3, "weight_decay": 1e-4}
+    official |= {"width": 128, "layers": 3, "heads": 1, "dropout": 0.1}
+    ours = {"lr": 5e-4, "lr_decay": True, "prompt_dropout": 0.25, "prompt_select": "argmax", "meta_batch": 16}
+    ours |= {"target_return": "train_mean_max", "batch_size": 32, "context_size": 64, "total_updates": 8_000}
+    assert asdict(meta_dt.Args()).items() >= (official | ours).items()
 
 
 def test_given_values_stay(monkeypatch):
