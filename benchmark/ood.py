@@ -21,6 +21,8 @@ from report import finished_runs, print_table
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+import data_collect as dc  # noqa: E402
+
 COLUMNS = ("iid, to task", "random, to task", "ood, to task", "ood, to behavior")
 
 
@@ -62,10 +64,11 @@ def main():
             found.append(cosines(partial(script.embed, agent), data))
             return {}
 
-        script.evaluate_all, script.eval_line, script.write_json = probe, (lambda _: ""), (lambda *_: None)
+        script.evaluate_all, dc.write_json = probe, (lambda *_: None)
         for run_dir in seeds.values():
             with contextlib.redirect_stdout(io.StringIO()):
-                script.main(["--resume", str(run_dir), "--eval-only"])
+                arguments = ["--resume", str(run_dir), "--eval-only"]
+                dc.command_line(script.Args, script.train, script.__doc__, arguments)
         mean, spread = np.mean(found, 0), np.std(found, 0, ddof=1) if len(found) > 1 else [0.0] * len(COLUMNS)
         rows.append([name, str(len(found)), *(f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, spread))])
     print_table(["cosine", "seeds", *COLUMNS], rows)

@@ -12,14 +12,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import data_collect as dc  # noqa: E402
 
@@ -88,6 +83,11 @@ def print_tables(runs):
 
 def draw(runs, data, path):
     """Return on the test tasks, context from their own data, against updates; band: one standard deviation."""
+    import matplotlib  # only pictures need it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for name, seeds in runs.items():
         curves = [curve(run_dir, "eval/iid/return") for run_dir in seeds.values()]

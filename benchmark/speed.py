@@ -20,6 +20,8 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+import data_collect as dc  # noqa: E402
+
 METHODS = ("flora", "focal", "unicorn", "corro", "macaw", "meta_dt")
 HEADER = "| method | flags | GFLOP | operations | CPU time [ms] | peak memory [MB] |\n|---|---|---|---|---|---|"
 UPDATES = 100
@@ -42,7 +44,8 @@ def run(script, flags, updates):
     """A training of so many updates without evaluations."""
     with tempfile.TemporaryDirectory() as folder:
         every = [f"--{what}-every={updates}" for what in ("log", "eval", "save")]
-        script.main([*flags, "--device=cpu", f"--total-updates={updates}", *every, f"--run-dir={folder}"])
+        settings = [*flags, "--device=cpu", f"--total-updates={updates}", *every, f"--run-dir={folder}"]
+        dc.command_line(script.Args, script.train, script.__doc__, settings)
 
 
 def main():
@@ -51,7 +54,7 @@ def main():
     torch.set_num_threads(1)
     name, *flags = sys.argv[1:]
     script, stamps = importlib.import_module(name), []
-    script.evaluate_all, script.eval_line, update = (lambda *_: {}), (lambda _: ""), script.update
+    script.evaluate_all, update = (lambda *_: {}), script.update
     counter = Counter()
 
     def timed(*inputs):
