@@ -28,9 +28,9 @@ Deviations from the paper and from the official code:
       pi_beta is fitted to them.
 
 Run:     python corro.py --env ant-dir
-Closest to the paper, ant-dir: --backbone sac --gamma 0.99 --reward-scale 1 --batch-size 256 --context-size 200 --lr 3e-4
-         --no-lr-decay --encoder-lr 3e-4 --encoder-width 64 --z-dim 5 --reward-noise 0.34 --total-updates 200000; hopper
-         and walker instead --encoder-width 128, --z-dim 40 and 32, without --reward-noise
+Closest to the paper, ant-dir: --backbone sac --gamma 0.99 --reward-scale 1 --batch-size 256 --context-size 200
+         --lr 3e-4 --no-lr-decay --encoder-lr 3e-4 --encoder-width 64 --z-dim 5 --reward-noise 0.34
+         --total-updates 200000; hopper and walker: --encoder-width 128, --z-dim 40 and 32, without --reward-noise
 No flag reaches: D1, D3 to D5, D9, layer normalization.
 """
 

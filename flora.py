@@ -319,8 +319,8 @@ class Agent(nn.Module):
 
 
 def update(agent, context, batch, args):
-    """One step of every network (Algorithm 1). context [M, K, ctx_dim]; batch: Batch of [M, B, ..], drawn apart from the
-    context -> dict of detached 0-d tensors."""
+    """One step of every network (Algorithm 1). context [M, K, ctx_dim]; batch: Batch of [M, B, ..], drawn apart from
+    the context -> dict of detached 0-d tensors."""
     obs, act, rew, next_obs, term = batch
     rew = args.reward_scale * rew
     agent.opt.zero_grad()

@@ -30,8 +30,9 @@ Deviations from the paper and from the two official codes:
       the data's actions to +-0.999 where pi_beta is fitted to them.
 
 Run:     python focal.py --env ant-dir
-Closest to the paper: --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --brac-alpha 50 --brac-alpha-lr 1
-         --brac-alpha-max 2000 --batch-size 256 --context-size 256 --lr 3e-4 --no-lr-decay --total-updates 100000
+Closest to the paper: --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --brac-alpha 50
+         --brac-alpha-lr 1 --brac-alpha-max 2000 --batch-size 256 --context-size 256 --lr 3e-4 --no-lr-decay
+         --total-updates 100000
 No flag reaches: D1, D3 to D5, D8, D9, layer normalization, the number of layers, the penalty on mean and log_std.
 """
 

@@ -90,7 +90,7 @@ class Args:
     recon_state: bool = True  # reconstruct the state difference besides the reward
     enc_noise: bool = True  # learned noise on the embeddings in training (D1)
     backbone: Literal["brac", "sac"] = "brac"
-    """regularized towards the behavior policy, or plain SAC as in four of five configurations of the official code (D2)"""
+    """regularized towards the behavior policy, or plain SAC as in four of the five official configurations (D2)"""
     entropy_weight: float = 0.2  # weight of the policy's entropy with --backbone sac
     brac_alpha: float | None = None  # initial weight of the divergence in the policy loss; None = ENV_ARGS
     brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
