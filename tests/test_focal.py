@@ -235,7 +235,7 @@ def assert_same_update(agent, twin, metrics, expected):
         if other.grad is None:
             assert parameter.grad is None, name
         else:
-            assert other.grad.abs().max() > 1e-6, name
+            assert (other.grad != 0).any() or name == "encoder.log_var", name  # without noise nothing moves unicorn's
             torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-6, atol=1e-8, msg=lambda m: f"{name}: {m}")
         torch.testing.assert_close(parameter, other, rtol=1e-7, atol=1e-8, msg=lambda m: f"{name}: {m}")
     for name, buffer in agent.named_buffers():
