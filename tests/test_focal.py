@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, OnDevice, origin, pattern, slow_net, to_meta
 from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
@@ -523,7 +522,7 @@ def test_update_stays_on_the_device_at_a_bounded_cost(case, most_gflop):
 
     args = focal.Args(**METHOD | {"width": 256} | case)
     agent = to_meta(focal.Agent(SimpleNamespace(obs_dim=27, act_dim=8, ctx_dim=63), args))
-    rows = lambda *shape: torch.zeros(16, *shape, device="meta")  # noqa: E731
+    rows = lambda *shape: torch.zeros(16, *shape, device="meta")
     batch = dc.Batch(rows(256, 27), rows(256, 8), rows(256), rows(256, 27), rows(256))
     more = [batch] * (args.dual_iters - 1) if args.divergence == "dual" else []
     with Counted() as cost:

@@ -236,7 +236,7 @@ def test_negative_log_likelihood_and_total_loss_vectors():
     mean, log_var, target = vectors(0, 1), vectors(0, -1), vectors(0.5, 0)
     assert unicorn.gaussian_nll(mean[:1], log_var[:1], target[:1]).item() == pytest.approx(0.25)
     assert unicorn.gaussian_nll(mean[1:], log_var[1:], target[1:]).item() == pytest.approx(1.7182818285)
-    head = lambda *_: (mean, log_var)  # noqa: E731
+    head = lambda *_: (mean, log_var)
     head.low, head.high = vectors(-10, -10), vectors(0.5, 0.5)
     reconstruction = unicorn.reconstruction_loss(head, None, None, None, target).item()
     assert reconstruction == pytest.approx(1.1941409142)
@@ -348,7 +348,7 @@ def test_update_is_compiled_if_asked(wanted, numbered_path, tmp_path, monkeypatc
 def test_update_stays_on_the_device(case):
     args = unicorn.Args(**METHOD | case)
     agent = to_meta(unicorn.Agent(DATA, args))
-    rows = lambda *shape: torch.zeros(4, *shape, device="meta")  # noqa: E731
+    rows = lambda *shape: torch.zeros(4, *shape, device="meta")
     batch = dc.Batch(rows(5, 3), rows(5, 2), rows(5), rows(5, 3), rows(5))
     with OnDevice():
         metrics = unicorn.update(agent, rows().long(), rows(6, 9), batch, args)
