@@ -536,7 +536,10 @@ def test_learns_point_robot_on_the_shipped_data(tmp_path):
         pytest.skip("datasets/point-robot.npz is not there: python data_collect.py --env point-robot makes it")
     settings = {"env": "point-robot", "dataset": str(path), "device": "cpu", "run_dir": str(tmp_path)}
     settings |= {"width": 64, "encoder_width": 64, "batch_size": 16, "context_size": 20, "total_updates": 400}
+    settings |= {"brac_alpha": 0.3}  # so that the critics lead the policy away from the data
     result = focal.train(focal.Args(**settings | {"log_every": 200, "eval_every": 400, "save_every": 400}))
-    assert result["eval/iid/return"] > -6.5  # random -20.3, data -6.8, expert -4.7
+    assert (
+        result["eval/iid/return"] > -7.5
+    )  # random -20.3, data -6.8, expert -4.7; with a flipped sign in the policy loss below -11
     assert result["z/nearest_task_acc"] > 0.3  # chance 0.03
     assert result["z/probe_r2"] > 0.8
