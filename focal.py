@@ -255,7 +255,7 @@ class Agent(nn.Module):
 def update_dual(agent, obs, act, pi_act, z, args):
     """One step of the dual critic. obs [M, B, obs_dim], act [M, B, act_dim] of the data, pi_act of the policy, z
     [M, z_dim] -> loss, and the critic at the data before the step [M, B]."""
-    c_data, c_policy = agent.dual(obs.repeat(1, 2, 1), torch.cat([act, pi_act], 1), z)[0].chunk(2, 1)
+    c_data, c_policy = agent.dual(obs, act, z)[0], agent.dual(obs, pi_act, z)[0]
     between = torch.lerp(pi_act, act, torch.rand_like(act[..., :1]))
     penalty = args.gp_weight * slope_penalty(agent.dual, obs, between, z, args.gp_mode)
     loss = penalty - dual_divergence(c_data, c_policy).mean()
