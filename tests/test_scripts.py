@@ -248,7 +248,7 @@ def stop_program(case, tiny_path, folder, update, signal_number, **changes):
     return process.wait(timeout=60), stdout, stderr, run_dir
 
 
-STOPS = [(name, signal.SIGINT) for name in SCRIPTS] + [("flora", signal.SIGTERM), ("flora", signal.SIGHUP)]
+STOPS = [("flora", signal.SIGINT), ("flora", signal.SIGTERM), ("flora", signal.SIGHUP), ("meta_dt", signal.SIGINT)]
 
 
 @pytest.mark.parametrize("name, number", STOPS)
@@ -488,9 +488,8 @@ def test_impossible_value_is_refused(name, flag, value, tiny_path, tmp_path):
 
 @scripts
 def test_user_mistakes_on_the_command_line_get_one_clear_error(name, tmp_path, monkeypatch, capsys):
-    code, _, err = run_script(tmp_path, f"{name}.py", "--env", "cheetah-vel")
-    assert code == 1 and err.count("\n") == 1 and "python data_collect.py --env cheetah-vel" in err
     monkeypatch.chdir(tmp_path)
+    assert "python data_collect.py --env cheetah-vel" in stop_message(command, name, "--env", "cheetah-vel")
     assert "--resume" in stop_message(command, name, "--eval-only")
     assert "nowhere" in stop_message(command, name, "--resume", "nowhere")
     assert "--lr 0.0" in stop_message(command, name, "--lr", "0")
@@ -498,6 +497,11 @@ def test_user_mistakes_on_the_command_line_get_one_clear_error(name, tmp_path, m
         command(name, "--total-update", "5")
     assert stop.value.code == 2 and "--total-updates" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # no run directory
+
+
+def test_mistake_in_a_program_gives_one_line_and_exit_code_1(tmp_path):
+    code, out, err = run_script(tmp_path, "flora.py", "--env", "cheetah-vel")
+    assert code == 1 and not out and err.count("\n") == 1 and "python data_collect.py --env cheetah-vel" in err
 
 
 @every_script
