@@ -492,6 +492,8 @@ def test_training_rows_are_labelled_and_of_the_right_tasks_and_episodes(part, al
     expected, _ = slow_table(numbered)
     origin = {tuple(numbered.episodes[t, e, s, :2].tolist()): (t, e, s) for t, e in expected for s in range(20)}
     seen, tasks, inner_episodes, outer_episodes = batches(inner_segment=part)[0], set(), set(), set()
+    # several tasks in an update
+    assert any(len({origin[tuple(row[0].tolist())][0] for row in inner.obs}) > 2 for inner, _ in seen)
     for inner, outer in seen:
         assert inner.obs.shape == (4, 12, 2) and outer.obs.shape == (4, 8, 2) and inner.last_obs.shape == (4, 1, 2)
         for k in range(4):
@@ -588,6 +590,18 @@ def test_compile_compiles_the_update(numbered_path, tmp_path, monkeypatch):
     for flag in (False, True):
         macaw.train(macaw.Args(**SMALL | changes | {"run_dir": str(tmp_path / str(flag)), "compile": flag}))
     assert compiled == [macaw.update]
+
+
+def test_a_finished_run_can_be_evaluated_with_other_settings_of_the_fine_tuning(numbered_path, tmp_path, monkeypatch):
+    tuned = []
+    quality = {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0}
+    monkeypatch.setattr(macaw, "evaluate_all", lambda agent, data, args, _: tuned.append(vars(args)) or dict(quality))
+    args = macaw.Args(**SMALL | {"dataset": str(numbered_path), "run_dir": str(tmp_path)})
+    args = replace(args, resume=macaw.train(args)["run_dir"], eval_only=True)
+    changes = {"online_ft": 3, "ft_lr": 0.5, "ft_batch_size": 7, "ft_value_steps": 8, "ft_policy_steps": 9}
+    macaw.train(replace(args, **changes))
+    assert changes.items() <= tuned[-1].items()
+    assert "--inner-steps 2" in stop_message(macaw.train, replace(args, inner_steps=2))
 
 
 def test_defaults_are_those_of_the_official_code():
