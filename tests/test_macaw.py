@@ -238,13 +238,14 @@ def test_rates_of_the_head_learn_from_the_second_inner_step_on():
 
 
 @pytest.mark.parametrize("changes", [{}, {"inner_steps": 2}, {"adv_head": False, "first_order": True}], ids=str)
-def test_update_leaves_no_tensor_on_the_cpu_and_reads_nothing(changes):
+def test_update_and_adaptation_leave_no_tensor_on_the_cpu_and_read_nothing(changes):
     agent, args = make_agent(dtype=torch.float32, **changes)
     inner, outer = (make_rows(n, n, dtype=torch.float32) for n in (9, 7))
     agent, inner, outer = to_meta(agent), *(macaw.Rows(*(x.to("meta") for x in rows)) for rows in (inner, outer))
     with OnDevice():
         metrics = macaw.update(agent, inner, outer, args)
-    assert all(value.device.type == "meta" for value in metrics.values())
+        z = macaw.embed(agent, torch.empty(3, 20, 9, device="meta"), torch.empty(3, 20, device="meta"))
+    assert all(value.device.type == "meta" for value in metrics.values()) and z.shape == (3, 16)
 
 
 def test_drawing_leaves_no_tensor_on_the_cpu_and_reads_nothing(numbered, monkeypatch):
@@ -301,15 +302,18 @@ def slow_table(data, gamma=0.9):
 
 @pytest.mark.parametrize("bootstrap", [True, False])
 def test_labels_of_all_episodes(numbered, bootstrap):
-    agent, _ = make_agent(numbered, torch.float32, env="point-robot", terminal_bootstrap=bootstrap)
-    table, (expected, spread) = macaw.label_data(agent, numbered), slow_table(numbered)
+    data = copy.copy(numbered)
+    data.train_ids = np.array([1, 2, 4, 5, 7, 8])  # test tasks in between
+    data.train_tasks = torch.as_tensor(data.train_ids)
+    agent, _ = make_agent(data, torch.float32, env="point-robot", terminal_bootstrap=bootstrap)
+    table, (expected, spread) = macaw.label_data(agent, data), slow_table(data)
     assert agent.return_spread.item() == pytest.approx(spread.item(), rel=1e-5)
     for (task, episode), (obs, act, ret, tail, last) in expected.items():
         *found, mask, last_obs = (x[task, episode, : len(obs)].double() for x in table)
         for x, y in zip([*found, last_obs], [obs, act, ret, tail * bootstrap, last]):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
         assert (mask == 1).all() and (table.mask[task, episode, len(obs) :] == 0).all()
-    seen = torch.cat([labels[0] for (task, _), labels in expected.items() if task in numbered.train_ids])
+    seen = torch.cat([labels[0] for (task, _), labels in expected.items() if task in data.train_ids])
     places = [k * (len(seen) - 1) // 7 for k in range(8)]  # from the first to the last, evenly
     torch.testing.assert_close(agent.probes.double(), seen[places])
 
@@ -319,7 +323,8 @@ def test_labels_of_all_episodes(numbered, bootstrap):
 
 def test_awr_weight_vectors():
     expected = [0.4795789, 0.6126889, 0.7827445, 4.3479038]
-    np.testing.assert_allclose(weights_of(doubles(1, 2, 3, 10)), expected, atol=1e-6)
+    found = weights_of(doubles(1, 2, 3, 10).requires_grad_())
+    np.testing.assert_allclose(found, expected, atol=1e-6)  # numpy refuses what still has a gradient
 
 
 def test_awr_weights_are_capped_from_above_only():
@@ -411,6 +416,17 @@ def test_rates_and_lambda_start_as_given_but_for_the_second_order_of_their_softp
     assert F.softplus(macaw.Agent(SIZES, make_args(adv_weight=0.0)).c) < 1e-7
 
 
+def test_sizes_and_switches_of_the_networks():
+    agent = macaw.Agent(SIZES, make_args(width=6, latent=7, head_width=4))
+    trunk = [(3, 6), (6, 6), (6, 6)]
+    assert [layer.shape for layer in agent.value_net.layers] == [*trunk, (6, 1)]
+    assert [layer.shape for layer in agent.policy_net.layers] == [*trunk, (6, 2), (8, 4), (4, 1)]
+    assert {len(layer.z) for net in (agent.value_net, agent.policy_net) for layer in net.layers} == {7}
+    plain = macaw.Agent(SIZES, make_args(width=6, adv_head=False, weight_transform=False))
+    assert [layer.shape for layer in plain.policy_net.layers] == [*trunk, (6, 2)] and plain.c is None
+    assert {len(layer.z) for net in (plain.value_net, plain.policy_net) for layer in net.layers} == {0}
+
+
 @pytest.mark.parametrize(
     "obs_dim, act_dim, policy, value",
     [(20, 6, 2_663_263, 2_262_901), (27, 8, 2_760_829, 2_333_601), (17, 6, 2_632_963, 2_232_601)],
@@ -476,6 +492,8 @@ def test_training_rows_are_labelled_and_of_the_right_tasks_and_episodes(part, al
     expected, _ = slow_table(numbered)
     origin = {tuple(numbered.episodes[t, e, s, :2].tolist()): (t, e, s) for t, e in expected for s in range(20)}
     seen, tasks, inner_episodes, outer_episodes = batches(inner_segment=part)[0], set(), set(), set()
+    # several tasks in an update
+    assert any(len({origin[tuple(row[0].tolist())][0] for row in inner.obs}) > 2 for inner, _ in seen)
     for inner, outer in seen:
         assert inner.obs.shape == (4, 12, 2) and outer.obs.shape == (4, 8, 2) and inner.last_obs.shape == (4, 1, 2)
         for k in range(4):
@@ -501,6 +519,13 @@ def test_training_rows_are_labelled_and_of_the_right_tasks_and_episodes(part, al
     assert outer_episodes == ({0, 1, 2, 3} if part == "all" else {0, 1, 2, 3} - allowed)
 
 
+def test_the_seed_decides_initialization_and_batches(batches, tmp_path):
+    runs = [batches(seed=seed, run_dir=str(tmp_path / str(k))) for k, seed in enumerate((0, 0, 1))]
+    drawn = [(agent.policy_net.layers[0].map, *(rows.obs for rows in seen[5])) for seen, agent in runs]
+    for first, again, other in zip(*drawn):
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_inner_episodes_and_outer_transitions_are_uniform(numbered):
     agent, args = make_agent(numbered, torch.float32, env="point-robot", batch_size=200)
     table, task_ids = macaw.label_data(agent, numbered), torch.full((2000,), 2)
@@ -510,6 +535,10 @@ def test_inner_episodes_and_outer_transitions_are_uniform(numbered):
     first = torch.bincount(inner.ret[:, 0].long() // 20, minlength=4) / 2000
     np.testing.assert_allclose(first, 0.25, atol=0.04)
     lengths = numbered.lengths[2]
+    for k, length in enumerate(lengths.tolist()):  # over the steps of the inner episode too
+        rows = inner.ret[inner.ret[:, 0] // 20 == k].long() % 20
+        share = torch.bincount(rows.flatten(), minlength=length) / rows.numel()
+        np.testing.assert_allclose(share, 1 / length, atol=0.01)
     kept = outer.ret[inner.ret[:, 0] < 20].long()  # inner: episode 0
     share = torch.bincount(kept.flatten(), minlength=80).reshape(4, 20) / kept.numel()
     real = torch.arange(20) < lengths[:, None]
@@ -561,6 +590,26 @@ def test_compile_compiles_the_update(numbered_path, tmp_path, monkeypatch):
     for flag in (False, True):
         macaw.train(macaw.Args(**SMALL | changes | {"run_dir": str(tmp_path / str(flag)), "compile": flag}))
     assert compiled == [macaw.update]
+
+
+def test_a_finished_run_can_be_evaluated_with_other_settings_of_the_fine_tuning(numbered_path, tmp_path, monkeypatch):
+    tuned = []
+    quality = {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0}
+    monkeypatch.setattr(macaw, "evaluate_all", lambda agent, data, args, _: tuned.append(vars(args)) or dict(quality))
+    args = macaw.Args(**SMALL | {"dataset": str(numbered_path), "run_dir": str(tmp_path)})
+    args = replace(args, resume=macaw.train(args)["run_dir"], eval_only=True)
+    changes = {"online_ft": 3, "ft_lr": 0.5, "ft_batch_size": 7, "ft_value_steps": 8, "ft_policy_steps": 9}
+    macaw.train(replace(args, **changes))
+    assert changes.items() <= tuned[-1].items()
+    assert "--inner-steps 2" in stop_message(macaw.train, replace(args, inner_steps=2))
+
+
+def test_defaults_are_those_of_the_official_code():
+    official = {"inner_lr": 1e-3, "rate_lr": 1e-3, "inner_steps": 1, "width": 100, "head_width": 32, "latent": 100}
+    official |= {"policy_std": 0.2, "temperature": 1.0, "max_weight": 20.0, "adv_weight": 0.01, "tau": 0.1}
+    official |= {"terminal_bootstrap": True, "weight_transform": True, "adv_head": True, "first_order": False}
+    official |= {"inner_segment": "all", "online_ft": 0, "ft_batch_size": 256, "ft_value_steps": 100}
+    assert official.items() <= vars(macaw.Args()).items() and macaw.Args().ft_policy_steps == 200
 
 
 def test_discount_depends_on_the_family_and_only_weights_and_counts_may_be_zero():
