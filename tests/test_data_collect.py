@@ -746,7 +746,7 @@ def test_training_of_a_behavior_policy_step_by_step(dynamics_vary, task_ids, spi
     # one episode of random actions in every row, then 3 updates after each step, 200 in all
     assert "".join(event[0][0] for event in spied) == "s" * 5 + 66 * "suuu" + "suu"
 
-    recorded, returns, finished, restarts, stuck_steps, starts = {}, {}, [], 0, 0, {}
+    recorded, returns, finished, restarts, stuck_steps, starts, changes = {}, {}, [], 0, 0, {}, []
     steps = [event[1:] for event in spied if event[0] == "step"]
     for t, (tasks, state, act, policy, (next_obs, rew, terminated, truncated, _)) in enumerate(steps):
         if t < family.horizon:
@@ -765,10 +765,12 @@ def test_training_of_a_behavior_policy_step_by_step(dynamics_vary, task_ids, spi
                 again = steps[t + 1][1][row, 0] != episode
                 assert not again or episode % 4 == 1  # only stuck rows start afresh early
                 stuck_steps, restarts = stuck_steps + (episode % 4 == 1), restarts + again
-            if (terminated[row] or truncated[row]) and t + 1 < len(steps):
-                assert steps[t + 1][1][row, 1] == 0
+            if t + 1 < len(steps) and steps[t + 1][1][row, 0] != episode:
+                changes.append(steps[t + 1][0][row] != tasks[row])
+            assert t + 1 == len(steps) or not (terminated | truncated)[row] or steps[t + 1][1][row, 1] == 0
     assert abs(restarts / stuck_steps - 0.05) < 0.015 and stuck_steps > 1000
     assert states[-1]["progress"]["returns"] == finished[-64:] and states[-1]["progress"]["diverged"] == 0
+    assert np.mean(changes) == pytest.approx(1 - 1 / len(task_ids), abs=0.05)  # a task drawn anew for each episode
     counts = np.bincount(list(starts.values()), minlength=6)
     assert set(np.flatnonzero(counts)) == set(task_ids)
     assert abs(counts[task_ids] / counts.sum() - 1 / len(task_ids)).max() < 0.05
@@ -810,10 +812,11 @@ def test_twenty_snapshots_lie_evenly_over_the_training(total_updates, updates_pe
 def test_seed_and_task_decide_the_policy():
     family = dc.FAMILIES["point-robot"]
     first, again, other_seed, other_task = (
-        train(family, tasks, seed=seed, total_updates=1)[0][-1]["net.0.weight"]
+        train(family, tasks, seed=seed, total_updates=1, lr=1e-9)[0][-1]["net.0.weight"]  # as good as initial
         for tasks, seed in (([1], 0), ([1], 0), ([1], 1), ([2], 0))
     )
-    assert torch.equal(first, again) and not torch.equal(first, other_seed) and not torch.equal(first, other_task)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other_seed, atol=1e-6) and not torch.allclose(first, other_task, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [[2], range(8)], ids=["one row", "all rows"])
