@@ -368,6 +368,11 @@ def test_time_limit_truncates_once_and_then_the_rows_stand_still(name):
         still, rew, terminated, truncated, _ = env.step(act)
         assert np.array_equal(still, obs) and np.array_equal(env.state, state)
         assert not rew.any() and not terminated.any() and not truncated.any()
+    env.reset(options={"reset_mask": np.array([False, True])})  # wakes its row alone
+    _, rew, *_ = env.step(act)
+    assert (rew != 0).tolist() == [False, True] and np.array_equal(env.state[0], state[0])
+    if name == "point-robot-wind":
+        np.testing.assert_allclose(env.state[1], 0.1 * act[1] + env.params[1], rtol=1e-5)
     env.close()
 
 
