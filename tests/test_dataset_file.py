@@ -77,7 +77,7 @@ def number(group, phase):
 
 @pytest.fixture
 def telltale(monkeypatch):
-    """Collecting with Telltales, without training -> tasks of each training; task_ids, episodes, seeds of each rollout."""
+    """Collecting without training -> tasks of each training; task_ids, episodes and seeds of each rollout."""
     trained, played, rollout = [], [], dc.rollout
 
     def train_behavior(family, params, task_ids, *_):
