@@ -1,9 +1,9 @@
-"""The dataset file: collecting, interrupting, continuing, reading, refusing damaged files, sampling."""
+"""The dataset file (collecting, interrupting, continuing, refusing damaged files), Dataset and evaluate."""
 
-import contextlib
 import dataclasses
 import json
 import math
+import re
 import runpy
 import shutil
 import signal
@@ -12,13 +12,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, flags, run_script, start_script, stop_message
+from conftest import NUMBERED_TASKS, ROOT, TINY, OnDevice, dataset_on_meta, flags, origin, run_script, stop_message
 
 import data_collect as dc
-
-# the collection that is killed, interrupted and repeated below: long enough to be caught in the middle
-STRAIGHT = {"env": "point-robot", "out": "out/point-robot.npz", "train_tasks": 4, "test_tasks": 2, "width": 32}
-STRAIGHT |= {"total_updates": 400, "rows": 16, "updates_per_step": 10, "episodes": 4, "test_episodes": 2}
 
 
 def read(path):
@@ -33,59 +29,19 @@ def write(path, arrays, header):
     return path
 
 
-# ---- collect ----------------------------------------------------------------
+# ---- what a collection writes -----------------------------------------------
 
 
-def test_file_holds_what_the_layout_says(tiny_path):
-    arrays, _ = read(tiny_path)
+def test_file_holds_what_the_layout_says_and_how_it_was_made(tiny_path):
+    arrays, header = read(tiny_path)
     sizes = {"T": 9, "N": 8, "H": 20, "H+1": 21, "O": 2, "A": 2, "P": 2, "U": 6, "V": 3, "C": 6}
     assert set(arrays) == set(dc.FILE_LAYOUT)
     for key, (dtype, letters) in dc.FILE_LAYOUT.items():
         assert arrays[key].dtype == dtype and arrays[key].shape == tuple(sizes[n] for n in letters), key
-
-
-def test_chosen_tasks_are_the_first_of_the_family_renumbered(tiny_path):
-    arrays, _ = read(tiny_path)
-    params, train_ids, test_ids = dc.FAMILIES["point-robot"].draw()
+    params, train_ids, test_ids = dc.FAMILIES["point-robot"].draw()  # the first of the family, renumbered
     assert np.array_equal(arrays["task_params"][arrays["train_ids"]], params[train_ids[:6]])
     assert np.array_equal(arrays["task_params"][arrays["test_ids"]], params[test_ids[:3]])
     assert arrays["train_ids"].tolist() == [0, 1, 3, 4, 5, 7] and arrays["test_ids"].tolist() == [2, 6, 8]
-
-
-def test_training_tasks_get_all_episodes_and_test_tasks_a_few(tiny_path):
-    arrays, _ = read(tiny_path)
-    recorded = arrays["lengths"] > 0
-    assert recorded[arrays["train_ids"]].sum(1).tolist() == [8] * 6
-    assert recorded[arrays["test_ids"]].sum(1).tolist() == [3] * 3 and recorded[arrays["test_ids"], :3].all()
-    assert np.array_equal(arrays["behavior_step"] == -1, ~recorded)
-
-
-def test_training_tasks_that_are_also_test_tasks_keep_all_their_episodes(tmp_path):
-    # cheetah-dir: --test-episodes must not cut the training data of its two tasks
-    settings = {"total_updates": 20, "rows": 2, "updates_per_step": 20, "width": 8, "batch_size": 8}
-    settings |= {"episodes": 4, "test_episodes": 2, "ood_contexts": 1}
-    path = tmp_path / "cheetah-dir.npz"
-    dc.collect(dc.Args(env="cheetah-dir", out=str(path), **settings))
-    arrays, _ = read(path)
-    assert arrays["ood_behavior_task"].tolist() == [[1, dc.RANDOM], [0, dc.RANDOM]]
-    assert (arrays["lengths"] == 200).sum(1).tolist() == [4, 4]
-
-
-def test_single_training_task_that_is_the_test_task_is_refused_or_collected(tmp_path):
-    # there is no other training task for the foreign contexts; it must not end in an IndexError after the training
-    settings = {"total_updates": 20, "rows": 2, "updates_per_step": 20, "width": 8, "batch_size": 8}
-    settings |= {"episodes": 2, "test_episodes": 1, "ood_contexts": 2, "train_tasks": 1, "test_tasks": 1}
-    path = tmp_path / "cheetah-dir.npz"
-    try:
-        dc.collect(dc.Args(env="cheetah-dir", out=str(path), **settings))
-    except SystemExit as stopped:
-        assert "--train-tasks" in stopped.code or "--ood-contexts" in stopped.code
-    else:
-        assert dc.load_dataset("cheetah-dir", path).counts.tolist() == [400]
-
-
-def test_header_says_how_the_file_was_made(tiny_path):
-    arrays, header = read(tiny_path)
     assert header["format_version"] == dc.FORMAT_VERSION and header["env"] == "point-robot"
     settings = dataclasses.asdict(dc.Args(env="point-robot", width=64, **TINY))
     assert header["settings"] == {key: value for key, value in settings.items() if key not in ("out", "device")}
@@ -94,136 +50,164 @@ def test_header_says_how_the_file_was_made(tiny_path):
     assert header["command"].startswith("python ") and header["diverged_episodes"] == 0
     returns = arrays["rewards"].sum(-1)[arrays["lengths"] > 0]
     assert header["behavior_return"] == pytest.approx(returns.mean(), rel=1e-5)
-
-
-def test_foreign_contexts_come_from_training_tasks_spread_evenly_at_three_stages(tiny_path):
-    arrays, _ = read(tiny_path)
-    assert arrays["ood_behavior_task"].tolist() == [[0, 1, 3, 5, 7, dc.RANDOM]] * 3  # of training tasks 0 1 3 4 5 7
-    assert arrays["ood_behavior_step"].tolist() == [[40, 120, 200, 40, 120, 0]] * 3  # 20, 60, 100 % of 200 updates
-
-
-def test_load_gives_what_was_written(tiny_path):
-    arrays, header = read(tiny_path)
-    data = dc.load_dataset("point-robot", tiny_path)
-    assert data.header == header and data.env == "point-robot" and data.ctx_dim == 7
-    assert (data.obs_dim, data.act_dim, data.min_episodes) == (2, 2, 8)
-    for key in ("task_params", "train_ids", "test_ids", "random_returns", "expert_returns", "ood_behavior_task"):
-        assert np.array_equal(getattr(data, key), arrays[key]), key
-    for prefix, rows, lengths in (("", data.episodes, data.lengths), ("ood_", data.ood_episodes, data.ood_lengths)):
-        obs, act, rew, next_obs, term = [x.numpy() for x in data.unpack(rows)]
-        real = np.arange(20) < arrays[prefix + "lengths"][..., None]
-        recorded = data.standardize(torch.as_tensor(arrays[prefix + "observations"])).numpy()
-        assert np.array_equal(lengths, arrays[prefix + "lengths"])
-        assert np.array_equal(obs[real], recorded[..., :-1, :][real]) and not term.any()
-        assert np.array_equal(next_obs[real], recorded[..., 1:, :][real])
-        assert np.array_equal(act[real], arrays[prefix + "actions"][real])
-        assert np.array_equal(rew[real], arrays[prefix + "rewards"][real])
-        assert not any(x[~real].any() for x in (obs, act, rew, next_obs))
-    np.testing.assert_allclose(data.episode_returns, arrays["rewards"].sum(-1), rtol=1e-5)
-    assert data.counts.tolist() == [160, 160, 60, 160, 160, 160, 60, 160, 60]
-    returns = arrays["rewards"][arrays["train_ids"]].sum(-1)
-    assert data.behavior_return == pytest.approx(returns.mean(), rel=1e-5)
-
-
-def test_observations_are_standardized_over_the_training_tasks(walker_path):
-    arrays, _ = read(walker_path)
-    data = dc.load_dataset("walker-rand-params", walker_path)
-    seen = [
-        arrays["observations"][task, n, : arrays["lengths"][task, n]]
-        for task in arrays["train_ids"]
-        for n in np.flatnonzero(arrays["lengths"][task])
-    ]
-    seen = np.concatenate(seen).astype(np.float64)
-    np.testing.assert_allclose(data.obs_mean, seen.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(data.obs_spread, seen.std(0).clip(1e-3), rtol=1e-4)
-    obs = data.unpack(data.episodes[torch.as_tensor(data.train_ids)])[0]
-    expected = ((seen - seen.mean(0)) / seen.std(0).clip(1e-3)).clip(-10, 10)
-    lengths = data.lengths[torch.as_tensor(data.train_ids)]
-    rows = torch.cat([obs[where][: lengths[where]] for where in np.ndindex(tuple(lengths.shape))])
-    np.testing.assert_allclose(rows, expected, atol=2e-3)
-    assert data.standardize(torch.full((18,), 1e9)).max() == 10 == -data.standardize(torch.full((18,), -1e9)).min()
-
-
-def test_a_constant_observation_stays_finite(tiny_path, tmp_path):
-    arrays, header = read(tiny_path)
-    arrays["observations"][..., 1] = 0.25
-    data = dc.load_dataset("point-robot", write(tmp_path / "file.npz", arrays, header))
-    assert data.unpack(data.episodes)[0][..., 1].abs().max() < 1e-3 and data.episodes.isfinite().all()
-
-
-def test_behavior_return_ignores_episodes_that_do_not_exist(tiny_path, tmp_path):
-    # with --test-episodes above --episodes the training tasks have empty places in the table
-    arrays, header = read(tiny_path)
-    expected = arrays["rewards"][arrays["train_ids"], :2].sum(-1).mean()
-    missing = np.ix_(arrays["train_ids"], range(2, 8))
-    for key in ("observations", "actions", "rewards", "lengths"):
-        arrays[key][missing] = 0
-    data = dc.load_dataset("point-robot", write(tmp_path / "file.npz", arrays, header))
-    assert data.behavior_return == pytest.approx(expected, rel=1e-5) and data.min_episodes == 2
-
-
-def test_random_and_expert_returns_are_those_of_the_policies(tiny_path):
-    arrays, _ = read(tiny_path)
     np.testing.assert_allclose(arrays["random_returns"], -20.4, atol=1.5)
-    assert arrays["expert_returns"].mean() > arrays["random_returns"].mean() + 3
+    assert (arrays["expert_returns"] > arrays["random_returns"]).all()  # 200 updates do teach something
 
 
-def test_second_start_on_a_finished_file_does_nothing(tiny_path, capsys):
-    files = [tiny_path, tiny_path.with_name("point-robot.policies.pt")]
-    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
-    dc.collect(dc.Args(env="point-robot", out=str(tiny_path), **TINY))
-    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
-    assert capsys.readouterr().out == f"{tiny_path} is complete; nothing to do\n"
+class Telltale(torch.nn.Module):
+    """Stands for BehaviorActor. Its action tells the number of the snapshot, 0.2 more where it acts by its mode, and
+    the task that it is told."""
+
+    def __init__(self, obs_dim, act_dim, task_dim, width):
+        super().__init__()
+        self.act_dim = act_dim
+        self.register_buffer("number", torch.zeros(()))
+
+    def forward(self, obs, task):
+        act = torch.zeros(len(obs), self.act_dim)
+        act[:, 0], act[:, 1] = self.number, task[:, 0]
+        return act, None
+
+    def mode(self, obs, task):
+        return self(obs, task)[0] + torch.tensor([0.2] + [0.0] * (self.act_dim - 1))
 
 
-@pytest.mark.parametrize("changed", ["seed", "episodes", "lr"])
-def test_other_settings_on_an_existing_file_give_one_line(tiny_path, changed):
-    before = tiny_path.read_bytes()
-    args = dc.Args(env="point-robot", out=str(tiny_path), **TINY | {changed: 7})
-    message = stop_message(dc.collect, args)
-    assert str(tiny_path) in message and f"{changed} " in message and "--out" in message
-    assert tiny_path.read_bytes() == before
+def number(group, phase):
+    return (phase + group / 10) / 25
 
 
-def test_policies_with_other_settings_are_refused(tiny_path, tmp_path):
-    shutil.copy(tiny_path.with_name("point-robot.policies.pt"), tmp_path)
-    args = dc.Args(env="point-robot", out=str(tmp_path / "other.npz"), **TINY | {"seed": 1})
-    message = stop_message(dc.collect, args)
-    assert "point-robot.policies.pt" in message and "--out" in message
+@pytest.fixture
+def telltale(monkeypatch):
+    """Collecting without training -> tasks of each training; task_ids, episodes and seeds of each rollout."""
+    trained, played, rollout = [], [], dc.rollout
+
+    def train_behavior(family, params, task_ids, *_):
+        trained.append(task_ids.tolist())
+        return [{"number": torch.tensor(number(task_ids[0], phase))} for phase in range(20)]
+
+    def spy(env, policy, seeds, device):
+        assert len(set(seeds)) == len(seeds)
+        done = rollout(env, policy, seeds, device)
+        played.append((env.task_ids.tolist(), {k: v.copy() for k, v in done.items()}, list(map(int, seeds))))
+        return done
+
+    monkeypatch.setattr(dc, "BehaviorActor", Telltale)
+    monkeypatch.setattr(dc, "train_behavior", train_behavior)
+    monkeypatch.setattr(dc, "rollout", spy)
+    return trained, played
+
+
+WINDY = {"env": "point-robot-wind", "train_tasks": 5, "test_tasks": 3, "episodes": 12, "test_episodes": 4}
+WINDY |= {"ood_contexts": 4, "total_updates": 400}
+
+
+def straight_return(act, wind):
+    """Of one episode against the wind with the same action at every step."""
+    return sum(-math.dist([t * (0.1 * a + w) for a, w in zip(act, wind)], (1, 0)) for t in range(1, 26))
+
+
+def check_who_played(path, quality, shared):
+    """Every episode of a file that Telltales collected: the right snapshot, told the right task, on the right task."""
+    arrays, _ = read(path)
+    params = arrays["task_params"]
+
+    def check(prefix, where, task, policy_task, phase):
+        obs, act = arrays[prefix + "observations"][where], arrays[prefix + "actions"][where]
+        np.testing.assert_allclose(np.diff(obs, axis=0), 0.1 * act + params[task], atol=1e-6)
+        distance = np.linalg.norm(obs[1:] - [1, 0], axis=1)
+        np.testing.assert_allclose(arrays[prefix + "rewards"][where], -distance, atol=1e-6)
+        assert arrays[prefix + "lengths"][where] == 25 and not arrays[prefix + "terminated"][where]
+        if phase is None:
+            assert len(np.unique(act)) == 50 and abs(act).max() <= 1 and abs(act.mean()) < 0.4 and act.std() > 0.4
+        else:
+            expected = number(0 if shared else policy_task, phase), params[policy_task, 0] / 0.05
+            np.testing.assert_allclose(act, np.tile(expected, (25, 1)), atol=1e-6)
+        step = 0 if phase is None else 20 * (phase + 1)  # of 400 updates in 20 phases
+        assert arrays[prefix + "behavior_step"][where] == step
+
+    medium = []
+    for task in range(8):
+        group = 0 if shared else task
+        told = params[task, 0] / 0.05
+        by_mode = straight_return((number(group, 19) + 0.2, told), params[task])
+        assert arrays["expert_returns"][task] == pytest.approx(by_mode, abs=1e-3)
+        halfway = (arrays["random_returns"][task] + arrays["expert_returns"][task]) / 2
+        returns = [straight_return((number(group, phase), told), params[task]) for phase in range(20)]
+        medium.append(next((phase for phase in range(20) if returns[phase] >= halfway), 19))
+        count = 12 if task < 5 else 4
+        phases = {
+            "mixed": [1, 3, 4, 6, 8, 9, 11, 12, 14, 16, 17, 19] if task < 5 else [1, 7, 13, 19],
+            "medium": [medium[-1]] * count,
+            "expert": [19] * count,
+            "medium-expert": [medium[-1]] * 8 + [19] * 4 if task < 5 else [medium[-1]] * 3 + [19],
+            "random": [None] * count,
+        }[quality]
+        for n, phase in enumerate(phases):
+            check("", (task, n), task, task, phase)
+        for key in ("observations", "actions", "rewards", "lengths"):
+            assert not arrays[key][task, count:].any()
+        assert (arrays["behavior_step"][task, count:] == -1).all()
+    assert len(set(medium)) > 2
+    # foreign contexts: training tasks spread evenly, at 20, 60 and 100 % of the training; then the random policy
+    assert arrays["ood_behavior_task"].tolist() == [[0, 1, 3, 4, dc.RANDOM]] * 3
+    for v, task in enumerate(arrays["test_ids"]):
+        for c, (foreign, phase) in enumerate(zip((0, 1, 3, 4, None), (3, 11, 19, 3, None))):
+            check("ood_", (v, c), task, foreign, phase)
 
 
 @pytest.mark.parametrize("quality", ["mixed", "medium", "expert", "medium-expert", "random"])
-def test_quality_decides_which_phases_are_recorded(tiny_path, tmp_path, quality):
-    """All qualities share the policies file, so that none but the first trains anything."""
-    policies = tmp_path / "point-robot.policies.pt"
-    shutil.copy(tiny_path.with_name(policies.name), policies)
-    trained, path = policies.stat().st_mtime_ns, tmp_path / "file.npz"
-    dc.collect(dc.Args(env="point-robot", out=str(path), quality=quality, **TINY))
-    assert policies.stat().st_mtime_ns == trained
-    arrays, header = read(path)
-    assert header["settings"]["quality"] == quality
-    for task, row in enumerate(arrays["behavior_step"]):
-        count = 3 if task in arrays["test_ids"] else 8
-        assert (row[count:] == -1).all()
-        steps = row[:count]
-        if quality == "mixed":  # phases 2 to 20 of 20, each 10 updates long
-            assert steps.tolist() == [10 * (phase + 1) for phase in np.linspace(1, 19, count).round()]
-        elif quality == "medium-expert":
-            split = round(0.7 * count)
-            assert len(set(steps[:split])) == 1 and (steps[split:] == 200).all() and steps[0] % 10 == 0
-        else:
-            assert (steps == {"expert": 200, "random": 0}.get(quality, steps[0])).all() and 0 <= steps[0] <= 200
-    if quality == "random":
-        returns = arrays["rewards"][arrays["lengths"] > 0].sum(-1)
-        assert returns.mean() == pytest.approx(arrays["random_returns"].mean(), abs=2)
+@pytest.mark.parametrize("behavior", ["shared", "per-task"])
+def test_file_tells_which_policy_played_which_episode(telltale, tmp_path, quality, behavior):
+    trained, played = telltale
+    path = tmp_path / "file.npz"
+    dc.collect(dc.Args(**WINDY, out=str(path), quality=quality, behavior=behavior))
+    assert trained == ([list(range(8))] if behavior == "shared" else [[i] for i in range(8)])
+    check_who_played(path, quality, behavior == "shared")
+    arrays, _ = read(path)
+    for (tasks, done, _), repeats, key in zip(played, (20, 10), ("random_returns", "expert_returns")):
+        assert tasks == np.arange(8).repeat(repeats).tolist()
+        returns = done["rewards"].sum(1, dtype=np.float64).reshape(8, repeats).mean(1)
+        np.testing.assert_allclose(arrays[key], returns, rtol=1e-12)
+    acts = played[0][1]["actions"]
+    assert -1 <= acts.min() < -0.99 and 0.99 < acts.max() <= 1 and abs(acts.mean()) < 0.05
+    assert abs(acts.std() - 1 / math.sqrt(3)) < 0.02
+
+
+def test_seed_decides_starts_and_actions_of_the_episodes(telltale, tmp_path):
+    files = []
+    for i, seed in enumerate((0, 0, 1)):
+        telltale[1].clear()
+        dc.collect(dc.Args(**WINDY, seed=seed, out=str(tmp_path / str(i) / "file.npz")))
+        (_, done, starts), *_ = telltale[1]
+        files.append((starts, done["rewards"].sum()))
+    assert files[0] == files[1] and files[0][0] != files[2][0] and files[0][1] != files[2][1]
+
+
+@pytest.mark.parametrize("behavior", ["shared", "per-task"])
+def test_diverged_episode_is_played_again_by_the_same_policy_and_counted(telltale, tmp_path, monkeypatch, behavior):
+    original, calls = dc.TaskEnv._simulate, []
+
+    def simulate(env, state, act, live):
+        next_state, diverged = original(env, state, act, live)
+        calls.append(len(state))
+        if len(calls) == 60:  # two of the first episodes that are recorded
+            diverged[[2, -1]] = True
+        return np.where(diverged[:, None], state, next_state), diverged
+
+    monkeypatch.setattr(dc.TaskEnv, "_simulate", simulate)
+    path = tmp_path / "file.npz"
+    dc.collect(dc.Args(**WINDY, out=str(path), behavior=behavior))
+    check_who_played(path, "mixed", behavior == "shared")
+    assert dc.load_dataset("point-robot-wind", path).header["diverged_episodes"] == 2
 
 
 def test_medium_is_the_first_phase_halfway_to_the_expert():
     returns = np.linspace(-19, 0, 20)  # of phases 0..19; task 2 learns nothing, task 1 starts above halfway
 
     def play(phase, task_ids, policy_ids):
-        table = np.stack([returns, np.full(20, 50.0), np.full(20, -100.0)])
-        return {"rewards": table[task_ids, phase, None] * np.full(4, 0.25)}
+        assert task_ids.tolist() == policy_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        mean = np.stack([returns, np.full(20, 50.0), np.full(20, -100.0)])[task_ids, phase]
+        return {"rewards": (mean + np.tile([-9.0, 9, 0], 3))[:, None] * np.full(4, 0.25)}
 
     for quality, tail in (("medium", []), ("medium-expert", [19] * 3)):
         args = dc.Args(quality=quality, episodes=10, test_episodes=10)
@@ -232,457 +216,147 @@ def test_medium_is_the_first_phase_halfway_to_the_expert():
             assert row.tolist() == [medium] * (10 - len(tail)) + tail
 
 
-def test_per_task_policies_are_trained_one_by_one(tmp_path, capsys):
-    settings = {"train_tasks": 2, "test_tasks": 2, "total_updates": 20, "width": 8, "rows": 4, "batch_size": 8}
-    path = tmp_path / "point-robot.npz"
-    dc.collect(dc.Args(env="point-robot", out=str(path), behavior="per-task", episodes=3, test_episodes=2, **settings))
-    printed = capsys.readouterr().out
-    assert all(f"[point-robot task {task} " in printed for task in range(4))
-    policies = torch.load(tmp_path / "point-robot.policies.pt", weights_only=True)
-    assert len(policies["finished"]) == 4 and policies["training"] is None
-    first = [snapshots[-1]["net.0.weight"] for snapshots in policies["finished"]]
-    assert not any(torch.equal(first[0], other) for other in first[1:])
-    data = dc.load_dataset("point-robot", path)
-    assert data.header["settings"]["behavior"] == "per-task"
-    assert data.counts[data.train_ids].tolist() == [60, 60] and data.counts[data.test_ids].tolist() == [40, 40]
+CHEETAHS = {"env": "cheetah-dir", "episodes": 4, "test_episodes": 2, "ood_contexts": 2}
 
 
-def test_dataset_without_foreign_contexts_is_collected_and_evaluated(tiny_path, tmp_path):
-    shutil.copy(tiny_path.with_name("point-robot.policies.pt"), tmp_path)
-    path = tmp_path / "point-robot.npz"
-    dc.collect(dc.Args(env="point-robot", out=str(path), ood_contexts=0, **TINY))
-    data = dc.load_dataset("point-robot", path)
-    assert data.ood_behavior_task.tolist() == [[dc.RANDOM]] * 3
+def test_training_tasks_that_are_also_test_tasks_keep_all_their_episodes(telltale, tmp_path):
+    path = tmp_path / "cheetah-dir.npz"
+    dc.collect(dc.Args(**CHEETAHS, out=str(path)))
+    arrays, _ = read(path)
+    assert arrays["ood_behavior_task"].tolist() == [[1, 1, dc.RANDOM], [0, 0, dc.RANDOM]]  # never their own policy
+    assert (arrays["lengths"] == 200).sum(1).tolist() == [4, 4]
 
-    def adapt(context, mask, explore):
-        return lambda obs, rew: torch.zeros(len(obs), 2)
 
-    results = dc.evaluate(data, adapt, ("ood", "ood_random"))
+def test_single_training_task_that_is_the_test_task_has_no_foreign_policies(telltale, tmp_path):
+    settings = CHEETAHS | {"train_tasks": 1, "test_tasks": 1, "out": str(tmp_path / "cheetah-dir.npz")}
+    assert "--ood-contexts 0" in stop_message(dc.collect, dc.Args(**settings)) and not telltale[0]
+    dc.collect(dc.Args(**settings | {"ood_contexts": 0}))
+    data = dc.load_dataset("cheetah-dir", settings["out"])
+    assert data.counts.tolist() == [800] and data.ood_behavior_task.tolist() == [[dc.RANDOM]]
+    results = dc.evaluate(data, lambda *_: lambda obs, rew: torch.zeros(len(obs), 6), ("ood", "ood_random"))
     assert {tag.split("/")[1] for tag in results} == {"ood_random"}
+
+
+@pytest.mark.parametrize("quality", ["mixed", "expert"])
+def test_default_path_settings_and_amounts(telltale, tmp_path, monkeypatch, quality):
+    monkeypatch.chdir(tmp_path)
+    dc.collect(dc.Args(env="point-robot", train_tasks=2, test_tasks=1, quality=quality))
+    data = dc.load_dataset("point-robot", None if quality == "mixed" else "datasets/point-robot-expert.npz")
+    assert (tmp_path / "datasets" / "point-robot.policies.pt").exists()
+    assert (data.header["settings"]["total_updates"], data.header["settings"]["width"]) == (1_500, 64)
+    assert (data.lengths > 0).sum(1).tolist() == [50, 50, 5] and data.ood_lengths.shape == (1, 6)
+
+
+def test_existing_file_is_left_alone(tiny_path, tmp_path, capsys):
+    files = [tiny_path, tiny_path.with_name("point-robot.policies.pt")]
+    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
+    dc.collect(dc.Args(env="point-robot", out=str(tiny_path), **TINY))
+    assert capsys.readouterr().out == f"{tiny_path} is complete; nothing to do\n"
+    for changed in ("seed", "episodes", "lr"):
+        message = stop_message(dc.collect, dc.Args(env="point-robot", out=str(tiny_path), **TINY | {changed: 7}))
+        assert str(tiny_path) in message and f"{changed} " in message and "--out" in message
+    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
+
+
+OTHER = {"seed": 1, "train_tasks": 5, "test_tasks": 2, "behavior": "per-task", "total_updates": 100, "rows": 32}
+OTHER |= {"updates_per_step": 4, "batch_size": 128, "width": 32, "lr": 1e-2}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_policies_of_other_settings_are_refused(tiny_path, tmp_path, name):
+    shutil.copy(tiny_path.with_name("point-robot.policies.pt"), tmp_path)
+    settings = TINY | {"out": str(tmp_path / "other.npz"), name: OTHER[name]}
+    message = stop_message(dc.collect, dc.Args(env="point-robot", **settings))
+    assert "point-robot.policies.pt" in message and "--out" in message
 
 
 # ---- interrupting and continuing --------------------------------------------
 
+# long enough to be caught in the middle
+STRAIGHT = {"env": "point-robot", "out": "out/point-robot.npz", "train_tasks": 4, "test_tasks": 2, "width": 32}
+STRAIGHT |= {"total_updates": 400, "rows": 16, "updates_per_step": 10, "episodes": 4, "test_episodes": 2}
+
+
+def progress(printed):
+    """The lines of progress of what a collection printed, without the times."""
+    return [re.sub(r"eta \S+", "", line) for line in printed.splitlines() if line.startswith("[point-robot ")]
+
 
 @pytest.fixture(scope="module")
-def straight_bytes(tmp_path_factory):
-    """The file of an uninterrupted run."""
+def straight(tmp_path_factory):
+    """An uninterrupted run of the program -> the bytes of its file, its lines of progress."""
     folder = tmp_path_factory.mktemp("straight")
     code, stdout, stderr = run_script(folder, "data_collect.py", *flags(STRAIGHT))
-    assert code == 0, stderr
-    assert "wrote out/point-robot.npz" in stdout and "Traceback" not in stderr
-    return (folder / STRAIGHT["out"]).read_bytes()
+    assert code == 0 and "wrote out/point-robot.npz" in stdout, stderr
+    assert read(folder / STRAIGHT["out"])[1]["command"] == "python data_collect.py " + " ".join(flags(STRAIGHT))
+    return (folder / STRAIGHT["out"]).read_bytes(), progress(stdout)
 
 
-def interrupt(folder, settings, sent, beginning, count):
-    """Start, wait for `count` lines that begin like that, send the signal -> exit code, remaining output."""
-    process = start_script(folder, "data_collect.py", *flags(settings))
-    with contextlib.closing(process.stdout), contextlib.closing(process.stderr):
-        for line in process.stdout:
-            count -= line.startswith(beginning)
-            if count == 0:
-                break
-        assert count == 0, "ended too early: " + process.stderr.read()
-        process.send_signal(sent)
-        rest, errors = process.stdout.read(), process.stderr.read()
-    return process.wait(timeout=60), rest, errors
+class Killed(BaseException):
+    pass
 
 
-def test_same_command_in_another_folder_writes_the_same_bytes(straight_bytes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["killed", "Ctrl-C", "Ctrl-C while rolling out"])
+def test_interrupted_collection_continues_to_the_same_bytes(how, straight, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["data_collect.py", *flags(STRAIGHT)])  # it is stored in the header
+    place, name, count = (dc, "rollout", 3) if "rolling" in how else (dc.SAC, "update", 130)
+    original, calls = getattr(place, name), iter(range(10**6))
+
+    def cut(*inputs):
+        if next(calls) == count:
+            if how == "killed":
+                raise Killed
+            signal.raise_signal(signal.SIGINT)
+        return original(*inputs)
+
+    # where tests run in the background, Ctrl-C is ignored at first
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patch, pytest.raises(Killed if how == "killed" else SystemExit) as stop:
+        patch.setattr(place, name, cut)
+        dc.collect(dc.Args(**STRAIGHT))
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    last = capsys.readouterr().out.splitlines()[-1]
+    if how != "killed":
+        assert last == "interrupted; progress is in out/point-robot.policies.pt, the same command continues"
+        assert stop.value.code == 130
+    assert not (tmp_path / STRAIGHT["out"]).exists()
     dc.collect(dc.Args(**STRAIGHT))
-    assert (tmp_path / STRAIGHT["out"]).read_bytes() == straight_bytes
-    _, header = read(STRAIGHT["out"])
-    assert header["command"] == "python data_collect.py " + " ".join(flags(STRAIGHT))
-
-
-def test_killed_run_continues_to_the_same_bytes(straight_bytes, tmp_path):
-    code, rest, _ = interrupt(tmp_path, STRAIGHT, signal.SIGKILL, "[point-robot", 5)
-    assert code == -signal.SIGKILL and "rolling out" not in rest
-    assert not (tmp_path / STRAIGHT["out"]).exists()
-    code, stdout, stderr = run_script(tmp_path, "data_collect.py", *flags(STRAIGHT))
-    assert code == 0, stderr
-    progress = [line for line in stdout.splitlines() if line.startswith("[point-robot")]
-    assert "continuing from out/point-robot.policies.pt" in stdout and 0 < len(progress) < 18
-    assert (tmp_path / STRAIGHT["out"]).read_bytes() == straight_bytes
-
-
-def test_interrupted_run_says_how_to_continue_and_continues_to_the_same_bytes(straight_bytes, tmp_path):
-    code, rest, stderr = interrupt(tmp_path, STRAIGHT, signal.SIGINT, "[point-robot", 4)
-    assert code == 130 and "Traceback" not in stderr
-    last = rest.splitlines()[-1]
-    assert last.startswith("interrupted") and "same command continues" in last and "policies.pt" in last
-    code, stdout, stderr = run_script(tmp_path, "data_collect.py", *flags(STRAIGHT))
-    assert code == 0, stderr
-    assert "continuing from" in stdout
-    assert (tmp_path / STRAIGHT["out"]).read_bytes() == straight_bytes
-
-
-def test_interrupt_while_rolling_out_gives_no_traceback(tmp_path):
-    # Ctrl-C must be answered in one line until the file is written
-    settings = STRAIGHT | {"total_updates": 20, "episodes": 4000, "test_episodes": 4000}
-    code, rest, stderr = interrupt(tmp_path, settings, signal.SIGINT, "behavior policies ready", 1)
-    assert code == 130 and "Traceback" not in stderr and "same command" in rest
-    assert not (tmp_path / STRAIGHT["out"]).exists()
-
-
-# ---- damaged files ----------------------------------------------------------
-
-
-def replaced(key, change):
-    """An edit that replaces one array by change(array)."""
-    return lambda arrays, header: arrays.update({key: change(arrays[key].copy())})
-
-
-def put(key, index, value):
-    """An edit that changes one entry."""
-
-    def edit(arrays, header):
-        arrays[key][index] = value
-
-    return edit
-
-
-def header_with(**changes):
-    return lambda arrays, header: header.update(changes)
-
-
-def train_task_without_episode(arrays, header):
-    arrays["lengths"][arrays["train_ids"][0]] = 0
-
-
-DAMAGES = {
-    "array missing": lambda arrays, header: arrays.pop("rewards"),
-    "ood array missing": lambda arrays, header: arrays.pop("ood_lengths"),
-    "header without version": lambda arrays, header: header.pop("format_version"),
-    "header without env": lambda arrays, header: header.pop("env"),
-    "header without settings": lambda arrays, header: header.pop("settings"),
-    "settings of another kind": header_with(settings=[1, 2]),
-    "other family": header_with(env="ant-dir"),
-    "unknown family": header_with(env="moon-lander"),
-    "newer format": header_with(format_version=99),
-    "older format": header_with(format_version=0),
-    "version of another kind": header_with(format_version="one"),
-    "wrong observation size": replaced("observations", lambda x: x[..., :1]),
-    "horizon too short": replaced("rewards", lambda x: x[..., :10]),
-    "too few tasks": replaced("rewards", lambda x: x[:5]),
-    "too few foreign contexts": replaced("ood_rewards", lambda x: x[:, :2]),
-    "dimension missing": replaced("actions", lambda x: x[0]),
-    "dimension too many": replaced("train_ids", lambda x: x[None]),
-    # the number of parameters of the family is known too
-    "too many task parameters": replaced("task_params", lambda x: np.concatenate([x, x], 1)),
-    "single array of no dimension": replaced("lengths", lambda x: np.int32(3)),
-    "doubles for floats": replaced("rewards", lambda x: x.astype(np.float64)),
-    "integers for bool": replaced("terminated", lambda x: x.astype(np.int32)),
-    "text for numbers": replaced("task_params", lambda x: x.astype(str)),
-    "pickled objects": replaced("rewards", lambda x: np.array([None, {}], object)),
-    "nan in rewards": put("rewards", (0, 0, 0), np.nan),
-    "nan in foreign observations": put("ood_observations", (0, 0, 0, 0), np.nan),
-    "infinite observation": put("observations", (0, 0, 0, 0), np.inf),
-    "infinite expert return": put("expert_returns", 0, -np.inf),
-    "task number too large": put("test_ids", 0, 9),
-    "task number negative": put("train_ids", 0, -1),
-    "task twice": put("train_ids", 0, 1),
-    "no training task": replaced("train_ids", lambda x: x[:0]),
-    "training task without episode": train_task_without_episode,
-    "test task without episode": put("lengths", 2, 0),
-    "length above the horizon": put("lengths", (0, 0), 21),
-    "negative length": put("lengths", (0, 0), -1),
-    "empty foreign episode": put("ood_lengths", (0, 0), 0),
-    "action above 1": put("actions", (0, 0, 0, 0), 1.5),
-    "foreign action below -1": put("ood_actions", (0, 0, 0, 0), -1.01),
-    # evaluate takes the first episodes of each row for the recorded ones
-    "empty episode before a recorded one": put("lengths", (2, 0), 0),
-    # evaluate averages over the same number of contexts for every test task
-    "uneven numbers of foreign contexts": put("ood_behavior_task", (0, 0), dc.RANDOM),
-    "context of a task that does not exist": put("ood_behavior_task", (0, 0), 99),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_content_is_refused_in_one_line(tiny_path, tmp_path, damage):
-    arrays, header = read(tiny_path)
-    DAMAGES[damage](arrays, header)
-    path = write(tmp_path / "file.npz", arrays, header)
-    message = stop_message(dc.load_dataset, "point-robot", path)
-    assert str(path) in message
-    remedies = ("python data_collect.py --env point-robot --out", "--env ", "update this repository")
-    assert any(remedy in message for remedy in remedies)
-    assert len(message) < 300 + 2 * len(str(path))
-
-
-def raw_file(kind, path, good):
-    """Make the damaged file `path` from the bytes of a good one."""
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "single array":  # a .npy under the name of an .npz
-        with open(path, "wb") as file:
-            np.save(file, np.zeros(3))
-    elif kind == "header missing":
-        np.savez(path, rewards=np.zeros(3))
-    elif kind == "header no JSON":
-        np.savez(path, header=np.array("{not json"))
-    elif kind == "header no text":
-        np.savez(path, header=np.zeros((2, 2)))
-    elif kind == "header a list":
-        np.savez(path, header=np.array("[1, 2]"))
-    elif kind == "zip of nothing":
-        np.savez(path)
-    else:
-        middle, entry = len(good) // 2, good.index(b"PK\x01\x02")  # first entry of the zip's table of contents
-        path.write_bytes(
-            {
-                "truncated": good[:middle],
-                "last bytes missing": good[:-10],
-                "first bytes missing": good[100:],
-                "empty": b"",
-                "text": b"these are not the data you are looking for\n" * 20,
-                "zeros": bytes(1000),
-                "hole": good[: middle - 200] + bytes(400) + good[middle + 200 :],
-                # zipfile answers the next two with NotImplementedError, the last with RuntimeError
-                "unknown compression": good[: entry + 10] + b"\x63" + good[entry + 11 :],
-                "zip of a later version": good[: entry + 6] + b"\xc8" + good[entry + 7 :],
-                "encrypted": good[: entry + 8] + b"\x01" + good[entry + 9 :],
-            }[kind]
-        )
-
-
-RAW = ["directory", "single array", "header missing", "header no JSON", "header no text", "header a list"]
-RAW += ["zip of nothing", "truncated", "last bytes missing", "first bytes missing", "empty", "text", "zeros", "hole"]
-RAW += ["unknown compression", "zip of a later version", "encrypted"]
-
-
-@pytest.mark.parametrize("kind", RAW)
-def test_file_of_another_kind_is_refused_in_one_line(tiny_path, tmp_path, kind):
-    path = tmp_path / "file.npz"
-    raw_file(kind, path, tiny_path.read_bytes())
-    message = stop_message(dc.load_dataset, "point-robot", path)
-    assert str(path) in message and f"python data_collect.py --env point-robot --out {path}" in message
-    assert "not found" not in message and "emove" in message  # the command alone would stop at the same file
-
-
-def test_flipped_bits_never_end_in_a_traceback(tiny_path, tmp_path):
-    """One changed bit either leaves a readable file or gives one line, wherever it is."""
-    good, path, rng = tiny_path.read_bytes(), tmp_path / "file.npz", np.random.default_rng(0)
-    directory = good.rindex(b"PK\x05\x06") - 1500  # the zip's table of contents breaks in the most ways
-    refused = 0
-    for position in [*rng.integers(len(good), size=100), *rng.integers(directory, len(good), size=300)]:
-        path.write_bytes(good[:position] + bytes([good[position] ^ 1 << rng.integers(8)]) + good[position + 1 :])
-        try:
-            dc.load_dataset("point-robot", path)
-        except SystemExit as stopped:
-            refused += 1
-            assert "\n" not in stopped.code and str(path) in stopped.code
-    assert refused > 100
-
-
-def test_missing_file_names_the_command_that_makes_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    message = stop_message(dc.load_dataset, "point-robot")
-    assert message == "datasets/point-robot.npz not found. Make it: python data_collect.py --env point-robot"
-    message = stop_message(dc.load_dataset, "point-robot", "elsewhere/a.npz")
-    assert "elsewhere/a.npz not found" in message and "--env point-robot --out elsewhere/a.npz" in message
-
-
-def test_remedy_for_an_older_format_removes_the_file_first(tiny_path, tmp_path):
-    # the command alone would meet the old file and stop with the same line again
-    arrays, header = read(tiny_path)
-    path = write(tmp_path / "file.npz", arrays, header | {"format_version": 0})
-    assert "emove" in stop_message(dc.load_dataset, "point-robot", path)
-
-
-@pytest.mark.parametrize("kind", ["truncated", "other family"])
-def test_bad_file_in_the_way_of_a_collection_gives_one_line_and_stays(tiny_path, tmp_path, kind):
-    path = tmp_path / "file.npz"
-    path.write_bytes(tiny_path.read_bytes()[: 2000 if kind == "truncated" else None])
-    before, env = path.read_bytes(), "point-robot" if kind == "truncated" else "cheetah-dir"
-    code, _, stderr = run_script(tmp_path, "data_collect.py", "--env", env, "--out", "file.npz")
-    assert code == 1 and "Traceback" not in stderr and path.read_bytes() == before
-    assert stderr.count("\n") == 1 and "file.npz" in stderr and "--env point-robot" in stderr
-
-
-@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "directory", "other contents", "list"])
-def test_damaged_policies_file_is_refused_in_one_line(tiny_path, tmp_path, kind):
-    path = tmp_path / "point-robot.policies.pt"
-    good = tiny_path.with_name("point-robot.policies.pt").read_bytes()
-    if kind == "directory":
-        path.mkdir()
-    elif kind in ("other contents", "list"):
-        torch.save({"settings": {}, "weights": torch.zeros(3)} if kind == "other contents" else [1, 2], path)
-    else:
-        path.write_bytes({"text": b"hello\n", "empty": b"", "truncated": good[: len(good) // 2]}[kind])
-    message = stop_message(dc.collect, dc.Args(env="point-robot", out=str(tmp_path / "file.npz"), **TINY))
-    assert str(path) in message and "remove it" in message
-    assert not (tmp_path / "file.npz").exists()
-
-
-# ---- the command line -------------------------------------------------------
-
-BAD_COMMANDS = {
-    "--foo 1": "--foo",
-    "--env moon-lander": "--env",
-    "--rows 0": "--rows",
-    "--lr -1": "--lr",
-    "--out data.txt": "--out",
-    "--out a-file/data.npz": "--out",
-    "--train-tasks 99": "--train-tasks",
-    "--device cuda": "--device",
-}
-
-
-@pytest.mark.parametrize("command", BAD_COMMANDS)
-def test_bad_command_line_ends_with_a_message_that_names_the_flag(tmp_path, command, monkeypatch, capsys):
-    if "cuda" in command and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    (tmp_path / "a-file").write_text("a file where a folder is expected\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["data_collect.py", *command.split()])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "data_collect.py"), run_name="__main__")
-    shown = capsys.readouterr()
-    assert stop.value.code not in (0, None) and shown.out == ""
-    assert BAD_COMMANDS[command] in f"{stop.value.code} {shown.err}"
-    assert not list(tmp_path.rglob("*.npz"))
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    # a comparison with nan is false, and torch takes seeds of 64 bits
-    [("lr", math.nan), ("lr", math.inf), ("seed", 10**20), ("seed", -1), ("batch_size", 1), ("ood_contexts", -1)]
-    + [(name, 0) for name in ("test_tasks", "episodes", "test_episodes", "total_updates", "updates_per_step", "width")],
-)
-def test_setting_out_of_range_is_refused_before_anything_is_written(tmp_path, name, value):
-    settings = {"total_updates": 20, "rows": 2, "width": 4, "out": str(tmp_path / "new" / "file.npz")} | {name: value}
-    message = stop_message(dc.collect, dc.Args(env="point-robot", **settings))
-    assert f"--{name.replace('_', '-')} {value}" in message
-    assert not (tmp_path / "new").exists()
-
-
-def test_message_about_a_negative_learning_rate_states_the_true_bound():
-    # not "at least 1": the default is 1e-3
-    assert "at least 1" not in stop_message(dc.collect, dc.Args(env="point-robot", lr=-1.0))
-
-
-def test_help_shows_every_field(tmp_path):
-    code, stdout, stderr = run_script(tmp_path, "data_collect.py", "--help")
-    assert code == 0 and stderr == ""
-    for field in dataclasses.fields(dc.Args):
-        assert f"--{field.name.replace('_', '-')} " in stdout
-    assert "%%" not in stdout  # tyro, unlike argparse, prints both
-
-
-# ---- sampling ---------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def numbered(tiny_path):
-    """A dataset with episodes of all lengths whose reward is the number of the transition."""
-    arrays, header = read(tiny_path)
-    rng = np.random.default_rng(0)
-    shape = arrays["lengths"].shape
-    arrays["lengths"] = rng.integers(0, 21, shape).astype(np.int32)
-    arrays["lengths"][:, 3] = 0  # an episode that does not exist, in the middle
-    arrays["lengths"][:, 0] = 1
-    arrays["terminated"] = rng.random(shape) < 0.5
-    arrays["rewards"] = np.arange(arrays["rewards"].size, dtype=np.float32).reshape(arrays["rewards"].shape)
-    return dc.Dataset("point-robot", header, arrays, torch.device("cpu"))
-
-
-def places(data, rows):
-    """Numbered transitions -> task, episode, step of each."""
-    return np.unravel_index(rows[..., 4].long().numpy(), (*data.lengths.shape, data.family.horizon))
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def test_sample_gives_real_transitions_of_the_task_all_equally_often(numbered):
-    tasks = torch.tensor([3, 0, 8])
-    size = 200 * int(numbered.counts.max())
-    rows = numbered.sample(tasks, size, generator(0))
-    assert rows.shape == (3, size, 8)
-    task, episode, step = places(numbered, rows)
-    assert (task == tasks.numpy()[:, None]).all()
-    assert (step < numbered.lengths.numpy()[task, episode]).all()
-    for row, asked in enumerate(tasks.tolist()):
-        hits = np.bincount(rows[row, :, 4].long().numpy() - asked * 160, minlength=160)
-        real = (np.arange(20) < numbered.lengths[asked, :, None].numpy()).ravel()
-        expected = size / real.sum()
-        assert real.sum() == numbered.counts[asked] and not hits[~real].any()
-        assert abs(hits[real] - expected).max() < 6 * np.sqrt(expected)
-
-
-def test_sampled_rows_are_the_transitions_of_the_file(numbered):
-    rows = numbered.sample(torch.arange(9), 50, generator(1))
-    task, episode, step = places(numbered, rows)
-    assert torch.equal(rows, numbered.episodes[task, episode, step])
-    obs, act, _, next_obs, term = numbered.unpack(rows)
-    moved = (next_obs - obs) * numbered.obs_spread  # back in the units of the simulation
-    torch.testing.assert_close(moved, 0.1 * act, rtol=0, atol=1e-6)
-    ended = numbered.episodes[..., 7].sum(-1) > 0
-    last = step == numbered.lengths.numpy()[task, episode] - 1
-    assert np.array_equal(term.numpy() == 1, last & ended.numpy()[task, episode]) and term.sum() > 0
-
-
-def test_sample_episode_stays_within_one_real_episode(numbered):
-    draws, tasks = 300, torch.tensor([5, 2, 5])
-    longest = numbered.lengths[5].argmax().item()
-    source, seen, hits = generator(0), {2: [], 5: []}, np.zeros(20)
-    for _ in range(draws):
-        rows = numbered.sample_episode(tasks, 10, source)
-        assert rows.shape == (3, 10, 8)
-        task, episode, step = places(numbered, rows)
-        assert (task == tasks.numpy()[:, None]).all() and (episode == episode[:, :1]).all()
-        assert (step < numbered.lengths.numpy()[task, episode]).all()
-        for asked, chosen in zip(tasks.tolist(), episode[:, 0]):
-            seen[asked].append(chosen)
-        hits += np.bincount(step[(task == 5) & (episode == longest)], minlength=20)
-    for asked, chosen in seen.items():  # every episode that exists, equally often
-        present = np.flatnonzero(numbered.lengths[asked].numpy())
-        counts = np.bincount(chosen, minlength=8)
-        expected = len(chosen) / len(present)
-        assert np.flatnonzero(counts).tolist() == present.tolist() and 3 not in present
-        assert abs(counts[present] - expected).max() < 6 * np.sqrt(expected)
-    steps = hits[: numbered.lengths[5].max()]
-    assert abs(steps - steps.mean()).max() < 6 * np.sqrt(steps.mean()) and steps.mean() > 20
-
-
-def test_same_generator_seed_gives_the_same_rows(numbered):
-    before = torch.get_rng_state()
-    for draw in (numbered.sample, numbered.sample_episode):
-        first = draw(torch.tensor([1, 4]), 30, generator(7))
-        assert torch.equal(draw(torch.tensor([1, 4]), 30, generator(7)), first)
-        assert not torch.equal(draw(torch.tensor([1, 4]), 30, generator(8)), first)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_unpack_takes_rows_apart(walker):
-    rows = walker.sample(torch.as_tensor(walker.train_ids), 11, generator(0))
-    obs, act, rew, next_obs, term = walker.unpack(rows)
-    assert obs.shape == next_obs.shape == (3, 11, 18) and act.shape == (3, 11, 6) and rew.shape == term.shape == (3, 11)
-    assert torch.equal(torch.cat([obs, act, rew[..., None], next_obs, term[..., None]], -1), rows)
-    assert walker.ctx_dim == rows.shape[-1] - 1 == 43
-
-
-def test_walker_samples_have_terminal_transitions_where_the_torso_sank(walker):
-    rows = walker.sample(torch.as_tensor(walker.train_ids), 2000, generator(0))
-    _, _, _, next_obs, term = walker.unpack(rows)
-    height = (next_obs * walker.obs_spread + walker.obs_mean)[..., 1]
-    assert torch.equal(term == 1, height <= 0.5 + 1e-5) and term.sum() > 0
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_dataset_on_a_gpu_holds_the_same_numbers(tiny_path, tiny):
-    data = dc.load_dataset("point-robot", tiny_path, "cuda")
-    assert torch.equal(data.episodes.cpu(), tiny.episodes)
-    source = torch.Generator("cuda").manual_seed(0)
-    rows = data.sample(torch.tensor([0, 3], device="cuda"), 40, source)
-    goals = torch.as_tensor(data.task_params[[0, 3]], dtype=torch.float32)[:, None]
-    _, _, rew, next_obs, _ = data.unpack(rows.cpu())
-    torch.testing.assert_close(rew, -(next_obs - goals).norm(dim=-1))
-    assert data.sample_episode(torch.tensor([0, 3], device="cuda"), 9, source).shape == (2, 9, 8)
+    printed = capsys.readouterr().out
+    assert "continuing from out/point-robot.policies.pt" in printed
+    left = {"killed": 14, "Ctrl-C": 13}.get(how, 0)  # of 20 phases
+    assert ((tmp_path / STRAIGHT["out"]).read_bytes(), progress(printed)) == (straight[0], straight[1][20 - left :])
+
+
+def test_policies_per_task_continue_with_the_task_that_was_cut(telltale, tmp_path, monkeypatch):
+    trained, _ = telltale
+    train_behavior, given = dc.train_behavior, []
+
+    def cut(family, params, task_ids, args, device, saved, save, stopping, label):
+        given.append((label, saved))
+        if len(given) == 3:
+            save({"half": torch.ones(1)})
+            return None
+        return train_behavior(family, params, task_ids)
+
+    monkeypatch.setattr(dc, "train_behavior", cut)
+    args = dc.Args(**WINDY, out=str(tmp_path / "file.npz"), behavior="per-task")
+    with pytest.raises(SystemExit):
+        dc.collect(args)
+    dc.collect(args)
+    assert trained == [[i] for i in range(8)]
+    assert [label for label, _ in given] == [f"point-robot-wind task {i}" for i in (0, 1, 2, 2, 3, 4, 5, 6, 7)]
+    assert [saved is None for _, saved in given] == [True, True, True, False, True, True, True, True, True]
+    check_who_played(tmp_path / "file.npz", "mixed", shared=False)
+
+
+def test_second_ctrl_c_ends_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt), dc.note_interrupts() as noted:
+        signal.raise_signal(signal.SIGINT)
+        assert noted == [True]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_progress_of_a_kill_is_never_half_a_file(tmp_path):
@@ -698,9 +372,584 @@ def test_progress_of_a_kill_is_never_half_a_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def test_shipped_datasets_load_and_say_how_they_were_made():
-    for env, train_tasks in (("point-robot", 30), ("ant-dir", 20)):
-        data = dc.load_dataset(env, ROOT / f"datasets/{env}.npz")
-        assert len(data.train_ids) == train_tasks
-        assert data.header["command"].startswith(f"python data_collect.py --env {env}")
-        assert (data.expert_returns > data.random_returns).all()
+# ---- damaged files ----------------------------------------------------------
+
+
+def replaced(key, change):
+    """An edit that replaces one array by change(array)."""
+    return lambda arrays, header: arrays.update({key: change(arrays[key].copy())})
+
+
+def put(key, index, value):
+    """An edit that changes one entry."""
+    return lambda arrays, header: arrays[key].__setitem__(index, value)
+
+
+def header_with(**changes):
+    return lambda arrays, header: header.update(changes)
+
+
+# edit of a good file -> a word of the complaint
+DAMAGES = {
+    "array missing": (lambda arrays, header: arrays.pop("rewards"), "rewards is missing"),
+    "ood array missing": (lambda arrays, header: arrays.pop("ood_lengths"), "ood_lengths is missing"),
+    "header without version": (lambda arrays, header: header.pop("format_version"), "damaged header"),
+    "header without env": (lambda arrays, header: header.pop("env"), "damaged header"),
+    "header without settings": (lambda arrays, header: header.pop("settings"), "damaged header"),
+    "settings of another kind": (header_with(settings=[1, 2]), "damaged header"),
+    "other family": (header_with(env="ant-dir"), "holds ant-dir, not point-robot"),
+    "newer format": (header_with(format_version=99), "update this repository"),
+    "older format": (header_with(format_version=0), "format version 0"),
+    "version of another kind": (header_with(format_version="one"), "format version one"),
+    "wrong observation size": (replaced("observations", lambda x: x[..., :1]), "observations has shape"),
+    "horizon too short": (replaced("rewards", lambda x: x[..., :10]), "rewards has shape"),
+    "too few tasks": (replaced("rewards", lambda x: x[:5]), "rewards has shape"),
+    "too few foreign contexts": (replaced("ood_rewards", lambda x: x[:, :2]), "ood_rewards has shape"),
+    "dimension missing": (replaced("actions", lambda x: x[0]), "actions has shape"),
+    "dimension too many": (replaced("train_ids", lambda x: x[None]), "train_ids has shape"),
+    # the number of parameters of the family is known too
+    "too many task parameters": (replaced("task_params", lambda x: np.concatenate([x, x], 1)), "task_params has"),
+    "single array of no dimension": (replaced("lengths", lambda x: np.int32(3)), "lengths has shape"),
+    "doubles for floats": (replaced("rewards", lambda x: x.astype(np.float64)), "rewards has type"),
+    "integers for bool": (replaced("terminated", lambda x: x.astype(np.int32)), "terminated has type"),
+    "text for numbers": (replaced("task_params", lambda x: x.astype(str)), "task_params has type"),
+    "pickled objects": (replaced("rewards", lambda x: np.array([None, {}], object)), "unreadable"),
+    "nan in rewards": (put("rewards", (0, 0, 0), np.nan), "rewards has values"),
+    "nan in foreign observations": (put("ood_observations", (0, 0, 0, 0), np.nan), "ood_observations has values"),
+    "infinite expert return": (put("expert_returns", 0, -np.inf), "expert_returns has values"),
+    "task number too large": (put("test_ids", 0, 9), "test_ids must be distinct"),
+    "task number negative": (put("train_ids", 0, -1), "train_ids must be distinct"),
+    "task twice": (put("train_ids", 0, 1), "train_ids must be distinct"),
+    "no training task": (replaced("train_ids", lambda x: x[:0]), "train_ids must be distinct"),
+    "training task without episode": (put("lengths", 0, 0), "train_ids has no episode"),
+    "test task without episode": (put("lengths", 2, 0), "test_ids has no episode"),
+    "length above the horizon": (put("lengths", (0, 0), 21), "horizon 20"),
+    "negative length": (put("lengths", (0, 0), -1), "horizon 20"),
+    "foreign length above the horizon": (put("ood_lengths", (0, 0), 21), "ood_lengths must lie"),
+    "empty foreign episode": (put("ood_lengths", (0, 0), 0), "ood_lengths is empty"),
+    "action above 1": (put("actions", (0, 0, 0, 0), 1.5), "actions must lie"),
+    "foreign action below -1": (put("ood_actions", (0, 0, 0, 0), -1.01), "ood_actions must lie"),
+    # evaluate takes the first episodes of each row for the recorded ones
+    "empty episode before a recorded one": (put("lengths", (2, 0), 0), "empty episode before"),
+    # evaluate averages over the same number of contexts for every test task
+    "uneven numbers of foreign contexts": (put("ood_behavior_task", (0, 0), dc.RANDOM), "same number of random"),
+    "context of a task that does not exist": (put("ood_behavior_task", (0, 0), 99), "ood_behavior_task must be"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_content_is_refused_in_one_line(tiny_path, tmp_path, damage):
+    arrays, header = read(tiny_path)
+    edit, complaint = DAMAGES[damage]
+    edit(arrays, header)
+    path = write(tmp_path / "file.npz", arrays, header)
+    message = stop_message(dc.load_dataset, "point-robot", path)
+    assert str(path) in message and complaint in message and len(message) < 300 + 2 * len(str(path))
+    if "repository" not in complaint and "holds" not in complaint:  # the command alone would stop at the same file
+        assert "emove it" in message and f"python data_collect.py --env point-robot --out {path}" in message
+
+
+RAW = {"empty": lambda good: b"", "text": lambda good: b"hello\n" * 200, "truncated": lambda good: good[:5000]}
+ARRAYS = {"header missing": {"rewards": np.zeros(3)}, "header no JSON": {"header": np.array("{not json")}}
+ARRAYS |= {"header no text": {"header": np.zeros((2, 2))}, "header a list": {"header": np.array("[1, 2]")}}
+
+
+@pytest.mark.parametrize("kind", ["directory", "single array", "zip of nothing", *ARRAYS, *RAW])
+def test_file_of_another_kind_is_refused_in_one_line(tiny_path, tmp_path, kind):
+    path = tmp_path / "file.npz"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "single array":  # a .npy under the name of an .npz
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    elif kind in RAW:
+        path.write_bytes(RAW[kind](tiny_path.read_bytes()))
+    else:
+        np.savez(path, **ARRAYS.get(kind, {}))
+    message = stop_message(dc.load_dataset, "point-robot", path)
+    assert str(path) in message and f"python data_collect.py --env point-robot --out {path}" in message
+    assert "not found" not in message and "emove" in message
+
+
+def test_flipped_bits_never_end_in_a_traceback(tiny_path, tmp_path):
+    """One changed bit either leaves a readable file or gives one line, wherever it is."""
+    good, path, rng = tiny_path.read_bytes(), tmp_path / "file.npz", np.random.default_rng(0)
+    directory = good.rindex(b"PK\x05\x06") - 1500  # the zip's table of contents breaks in the most ways
+    refused = 0
+    for position in [*rng.integers(len(good), size=50), *rng.integers(directory, len(good), size=150)]:
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1 << rng.integers(8)]) + good[position + 1 :])
+        try:
+            dc.load_dataset("point-robot", path)
+        except SystemExit as stopped:
+            refused += 1
+            assert "\n" not in stopped.code and str(path) in stopped.code
+    assert refused > 50
+
+
+def test_missing_file_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = stop_message(dc.load_dataset, "point-robot")
+    assert message == "datasets/point-robot.npz not found. Make it: python data_collect.py --env point-robot"
+    message = stop_message(dc.load_dataset, "point-robot", "elsewhere/a.npz")
+    assert "elsewhere/a.npz not found" in message and "--env point-robot --out elsewhere/a.npz" in message
+
+
+@pytest.mark.parametrize("kind", ["truncated", "directory", "other contents"])
+def test_damaged_policies_file_is_refused_in_one_line(tiny_path, tmp_path, kind):
+    path = tmp_path / "point-robot.policies.pt"
+    good = tiny_path.with_name("point-robot.policies.pt").read_bytes()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "other contents":
+        torch.save({"settings": {}, "weights": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(good[: len(good) // 2])
+    message = stop_message(dc.collect, dc.Args(env="point-robot", out=str(tmp_path / "file.npz"), **TINY))
+    assert str(path) in message and "remove it" in message
+    assert not (tmp_path / "file.npz").exists()
+
+
+# ---- the command line -------------------------------------------------------
+
+
+def program(monkeypatch, *words):
+    """Run data_collect.py as a program -> what it ends with."""
+    monkeypatch.setattr(sys, "argv", ["data_collect.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "data_collect.py"), run_name="__main__")
+    return stop.value.code
+
+
+BAD_COMMANDS = ["--foo 1", "--env moon-lander", "--rows 0", "--lr -1", "--out data.txt", "--out a-file/data.npz"]
+BAD_COMMANDS += ["--train-tasks 99", "--test-tasks 99", "--device cuda", "--out old.npz", "--env cheetah-dir --out old"]
+
+
+@pytest.mark.parametrize("command", BAD_COMMANDS)
+def test_bad_command_line_ends_with_a_message_that_names_the_flag(tiny_path, tmp_path, command, monkeypatch, capsys):
+    if "cuda" in command and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "a-file").write_text("a file where a folder is expected\n")
+    (tmp_path / "old.npz").write_bytes(tiny_path.read_bytes()[:2000])
+    monkeypatch.chdir(tmp_path)
+    code = program(monkeypatch, *command.split())
+    shown = capsys.readouterr()
+    assert code not in (0, None) and shown.out == "" and "Traceback" not in shown.err
+    assert command.split()[-2] in f"{code} {shown.err}"
+    assert (tmp_path / "old.npz").stat().st_size == 2000 and len(list(tmp_path.rglob("*.npz"))) == 1
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    # a comparison with nan is false, and torch takes seeds of 64 bits
+    [("lr", math.nan), ("lr", math.inf), ("seed", 10**20), ("seed", -1), ("batch_size", 1), ("ood_contexts", -1)]
+    + [(name, 0) for name in ("test_tasks", "episodes", "test_episodes", "total_updates", "updates_per_step", "width")],
+)
+def test_setting_out_of_range_is_refused_before_anything_is_written(tmp_path, name, value):
+    settings = {"total_updates": 20, "rows": 2, "width": 4, "out": str(tmp_path / "new" / "file.npz")} | {name: value}
+    message = stop_message(dc.collect, dc.Args(env="point-robot", **settings))
+    assert f"--{name.replace('_', '-')} {value}" in message and "at least 1" not in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_shows_every_field(monkeypatch, capsys):
+    assert program(monkeypatch, "--help") in (0, None)
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(dc.Args):
+        assert f"--{field.name.replace('_', '-')} " in shown
+    assert "%%" not in shown  # tyro, unlike argparse, prints both
+
+
+# ---- Dataset ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uneven(numbered_path, tmp_path_factory):
+    """The numbered data with less order: observations of another scale (one far out), tasks with fewer episodes, one
+    episode of a single step, a scale of returns for each task, and the random context of task 6 in front.
+    -> Dataset, arrays."""
+    arrays, header = read(numbered_path)
+    for key in ("observations", "ood_observations"):
+        arrays[key] = 3 * arrays[key] + np.array([1, -2], np.float32)
+    arrays["observations"][arrays["test_ids"]] += 5  # standardization knows the training tasks alone
+    arrays["observations"][7, 0, 2] = 1e3
+    for task, episodes in ((1, 2), (3, 3), (6, 3), (7, 1)):
+        for key in ("observations", "actions", "rewards", "lengths"):
+            arrays[key][task, episodes:] = 0
+        arrays["terminated"][task, episodes:] = False
+    arrays["lengths"][5, 0], arrays["rewards"][5, 0, 1:] = 1, 0
+    arrays["random_returns"] -= np.arange(NUMBERED_TASKS)
+    arrays["expert_returns"] += np.arange(NUMBERED_TASKS)
+    arrays["ood_behavior_task"][0] = [dc.RANDOM, 1, 3, 5]
+    path = write(tmp_path_factory.mktemp("uneven") / "point-robot.npz", arrays, header)
+    return dc.load_dataset("point-robot", path), arrays
+
+
+def recorded(arrays, tasks=range(NUMBERED_TASKS)):
+    """-> (task, episode, step) of all transitions."""
+    lengths = arrays["lengths"]
+    return [(t, n, s) for t in tasks for n in range(lengths.shape[1]) for s in range(lengths[t, n])]
+
+
+def as_seen(arrays, obs):
+    """Observations as the networks should see them, in float64."""
+    seen = np.array([arrays["observations"][where] for where in recorded(arrays, range(6))], np.float64)
+    return ((obs - seen.mean(0)) / seen.std(0)).clip(-10, 10)
+
+
+def test_dataset_counts_and_scales(uneven):
+    data, arrays = uneven
+    assert (data.obs_dim, data.act_dim, data.ctx_dim, data.env, data.min_episodes) == (2, 2, 7, "point-robot", 2)
+    for key in ("task_params", "train_ids", "test_ids", "random_returns", "expert_returns", "ood_behavior_task"):
+        assert np.array_equal(getattr(data, key), arrays[key]), key
+    assert np.array_equal(data.lengths, arrays["lengths"]) and np.array_equal(data.ood_lengths, arrays["ood_lengths"])
+    assert data.train_tasks.tolist() == [0, 1, 2, 3, 4, 5]
+    assert data.counts.tolist() == [len(recorded(arrays, [task])) for task in range(NUMBERED_TASKS)]
+    rewards = np.array([arrays["rewards"][where] for where in recorded(arrays, range(6))], np.float64)
+    assert data.reward_spread == pytest.approx(rewards.std(), rel=1e-6)
+    np.testing.assert_allclose(data.episode_returns, arrays["rewards"].astype(np.float64).sum(-1), rtol=1e-12)
+    returns = [arrays["rewards"][t, n].sum(dtype=np.float64) for t, n, s in recorded(arrays, range(6)) if s == 0]
+    assert data.behavior_return == pytest.approx(np.mean(returns), rel=1e-9)
+    assert data.return_spread == pytest.approx(np.std(returns), rel=1e-9)
+
+
+@pytest.mark.parametrize("prefix", ["", "ood_"])
+def test_rows_are_the_transitions_of_the_file(uneven, prefix):
+    data, arrays = uneven
+    rows = data.episodes if prefix == "" else data.ood_episodes
+    lengths, terminated = arrays[prefix + "lengths"], arrays[prefix + "terminated"]
+    for where in np.ndindex(rows.shape[:3]):
+        obs, act, rew, next_obs, term = data.unpack(rows[where])
+        *episode, step = where
+        if step >= lengths[*episode]:
+            assert not rows[where].any()
+            continue
+        expected = as_seen(arrays, arrays[prefix + "observations"][*episode, step : step + 2])
+        np.testing.assert_allclose(torch.stack([obs, next_obs]), expected, atol=1e-4)
+        assert np.array_equal(act, arrays[prefix + "actions"][where]) and rew == arrays[prefix + "rewards"][where]
+        assert term == (terminated[*episode] and step == lengths[*episode] - 1)
+    assert data.standardize(torch.tensor([1e9, -1e9])).tolist() == [10, -10] and rows[..., -1].sum() > 3
+    if prefix == "":
+        assert rows[7, 0, 2, :2].tolist() == rows[7, 0, 1, 5:7].tolist() == [10, 10]
+
+
+def test_constant_observations_and_returns_leave_finite_numbers(tiny_path, tmp_path):
+    arrays, header = read(tiny_path)
+    arrays["observations"][..., 1], arrays["rewards"][:] = 0.25, -1
+    data = dc.load_dataset("point-robot", write(tmp_path / "file.npz", arrays, header))
+    assert data.unpack(data.episodes).obs[..., 1].abs().max() < 1e-3 and data.episodes.isfinite().all()
+    assert data.reward_spread == data.return_spread == 1
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_even(hits, expected_places):
+    """hits: places drawn; all and only the expected ones, each about equally often."""
+    places, counts = np.unique(hits.numpy(), axis=0, return_counts=True)
+    assert {tuple(np.ravel(place)) for place in places.tolist()} == {tuple(np.ravel(p)) for p in expected_places}
+    expected = len(hits) / len(expected_places)
+    assert abs(counts - expected).max() < 6 * math.sqrt(expected) and expected > 50
+
+
+def test_sample_draws_all_transitions_of_the_tasks_equally_often(uneven):
+    data, arrays = uneven
+    tasks = torch.tensor([3, 0, 7, 3])
+    rows = data.sample(tasks, 100 * int(data.counts.max()), generator(0))
+    places = torch.stack(origin(rows[..., 4]), -1)
+    for task, row in zip(tasks.tolist(), places):
+        assert_even(row, recorded(arrays, [task]))
+    assert not torch.equal(places[0], places[3])
+    assert torch.equal(rows[:, :50], data.episodes[places[:, :50].unbind(-1)])
+    batch = data.sample_batch(tasks, 100 * int(data.counts.max()), generator(0))
+    parts = torch.split(rows, [2, 2, 1, 2, 1], -1)
+    expected = dc.Batch(parts[0], parts[1], parts[2][..., 0], parts[3], parts[4][..., 0])
+    assert all(map(torch.equal, batch, expected)) and 0 < batch.term.mean() < 1
+
+
+def test_sample_context_draws_one_episode_per_task_and_its_steps_with_replacement(uneven):
+    data, arrays = uneven
+    tasks = torch.tensor([5, 1, 6]).repeat(2000)
+    context = data.sample_context(tasks, 9, generator(0))
+    task, episode, step = origin(context[..., 4])
+    assert context.shape == (6000, 9, 7) and torch.equal(context, data.episodes[task, episode, step, :-1])
+    assert (task == tasks[:, None]).all() and (episode == episode[:, :1]).all()
+    for asked, present in ((5, 4), (1, 2), (6, 3)):
+        assert_even(episode[tasks == asked, 0], range(present))
+        for n in range(present):
+            steps = step[(tasks == asked) & (episode[:, 0] == n)].flatten()
+            assert_even(steps, range(arrays["lengths"][asked, n]))
+    other = torch.arange(NUMBERED_TASKS * 4 * 20 * 3).view(NUMBERED_TASKS, 4, 20, 3)
+    cut = data.sample_context(tasks, 9, generator(0), other)
+    assert torch.equal(cut, other[task, episode, step])
+
+
+def test_sample_tasks_draws_training_tasks_with_replacement(tiny):
+    drawn = tiny.sample_tasks(3000, generator(0))
+    assert_even(drawn, tiny.train_ids.tolist())
+
+
+def test_only_the_generator_decides_what_is_drawn(uneven):
+    data, _ = uneven
+    before = torch.get_rng_state()
+    for draw in (data.sample, data.sample_context, lambda tasks, size, g: data.sample_tasks(size, g)):
+        first, again, other = (draw(torch.tensor([1, 4]), 30, generator(seed)) for seed in (7, 7, 8))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_drawing_stays_on_the_device(uneven):
+    data = dataset_on_meta(uneven[0])
+    with OnDevice():
+        tasks = data.sample_tasks(5, None)
+        assert data.sample(tasks, 7, None).shape == (5, 7, 8)
+        assert data.sample_batch(tasks, 7, None).rew.shape == (5, 7)
+        assert data.sample_context(tasks, 7, None).shape == (5, 7, 7)
+        assert data.standardize(torch.zeros(3, 2, device="meta")).shape == (3, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_dataset_on_a_gpu_holds_the_same_numbers(numbered_path, numbered):
+    data = dc.load_dataset("point-robot", numbered_path, "cuda")
+    assert torch.equal(data.episodes.cpu(), numbered.episodes) and torch.equal(data.valid.cpu(), numbered.valid)
+    rows = data.sample(torch.tensor([0, 3], device="cuda"), 40, torch.Generator("cuda").manual_seed(0)).cpu()
+    assert torch.equal(rows, numbered.episodes[origin(rows[..., 4])])
+
+
+# ---- evaluate ---------------------------------------------------------------
+
+
+class Watched:
+    """One evaluation under one protocol, by policies that move row r and round k always by the same action."""
+
+    def __init__(self, monkeypatch, data, protocol, episodes=3):
+        self.given, self.played, self.trace, rollout = [], [], [], dc.rollout
+
+        def adapt(context, mask, explore):
+            self.given.append((context.clone(), mask.clone(), explore))
+            act, seen = self.acts(len(context), len(self.given) - 1), []
+            self.policy_inputs = seen
+            return lambda obs, rew: seen.append((obs.clone(), rew.clone())) or act
+
+        def spy(env, policy, seeds, device):
+            self.played.append((env.task_ids.tolist(), seeds))
+            return rollout(env, policy, seeds, device)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dc, "rollout", spy)
+            self.results = dc.evaluate(data, adapt, (protocol,), episodes, self.trace)
+
+    def acts(self, rows, k):
+        act = 0.1 * k + 0.5 * torch.arange(1.0, rows + 1) / rows
+        return torch.stack([act, 0.5 - act], 1)
+
+    def returns(self, data, k=0):
+        """What row by row should come out in round k, on the tasks of the rows."""
+        tasks = self.played[k][0]
+        goals, acts = data.task_params[tasks].tolist(), self.acts(len(tasks), k).tolist()
+        return [
+            sum(-math.dist((0.1 * t * x, 0.1 * t * y), goal) for t in range(1, 21)) for (x, y), goal in zip(acts, goals)
+        ]
+
+
+def check_results(watched, data, protocol, tasks, returns):
+    """returns: of each row of the episodes that count."""
+    per_task = {t: np.mean([r for r, own in zip(returns, watched.played[-1][0]) if own == t]) for t in tasks}
+    expected = {f"eval/{protocol}/return_task_{t:02d}": value for t, value in per_task.items()}
+    scores = [100 * (value - (-20 - t)) / ((-5 + t) - (-20 - t)) for t, value in per_task.items()]
+    expected[f"eval/{protocol}/normalized"] = np.mean(scores)
+    expected[f"eval/{protocol}/return"] = np.mean(list(per_task.values()))
+    if protocol == "online":
+        expected |= {f"eval/online/return_ep_{k + 1}": np.mean(watched.returns(data, k)) for k in range(5)}
+    assert watched.results == pytest.approx(expected, abs=1e-3)
+    assert all(isinstance(value, float) for value in watched.results.values())
+
+
+@pytest.mark.parametrize("protocol, tasks", [("iid", [6, 7, 8]), ("train", [0, 1, 2, 3, 4, 5])])
+def test_context_is_one_recorded_episode_of_the_rows_task(uneven, monkeypatch, protocol, tasks):
+    data, arrays = uneven
+    watched = Watched(monkeypatch, data, protocol, 40)
+    ((context, mask, explore),) = watched.given
+    row_tasks = [task for task in tasks for _ in range(40)]
+    seeds = [10_000 + 97 * task + episode for task in tasks for episode in range(40)]
+    assert watched.played == [(row_tasks, seeds)] and explore is False
+    picks = {task: [] for task in tasks}
+    for row, task in enumerate(row_tasks):
+        present = (arrays["lengths"][task] > 0).sum()
+        n = np.random.default_rng(seeds[row]).integers(present)
+        assert torch.equal(context[row], data.episodes[task, n, :, :-1])
+        assert mask[row].tolist() == [float(step < arrays["lengths"][task, n]) for step in range(20)]
+        picks[task].append(n)
+    assert all(set(chosen) == set(range((arrays["lengths"][task] > 0).sum())) for task, chosen in picks.items())
+    check_results(watched, data, protocol, tasks, watched.returns(data))
+
+
+@pytest.mark.parametrize("protocol, columns", [("ood", [[1, 2, 3], *[[0, 1, 2]] * 2]), ("ood_random", [[0], [3], [3]])])
+def test_foreign_contexts_are_those_of_the_test_task(uneven, monkeypatch, protocol, columns):
+    data, arrays = uneven
+    watched = Watched(monkeypatch, data, protocol, 7)
+    ((context, mask, explore),) = watched.given
+    places = [(v, c) for v in range(3) for c in columns[v]]
+    row_tasks = [6 + v for v, _ in places]
+    seeds = [10_000 + 97 * (6 + v) + i for v in range(3) for i in range(len(columns[v]))]
+    assert watched.played == [(row_tasks, seeds)] and explore is False
+    for row, place in enumerate(places):
+        assert torch.equal(context[row], data.ood_episodes[place][:, :-1])
+        length = arrays["ood_lengths"][place]
+        assert mask[row].tolist() == [1.0] * length + [0.0] * (20 - length)
+        foreign, _, _ = origin(context[row, :length, 4])
+        assert (context[row, 1:length, 4] < 0).all() and (foreign == row_tasks[row]).all()
+    check_results(watched, data, protocol, [6, 7, 8], watched.returns(data))
+
+
+def test_online_context_grows_by_the_rows_own_episodes(uneven, monkeypatch):
+    data, arrays = uneven
+    watched = Watched(monkeypatch, data, "online", 7)
+    assert [explore for _, _, explore in watched.given] == [True, True, False, False, False]
+    goals = data.task_params[data.test_ids]
+    for k, (context, mask, _) in enumerate(watched.given):
+        seeds = [10_000 + 97 * task + 31 * k for task in (6, 7, 8)]
+        assert watched.played[k] == ([6, 7, 8], seeds)
+        assert context.shape == (3, 20 * k, 7) and mask.shape == (3, 20 * k) and (mask == 1).all()
+        for past in range(k):
+            own, act = context[:, 20 * past : 20 * past + 20].numpy(), watched.acts(3, past).numpy()
+            position = 0.1 * act[:, None] * np.arange(21)[:, None]
+            np.testing.assert_allclose(own[..., :2], as_seen(arrays, position[:, :-1]), atol=1e-4)
+            np.testing.assert_allclose(own[..., 2:4], np.repeat(act[:, None], 20, 1), atol=1e-6)
+            distance = np.linalg.norm(position[:, 1:] - goals[:, None], axis=-1)
+            np.testing.assert_allclose(own[..., 4], -distance, atol=1e-5)
+            np.testing.assert_allclose(own[..., 5:], as_seen(arrays, position[:, 1:]), atol=1e-4)
+    check_results(watched, data, "online", [6, 7, 8], watched.returns(data, 4))
+
+
+def test_online_mask_covers_episodes_of_different_length(walker):
+    given = []
+
+    def adapt(context, mask, explore):
+        given.append((context, mask))
+        return lambda obs, rew: torch.sin(7 * obs[:, :6])
+
+    dc.evaluate(walker, adapt, ("online",))
+    context, mask = (x.reshape(2, 4, 200, *x.shape[2:]) for x in given[-1])
+    lengths = mask.sum(-1, keepdim=True)
+    assert torch.equal(mask, (torch.arange(200) < lengths).float()) and 1 < lengths.min() < lengths.max()
+    assert torch.equal(mask, (context[..., 24] != 0).float())  # rewards of real transitions
+
+
+def test_zero_shot_has_no_context_and_policies_see_the_data_as_in_training(uneven, monkeypatch):
+    data, arrays = uneven
+    watched = Watched(monkeypatch, data, "zero_shot")
+    ((context, mask, explore),) = watched.given
+    assert context.shape == (9, 0, 7) and mask.shape == (9, 0) and explore is False
+    seeds = [10_000 + 97 * task + episode for task in (6, 7, 8) for episode in range(3)]
+    assert watched.played == [([6, 6, 6, 7, 7, 7, 8, 8, 8], seeds)]
+    check_results(watched, data, "zero_shot", [6, 7, 8], watched.returns(data))
+    (done,) = watched.trace
+    assert done["rewards"].sum(1) == pytest.approx(np.array(watched.returns(data)), abs=1e-3)
+    assert torch.equal(done["context"], context) and torch.equal(done["mask"], mask)
+    for t, (obs, rew) in enumerate(watched.policy_inputs):
+        np.testing.assert_allclose(obs, as_seen(arrays, 0.1 * t * watched.acts(9, 0).numpy()), atol=1e-4)
+        np.testing.assert_allclose(done["observations"][:, t], obs, atol=1e-6)
+        assert np.array_equal(rew, done["rewards"][:, t - 1] if t else np.zeros(9))
+
+
+def test_evaluation_is_the_same_at_every_call_whatever_the_global_generators(tiny, walker):
+    def adapt(context, mask, explore):
+        return lambda obs, rew: torch.sin(3 * obs.repeat(1, 3))[:, : 2 if obs.shape[1] == 2 else 6]
+
+    for data, protocols in ((tiny, dc.PROTOCOLS), (walker, ("iid", "zero_shot"))):
+        results = []
+        for seed in (1, 2):
+            np.random.seed(seed), torch.manual_seed(seed)
+            before = np.random.get_state()[1].copy(), torch.get_rng_state()
+            results.append(dc.evaluate(data, adapt, protocols))
+            assert np.array_equal(np.random.get_state()[1], before[0]) and torch.equal(torch.get_rng_state(), before[1])
+        assert results[0] == results[1] and {tag.split("/")[1] for tag in results[0]} == set(protocols)
+    # contexts decide nothing but adapt's answer: the same episodes are played
+    assert results[0]["eval/iid/return"] == results[0]["eval/zero_shot/return"]
+
+
+def test_train_takes_ten_tasks_of_the_shipped_file_and_diverged_episodes_are_counted(monkeypatch):
+    assert len(dc.load_dataset("ant-dir", ROOT / "datasets/ant-dir.npz").train_ids) == 20
+    data = dc.load_dataset("point-robot", ROOT / "datasets/point-robot.npz")
+    assert len(data.train_ids) == 30 and data.header["command"].startswith("python data_collect.py --env point-robot")
+    goals = data.task_params[data.train_ids[:10]]
+
+    def adapt(context, mask, explore):  # the best policy moves straight to the goal, axis by axis
+        target = torch.as_tensor(goals, dtype=torch.float32)
+        return lambda obs, rew: ((target - (obs * data.obs_spread + data.obs_mean)) / 0.1).clamp(-1, 1)
+
+    results = dc.evaluate(data, adapt, ("train",), episodes=1)
+    best = []
+    for goal in goals.tolist():
+        position, total = [0.0, 0.0], 0.0
+        for _ in range(20):
+            position = [p + max(-0.1, min(0.1, g - p)) for p, g in zip(position, goal)]
+            total -= math.dist(position, goal)
+        best.append(total)
+    tags = [f"eval/train/return_task_{task:02d}" for task in data.train_ids[:10]]
+    assert [results[tag] for tag in tags] == pytest.approx(best, abs=1e-4)
+    assert set(results) == {"eval/train/return", "eval/train/normalized", *tags}
+    simulate = dc.TaskEnv._simulate
+    monkeypatch.setattr(dc.TaskEnv, "_simulate", lambda env, *x: (simulate(env, *x)[0], np.arange(len(x[0])) > 6))
+    assert dc.evaluate(data, adapt, ("train",), episodes=1)["eval/train/diverged"] == 3
+
+
+def test_normalized_is_0_where_random_and_expert_are_equal(uneven):
+    data = dataset_on_meta(uneven[0])
+    data.random_returns, data.expert_returns = np.array([-20.0, -10, 3]), np.array([-5.0, -30, 3])
+    scores = dc.normalize(data, np.array([2, 1, 0, 0, 0]), np.array([9.0, -20, -20, -5, -12.5]))
+    assert scores.tolist() == [0, 50, 0, 100, 50]
+
+
+# ---- how well z tells the tasks apart ---------------------------------------
+
+
+def test_label_contexts_takes_recorded_episodes_evenly_and_names_their_tasks(uneven):
+    data, arrays = uneven
+    given = []
+
+    def embed(context, mask):
+        given.append((context, mask))
+        return context[:, 0, 4:5]
+
+    for tasks, limit in ((None, 10), (None, 2), (np.array([4, 1]), 3)):
+        z, labels = dc.label_contexts(data, embed, tasks, limit)
+        expected = []
+        for task in range(NUMBERED_TASKS) if tasks is None else tasks.tolist():
+            present = int((arrays["lengths"][task] > 0).sum())
+            picks = {10: range(present), 2: sorted({0, present - 1}), 3: (0, 2, 3) if task == 4 else (0, 1)}[limit]
+            expected += [(task, n) for n in picks]
+        context, mask = given[-1]
+        assert labels == [task for task, _ in expected] and z[:, 0].tolist() == [1e3 * t + 1e2 * n for t, n in expected]
+        for row, place in enumerate(expected):
+            assert torch.equal(context[row], data.episodes[place][:, :-1])
+            assert mask[row].sum() == arrays["lengths"][place] and mask[row, : arrays["lengths"][place]].all()
+
+
+def test_embedding_quality_is_that_of_nearest_centroids_and_of_a_linear_probe(uneven):
+    data, arrays = uneven
+    table = np.random.default_rng(1).normal(0, 0.07, (NUMBERED_TASKS, 4, 2)) + data.task_params[:, None]
+
+    def embed(context, mask):
+        task, episode, _ = origin(context[:, 0, 4])
+        return torch.as_tensor(table[task, episode], dtype=torch.float32)
+
+    places = [(t, n) for t, n, s in recorded(arrays) if s == 0]
+    train = [place for place in places if place[0] < 6]
+    centroids = [np.mean([table[p] for p in train[::2] if p[0] == task], 0) for task in range(6)]
+    right = [np.argmin([np.linalg.norm(table[p] - c) for c in centroids]) == p[0] for p in train[1::2]]
+    x = np.array([[*table[place], 1] for place in places])
+    y = np.array([data.task_params[t] for t, _ in places])
+    fit = np.linalg.lstsq(x[: len(train)], y[: len(train)], rcond=None)[0]
+    error = ((x[len(train) :] @ fit - y[len(train) :]) ** 2).sum()
+    around = ((y[len(train) :] - data.task_params[:6].mean(0)) ** 2).sum()
+    quality = dc.embedding_quality(data, embed)
+    assert set(quality) == {"z/nearest_task_acc", "z/probe_r2"} and 0.4 <= np.mean(right) < 0.9
+    assert quality["z/nearest_task_acc"] == np.mean(right)
+    assert quality["z/probe_r2"] == pytest.approx(1 - error / around, abs=1e-4)
+
+
+def test_constant_embedding_has_a_poor_quality(tiny):
+    quality = dc.embedding_quality(tiny, lambda context, mask: torch.zeros(len(context), 2))
+    assert quality == {"z/nearest_task_acc": pytest.approx(1 / 6), "z/probe_r2": pytest.approx(0, abs=1e-5)}
