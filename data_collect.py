@@ -706,8 +706,6 @@ def faults(family, arrays):
             yield f"{prefix}lengths must lie between 0 and the horizon {family.horizon}"
         if abs(arrays[prefix + "actions"]).max(initial=0) > 1:
             yield f"{prefix}actions must lie in [-1, 1]"
-        if ((arrays[prefix + "lengths"] > 0) != (arrays[prefix + "behavior_step"] != NO_EPISODE)).any():
-            yield f"{prefix}lengths and {prefix}behavior_step disagree on which episodes there are"
     if (np.diff(lengths > 0, axis=1) & (lengths[:, 1:] > 0)).any():
         yield "lengths has an empty episode before a recorded one"
     if not np.isin(behavior, [RANDOM, *tasks]).all():
@@ -716,6 +714,9 @@ def faults(family, arrays):
         yield "ood_behavior_task has not the same number of random contexts for every test task"
     if (arrays["ood_lengths"] == 0).any():
         yield "an episode of ood_lengths is empty"
+    for prefix in ("", "ood_"):
+        if ((arrays[prefix + "lengths"] > 0) != (arrays[prefix + "behavior_step"] != NO_EPISODE)).any():
+            yield f"{prefix}lengths and {prefix}behavior_step disagree on which episodes there are"
     if not all((abs(family_params - row).max(1) < 1e-9).any() for row in arrays["task_params"]):
         yield "task_params are not those of the family's tasks"
     if np.isin(arrays["train_ids"], arrays["test_ids"]).any() and not np.isin(family_train, family_test).any():
@@ -890,7 +891,7 @@ def one_line_faults():
     """In its block signals, and faults of disk, pipe and memory, end the program with one line, no traceback."""
     threading.excepthook = lambda _: None  # TensorBoard's thread meets the disk's faults too; we report them here
     try:
-        with note_signals(at_once=True):
+        with note_signals(at_once="what was saved stays and can be continued"):
             yield
             sys.stdout.flush()
     except BrokenPipeError:
@@ -906,14 +907,14 @@ def one_line_faults():
 
 
 @contextlib.contextmanager
-def note_signals(at_once=False):
+def note_signals(at_once=None):
     """In its block the first of SIGNALS is only noted, so that one can save -> list of signal numbers, empty until
-    then. The second, or the first where `at_once`, ends the program with exit code 128 + signal."""
+    then. The second, or the first where there is a text to print `at_once`, ends it with exit code 128 + signal."""
     noted = []
 
     def note(number, _):
         if noted or at_once:
-            print("interrupted; what was saved stays and can be continued", file=sys.stderr)
+            print(f"interrupted; {at_once or 'the last checkpoint stays'}", flush=True)
             raise SystemExit(128 + number)
         noted.append(number)
 
@@ -1328,7 +1329,7 @@ def resolve_device(name):
 # ---- behavior policies ------------------------------------------------------
 
 
-def mlp(sizes, layer_norm=True):
+def mlp(sizes):
     """ReLU multilayer perceptron; layer norm after each hidden layer doubles SAC's sample efficiency here."""
     layers = []
     for fan_in, fan_out in zip(sizes[:-2], sizes[1:-1]):
@@ -1398,7 +1399,8 @@ class SAC(nn.Module):
         self.temperature_opt.zero_grad()
         (-self.log_temperature * (pi_logp.detach() + self.target_entropy).mean()).backward()
         self.temperature_opt.step()
-        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), 0.005)
+        with torch.no_grad():  # or the targets' history grows with every update
+            torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), 0.005)
         return critic_loss.detach(), q.detach().mean()
 
 
@@ -1617,7 +1619,8 @@ def collect(args):
             policies["finished"].append(snapshots)
             save(None)
     print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
-    arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies["finished"], args, device)
+    with note_signals(at_once=f"progress is in {policies_path}, the same command continues"):
+        arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies["finished"], args, device)
     header = {"format_version": FORMAT_VERSION, "env": args.env, "settings": settings, "versions": versions()}
     header |= {"command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | note
     arrays["header"] = np.array(json.dumps(header))
@@ -1663,7 +1666,7 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
         of the policy that belongs to the tasks policy_ids. Diverged episodes are played again."""
         nonlocal diverged
         env = TaskEnv(family, params, task_ids)
-        row_tasks = scaled[torch.as_tensor(policy_ids, device=device)]
+        row_tasks = None if phase is None else scaled[torch.as_tensor(policy_ids, device=device)]
 
         def policy(obs, rew):
             if phase is None:

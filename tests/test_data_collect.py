@@ -607,6 +607,7 @@ def numbers(*shape, seed):
 
 
 def test_sac_update_is_that_of_the_equations(known_noise):
+    torch.manual_seed(0)
     family = SimpleNamespace(obs_dim=3, act_dim=2, gamma=0.8)
     agent = dc.SAC(family, 2, SimpleNamespace(width=6, lr=3e-3)).double()
     assert agent.log_temperature.item() == pytest.approx(math.log(0.1))

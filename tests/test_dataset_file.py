@@ -91,6 +91,9 @@ def telltale(monkeypatch):
         played.append((env.task_ids.tolist(), {k: v.copy() for k, v in done.items()}, list(map(int, seeds))))
         return done
 
+    faults = dc.faults
+    no_experts = lambda *inputs: (fault for fault in faults(*inputs) if "expert is no better" not in fault)  # noqa: E731
+    monkeypatch.setattr(dc, "faults", no_experts)
     monkeypatch.setattr(dc, "BehaviorActor", Telltale)
     monkeypatch.setattr(dc, "train_behavior", train_behavior)
     monkeypatch.setattr(dc, "rollout", spy)
@@ -336,13 +339,15 @@ def test_policies_per_task_continue_with_the_task_that_was_cut(telltale, tmp_pat
         given.append((label, saved))
         if len(given) == 3:
             save({"half": torch.ones(1)})
+            signal.raise_signal(signal.SIGTERM)
             return None
         return train_behavior(family, params, task_ids)
 
     monkeypatch.setattr(dc, "train_behavior", cut)
     args = dc.Args(**WINDY, out=str(tmp_path / "file.npz"), behavior="per-task")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         dc.collect(args)
+    assert stop.value.code == 128 + signal.SIGTERM
     dc.collect(args)
     assert trained == [[i] for i in range(8)]
     assert [label for label, _ in given] == [f"point-robot-wind task {i}" for i in (0, 1, 2, 2, 3, 4, 5, 6, 7)]
@@ -350,13 +355,14 @@ def test_policies_per_task_continue_with_the_task_that_was_cut(telltale, tmp_pat
     check_who_played(tmp_path / "file.npz", "mixed", shared=False)
 
 
-def test_second_ctrl_c_ends_at_once():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(KeyboardInterrupt), dc.note_interrupts() as noted:
-        signal.raise_signal(signal.SIGINT)
-        assert noted == [True]
-        signal.raise_signal(signal.SIGINT)
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_first_signal_is_noted_and_the_second_ends_at_once(number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop, dc.note_signals() as noted:
+        signal.raise_signal(number)
+        assert noted == [number]
+        signal.raise_signal(number)
+    assert stop.value.code == 128 + number and signal.getsignal(number) is before
 
 
 def test_progress_of_a_kill_is_never_half_a_file(tmp_path):
@@ -576,9 +582,10 @@ def uneven(numbered_path, tmp_path_factory):
         for key in ("observations", "actions", "rewards", "lengths"):
             arrays[key][task, episodes:] = 0
         arrays["terminated"][task, episodes:] = False
+        arrays["behavior_step"][task, episodes:] = dc.NO_EPISODE
     arrays["lengths"][5, 0], arrays["rewards"][5, 0, 1:] = 1, 0
     arrays["random_returns"] -= np.arange(NUMBERED_TASKS)
-    arrays["expert_returns"] += np.arange(NUMBERED_TASKS)
+    arrays["expert_returns"] += np.arange(NUMBERED_TASKS) / 2
     arrays["ood_behavior_task"][0] = [dc.RANDOM, 1, 3, 5]
     path = write(tmp_path_factory.mktemp("uneven") / "point-robot.npz", arrays, header)
     return dc.load_dataset("point-robot", path), arrays
@@ -756,7 +763,7 @@ def check_results(watched, data, protocol, tasks, returns):
     """returns: of each row of the episodes that count."""
     per_task = {t: np.mean([r for r, own in zip(returns, watched.played[-1][0]) if own == t]) for t in tasks}
     expected = {f"eval/{protocol}/return_task_{t:02d}": value for t, value in per_task.items()}
-    scores = [100 * (value - (-20 - t)) / ((-5 + t) - (-20 - t)) for t, value in per_task.items()]
+    scores = [100 * (value - (-20 - t)) / ((-5 + t / 2) - (-20 - t)) for t, value in per_task.items()]
     expected[f"eval/{protocol}/normalized"] = np.mean(scores)
     expected[f"eval/{protocol}/return"] = np.mean(list(per_task.values()))
     if protocol == "online":
