@@ -1160,8 +1160,8 @@ MUTANTS = {
         ),
         Mutant(
             "foreign policies know the task they play",
-            "row_tasks = scaled[torch.as_tensor(policy_ids,",
-            "row_tasks = scaled[torch.as_tensor(task_ids,",
+            "else scaled[torch.as_tensor(policy_ids,",
+            "else scaled[torch.as_tensor(task_ids,",
         ),
         Mutant(
             "foreign contexts of the trained policy in the random column",
