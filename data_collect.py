@@ -16,6 +16,7 @@ import copy
 import fcntl
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -1060,16 +1061,14 @@ class Run:
     def make_directory(self):
         """A new run directory; runs that start in the same second get a number."""
         args, name = self.args, f"seed{self.args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for number in range(1, 1000):
+        for number in itertools.count(1):
             path = Path(args.run_dir) / args.env / args.exp_name / (name if number == 1 else f"{name}-{number}")
             try:
                 path.mkdir(parents=True)
                 return path
-            except FileExistsError as error:
+            except OSError as error:
                 if not path.is_dir():
                     raise SystemExit(f"cannot make {path}: {error.strerror}; choose another --run-dir")
-            except OSError as error:
-                raise SystemExit(f"cannot make {path}: {error.strerror}; choose another --run-dir")
 
     def restore(self, saved, free):
         """Take over a checkpoint; whatever shapes the training must agree with it."""
