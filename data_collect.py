@@ -921,8 +921,8 @@ def give_up_output():
 
 @contextlib.contextmanager
 def note_signals(at_once=False):
-    """In its block the first of SIGNALS is only noted, so that one can save: -> list of signal numbers, empty until then.
-    The second, or the first where `at_once`, ends the program with exit code 128 + signal."""
+    """In its block the first of SIGNALS is only noted, so that one can save: -> list of signal numbers, empty until
+    then. The second, or the first where `at_once`, ends the program with exit code 128 + signal."""
     noted = []
 
     def note(number, _):
