@@ -485,7 +485,7 @@ INTS += ["1.5", "nan", "", "1_0", " 3", "0x10", "\u0663", "9" * 5000, "None"]
 FLOATS = ["0", "-0.0", "1", "0.5", "0.999", "1e-300", "1e300", "1e6", "1000001", "nan", "inf", "-inf", "1e400", "-3"]
 FLOATS += ["", "True", "one", "1e-8", "None", "0,5"]
 TEXTS = ["", "\0", "a\0b", "\udcff", "a\nb", "x" * 300, LONG, "../up", "/", "/proc/nowhere", "-", "--", "--lr", "~"]
-TEXTS += ["\u00e9", ".", "..", "None", "run", "tiny/point-robot.npz", "x.npz", "new/x.npz", "\x1b[31m", "tiny/point-robot.npz/x"]
+TEXTS += ["\u00e9", ".", "..", "None", "tiny/point-robot.npz", "new/x.npz", "\x1b[31m", "tiny/point-robot.npz/x"]
 
 
 def random_words(name, rng):
