@@ -461,6 +461,8 @@ class TaskEnv(gym.vector.VectorEnv):
         return {"arrays": arrays, "rng": self.np_random.bit_generator.state}
 
     def set_state(self, saved):
+        if not alike(self.get_state(), saved):
+            raise ValueError("the state of other rows")
         vars(self).update({name: array.numpy().copy() for name, array in saved["arrays"].items()})
         self.np_random.bit_generator.state = saved["rng"]
 
@@ -661,9 +663,10 @@ def load_dataset(env, path=None, device="cpu"):
         header = json.loads(str(arrays.pop("header")))
         version, family_name = header["format_version"], header["env"]
         header["settings"]["seed"]
+        json.dumps(header, indent=1, allow_nan=False)  # args.json will hold it
     except (ValueError, KeyError, TypeError, RecursionError):
         refuse("damaged header")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         remedy = "update this repository" if newer else f"remove it and make it anew: {make}"
         raise SystemExit(f"{path}: format version {short(version)}, this code reads {FORMAT_VERSION}; {remedy}")
@@ -873,6 +876,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster 
 # arguments that may be 0, and those with limits of their own, in all scripts; all other numbers must be positive
 MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight"}
 RANGES = {"gamma": (0, 1), "tau": (0, 1)}
+LONGEST = 1000  # of a name or path
 # arguments that do not shape the training: a resumed run may change them
 FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "device", "compile"}
 FREE |= {"resume", "eval_only", "run_dir", "dataset"}
@@ -884,6 +888,7 @@ def command_line(args_class, train, doc, arguments=None):
     cli = functools.partial(tyro.cli, args_class, description=doc.split("\n\n")[0], args=arguments)
     with one_line_faults():
         args = cli()
+        check_text("--resume", "none" if args.resume is None else args.resume)  # it is read before all others
         return train(cli(default=stored_args(args_class, args.resume)) if args.resume else args)
 
 
@@ -896,15 +901,24 @@ def one_line_faults():
             yield
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails again
+        give_up_output()
         raise SystemExit("stopped: nobody reads the output any more; what was saved stays and can be continued")
     except OSError as error:
+        give_up_output()
         place = f"{error.filename}: " if error.filename else ""
         raise SystemExit(f"{place}{error.strerror or error}; what was saved stays and can be continued")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         raise SystemExit("out of memory: choose smaller networks or batches (--width, --batch-size, --meta-batch)")
+
+
+def give_up_output():
+    """If nothing can be written to the output any more, keep Python's own last flush from failing again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -944,12 +958,17 @@ def resolve(args, env_args, may_be_zero=frozenset(), ranges={}):
     return args
 
 
+def check_text(flag, value):
+    if not value.isprintable() or not 0 < len(value) <= LONGEST:
+        raise SystemExit(f"{flag} {short(value)!r}: must be printable text of at most {LONGEST} characters")
+
+
 def check_arguments(args, may_be_zero, ranges):
     """Numbers are positive, or 0 where they may be, and within their range; texts are printable, a name is no path."""
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, str) and not (value.isprintable() and value):
-            raise SystemExit(f"{flag} {value!r}: must be printable text")
+        if isinstance(value, str):
+            check_text(flag, value)
         if name == "exp_name" and (Path(value).name != value or value == ".."):
             raise SystemExit(f"{flag} {value}: must be the name of one folder, not a path")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -978,8 +997,9 @@ def read_saved(path, keys, device="cpu"):
         raise ValueError("damaged")
     if not isinstance(saved, dict) or keys[0] not in saved:
         raise ValueError("not one of this repository")
-    if saved.get("version", 1) != RUN_VERSION:
-        raise ValueError(f"of version {saved.get('version', 1)} of this repository, this is {RUN_VERSION}")
+    version = saved.get("version", 1)
+    if not isinstance(version, int) or version != RUN_VERSION:
+        raise ValueError(f"of version {short(version)} of this repository, this is {RUN_VERSION}")
     if missing := set(keys) - set(saved):
         raise ValueError(f"incomplete: no {missing.pop()}")
     return saved
@@ -1007,7 +1027,9 @@ def fits(value, hint):
     options = typing.get_args(hint)
     if options:
         return any(fits(value, option) for option in options)
-    return isinstance(value, (hint, int) if hint is float else hint) if isinstance(hint, type) else value == hint
+    if not isinstance(hint, type):
+        return type(value) is type(hint) and value == hint
+    return type(value) in ((hint, int) if hint is float else (hint,))
 
 
 def stored_args(args_class, directory):
@@ -1082,9 +1104,13 @@ class Run:
         try:
             restore_training(self.agent, saved)
             self.generator.set_state(saved["generator"].cpu())
-            self.steps = {phase: int(saved["steps"][phase]) for phase in self.steps}
-            self.rows, self.born = int(saved["rows"]), self.born - float(saved["seconds"])
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            numbers = {name: saved[name] for name in ("steps", "rows", "seconds")}
+            if not alike({"steps": self.steps, "rows": self.rows, "seconds": self.timed}, numbers):
+                raise ValueError("numbers of another kind")
+            if not 0 <= saved["seconds"] < math.inf or min(saved["rows"] - 1, *saved["steps"].values()) < 0:
+                raise ValueError("negative numbers")
+            self.steps, self.rows, self.born = saved["steps"], saved["rows"], self.born - saved["seconds"]
+        except BAD_CONTENT:
             raise SystemExit(f"--resume {self.dir}: checkpoint.pt does not fit these arguments; start anew")
         planned = saved["args"]["total_updates"]
         if self.step > self.args.total_updates:
@@ -1290,13 +1316,34 @@ def training_state(agent):
     return {"agent": agent.state_dict(), "opts": opts, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
 
 
+BAD_CONTENT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of a saved state
+
+
+def alike(one, two):
+    """Whether two nested states agree in their keys, types and shapes of tensors."""
+    if isinstance(one, dict):
+        return isinstance(two, dict) and one.keys() == two.keys() and all(alike(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(two) and len(one) == len(two) and all(map(alike, one, two))
+    if isinstance(one, torch.Tensor):
+        return isinstance(two, torch.Tensor) and (one.dtype, one.shape) == (two.dtype, two.shape)
+    return type(one) is type(two)
+
+
 def restore_training(agent, saved):
-    """Take over what `training_state` gave."""
+    """Take over what `training_state` gave; torch itself would convert types and miss what is not there."""
+    form = training_state(agent)
+    for name, opt in optimizers(agent).items():
+        if saved["opts"][name]["state"]:  # of a phase that has begun
+            params = enumerate(p for group in opt.param_groups for p in group["params"])
+            trained = {i: p for i, p in params if p.requires_grad}
+            moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in trained.items()}
+            form["opts"][name] = form["opts"][name] | {"state": moments}
+    if not all(alike(form[key], saved[key]) for key in ("agent", "opts")):
+        raise ValueError("of other networks")
     agent.load_state_dict(saved["agent"])
     for name, opt in optimizers(agent).items():
         opt.load_state_dict(saved["opts"][name])
-        if any(value.shape not in ((), p.shape) for p, state in opt.state.items() for value in state.values()):
-            raise ValueError(f"{name} is of other networks")
     cpu, *cuda = (state.cpu() for state in saved["rng"])
     torch.set_rng_state(cpu)
     torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
@@ -1444,13 +1491,23 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stopping
     if saved is not None:
         try:
             restore_training(agent, saved)
+            done = saved["progress"]
+            bound = np.append(saved["replay_task_ids"], saved["env"]["arrays"]["task_ids"])
+            if not 0 <= done["step"] <= args.total_updates or not np.isin(bound, task_ids).all():
+                raise ValueError("out of range")
+            snapshots = [agent.actor.state_dict()] * (done["step"] * PHASES // args.total_updates)
+            new = slice(args.rows * done["vector_steps"] - done["diverged"])
+            form = {"progress": progress | {"snapshots": snapshots, "returns": [0.0] * len(done["returns"])}}
+            form |= {"replay_rows": replay.rows[new], "replay_task_ids": replay.task_ids[new]}
+            form |= {"running": torch.as_tensor(running)}
+            if not alike(form, {key: saved[key] for key in form}):
+                raise ValueError("of another training")
             replay.count = len(saved["replay_rows"])
-            new = slice(replay.count)
             replay.rows[new], replay.task_ids[new] = saved["replay_rows"], saved["replay_task_ids"]
             env.set_state(saved["env"])
             obs, running = family.observe(env.state).astype(np.float32), saved["running"].numpy()
-            progress = {key: saved["progress"][key] for key in progress}
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            progress = done
+        except BAD_CONTENT:
             raise SystemExit(f"the policies file of {label} is damaged: remove it and run the same command again")
 
     def checkpoint():
@@ -1582,7 +1639,7 @@ def collect(args):
         changed = [k for k in settings if settings[k] != written.get(k)]
         if changed:
             k = changed[0]
-            made = f"{path} was made with {k} {written.get(k)}, not {settings[k]}"
+            made = f"{path} was made with {k} {short(written.get(k))}, not {settings[k]}"
             raise SystemExit(f"{made}: choose another --out or remove it")
         print(f"{path} is complete; nothing to do")
         return
@@ -1599,7 +1656,7 @@ def collect(args):
     policies = {"version": RUN_VERSION, "settings": wanted, "finished": [], "training": None}
     if policies_path.exists():
         actor = BehaviorActor(family.obs_dim, family.act_dim, params.shape[1], args.width)
-        policies = load_policies(policies_path, wanted, actor)
+        policies = load_policies(policies_path, wanted, actor, len(groups))
         print(f"continuing from {policies_path}")
 
     def save(training):
@@ -1633,17 +1690,17 @@ def collect(args):
     print(f"{policies_path} holds the policies for other --quality files; remove it when you need none")
 
 
-def load_policies(path, wanted, actor):
+def load_policies(path, wanted, actor, agents):
     """What an interrupted collection with the settings `wanted` left, as a dict; one line if it cannot be continued.
-    actor: a BehaviorActor that its snapshots must fit."""
+    actor: a BehaviorActor that its snapshots must fit; agents: number of SAC agents in all."""
     try:
         policies = read_saved(path, ("settings", "finished", "training"))
+        finished = policies["finished"]
         if policies["settings"] == wanted:
-            for state in sum(policies["finished"], []):
-                actor.load_state_dict(state)
-            if any(len(snapshots) != PHASES for snapshots in policies["finished"]):
-                raise ValueError("incomplete")
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+            form = [[actor.state_dict()] * PHASES] * min(len(finished), agents)
+            if not alike(form, finished) or not isinstance(policies["training"], (dict, type(None))):
+                raise ValueError("damaged")
+    except BAD_CONTENT as fault:
         fault = fault if type(fault) is ValueError else "damaged"
         raise SystemExit(f"{path} is {fault}: remove it and run the same command again")
     if policies["settings"] != wanted:

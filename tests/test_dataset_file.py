@@ -403,10 +403,12 @@ DAMAGES = {
     "header without env": (lambda arrays, header: header.pop("env"), "damaged header"),
     "header without settings": (lambda arrays, header: header.pop("settings"), "damaged header"),
     "settings of another kind": (header_with(settings=[1, 2]), "damaged header"),
+    "number that JSON lacks in the header": (header_with(note=math.nan), "damaged header"),
     "other family": (header_with(env="ant-dir"), "holds ant-dir, not point-robot"),
     "newer format": (header_with(format_version=99), "update this repository"),
     "older format": (header_with(format_version=0), "format version 0"),
     "version of another kind": (header_with(format_version="one"), "format version one"),
+    "version of another type": (header_with(format_version=True), "format version True"),
     "wrong observation size": (replaced("observations", lambda x: x[..., :1]), "observations has shape"),
     "horizon too short": (replaced("rewards", lambda x: x[..., :10]), "rewards has shape"),
     "too few tasks": (replaced("rewards", lambda x: x[:5]), "rewards has shape"),
@@ -513,6 +515,45 @@ def test_damaged_policies_file_is_refused_in_one_line(tiny_path, tmp_path, kind)
     message = stop_message(dc.collect, dc.Args(env="point-robot", out=str(tmp_path / "file.npz"), **TINY))
     assert str(path) in message and "remove it" in message
     assert not (tmp_path / "file.npz").exists()
+
+
+POLICIES = {  # one wrong field of a policies file whose training was cut off
+    "moments missing": lambda saved: saved["training"]["opts"]["actor_opt"]["state"].pop(0),
+    "fewer rows": lambda saved: saved["training"].update(replay_rows=saved["training"]["replay_rows"][:-1]),
+    "other rows": lambda saved: saved["training"]["env"]["arrays"].update(steps=torch.zeros(3, dtype=torch.long)),
+    "unknown task": lambda saved: saved["training"]["env"]["arrays"]["task_ids"].fill_(99),
+    "returns of no row": lambda saved: saved["training"].update(running=torch.zeros(0, dtype=torch.double)),
+    "steps beyond the end": lambda saved: saved["training"]["progress"].update(step=1000),
+    "snapshot missing": lambda saved: saved["training"]["progress"]["snapshots"].pop(),
+    "training of another kind": lambda saved: saved.update(training=True),
+    "too many agents": lambda saved: saved.update(finished=[saved["training"]["progress"]["snapshots"]] * 2),
+}
+
+
+@pytest.fixture(scope="module")
+def cut_policies(tmp_path_factory):
+    """Policies file of a collection with the settings TINY that was cut off at its fifth snapshot."""
+    folder = tmp_path_factory.mktemp("cut")
+    save = dc.atomic_save
+
+    def counted(path, write):
+        save(path, write)
+        if path.suffix == ".pt" and len(torch.load(path, weights_only=True)["training"]["progress"]["snapshots"]) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dc, "atomic_save", counted)
+        dc.collect(dc.Args(env="point-robot", out=str(folder / "file.npz"), **TINY))
+    return folder / "point-robot.policies.pt"
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_policies_with_a_wrong_field_are_refused_in_one_line(cut_policies, tmp_path, kind):
+    saved = torch.load(cut_policies, weights_only=True)
+    POLICIES[kind](saved)
+    torch.save(saved, tmp_path / "point-robot.policies.pt")
+    message = stop_message(dc.collect, dc.Args(env="point-robot", out=str(tmp_path / "file.npz"), **TINY))
+    assert "damaged: remove it" in message and not (tmp_path / "file.npz").exists()
 
 
 # ---- the command line -------------------------------------------------------

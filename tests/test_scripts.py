@@ -13,6 +13,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import flags, load, read_rows, run_script, start_script, stop_message
+from conftest import ROOT, flags, load, read_rows, run_script, start_script, stop_message
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data_collect as dc
@@ -463,6 +465,19 @@ def test_closed_pipe_ends_with_one_line(straight, tmp_path):
     assert load(run_dir)["steps"]["policy"] >= 40
 
 
+def test_output_on_a_full_disk_ends_with_one_line(straight, tmp_path):
+    run_dir = shutil.copytree(straight("flora").run_dir, tmp_path / "run")
+    with open("/dev/full", "w") as full:
+        program = [sys.executable, ROOT / "flora.py", "--resume", run_dir, "--total-updates", "50"]
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "x" * 2000])
+def test_name_of_a_run_that_is_no_path_is_refused_in_one_line(name):
+    assert len(stop_message(command, "flora", "--resume", name)) < 300
+
+
 def test_evaluation_of_a_run_that_cannot_be_written_to_shows_its_results(copied, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.EROFS, "Read-only file system", str(copied))
@@ -549,6 +564,8 @@ FOREIGN = {  # checkpoints that torch can read and that are no run of flora.py, 
     "other script": (WHOLE | {"args": {"exp_name": "sac", "lr": 0.1}}, "of another script"),
     "argument missing": (WHOLE | {"args": {k: v for k, v in ARGS.items() if k != "num_flows"}}, "of another script"),
     "argument of a wrong type": (WHOLE | {"args": ARGS | {"width": "wide"}}, "arguments of a wrong type"),
+    "true for a number": (WHOLE | {"args": ARGS | {"width": True}}, "arguments of a wrong type"),
+    "version of another kind": (WHOLE | {"version": torch.zeros(3)}, "of version tensor([0., 0., 0.])"),
     "choice that there is not": (WHOLE | {"args": ARGS | {"device": "abacus"}}, "arguments of a wrong type"),
     "key missing": ({k: v for k, v in WHOLE.items() if k != "rng"}, "incomplete: no rng"),
 }
@@ -570,6 +587,13 @@ def first_state(saved):
 DAMAGE = {  # whole checkpoints with one wrong field
     "weights of another width": lambda saved: saved["agent"].update({"behavior.w_2": torch.zeros(1, 3, 3)}),
     "optimizer of other networks": lambda saved: first_state(saved).update(exp_avg=torch.zeros(3)),
+    "weights of another type": lambda saved: saved["agent"].update({"brac_alpha": torch.tensor(1)}),
+    "moment missing": lambda saved: first_state(saved).pop("exp_avg"),
+    "moments of a parameter missing": lambda saved: saved["opts"]["opt"]["state"].pop(0),
+    "setting of the optimizer missing": lambda saved: saved["opts"]["opt"]["param_groups"][0].pop("betas"),
+    "negative steps": lambda saved: saved.update(steps={"policy": -1}),
+    "no rows": lambda saved: saved.update(rows=0),
+    "infinite time": lambda saved: saved.update(seconds=math.inf),
     "optimizer missing": lambda saved: saved["opts"].clear(),
     "generator": lambda saved: saved.update(generator=torch.zeros(3, dtype=torch.uint8)),
     "random state": lambda saved: saved.update(rng=[]),
@@ -605,7 +629,7 @@ def test_any_damaged_byte_of_a_checkpoint_is_refused_or_harmless(copied):
     assert refused > 50
 
 
-@pytest.mark.parametrize("name", ["../../elsewhere", "a/b", "..", "nul\0", "line\nbreak", "\udcff", ""])
+@pytest.mark.parametrize("name", ["../../elsewhere", "a/b", "..", "nul\0", "line\nbreak", "\udcff", "", "x" * 2000])
 def test_name_of_an_experiment_that_is_no_folder_is_refused(name, tiny_path, tmp_path):
     assert "--exp-name" in stop_message(lambda: run("flora", tiny_path, tmp_path / "runs", exp_name=name))
     assert not (tmp_path / "runs").exists()
