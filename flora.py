@@ -383,7 +383,7 @@ def update(agent, context, batch, args):
             "stats/spread_policy": feature_spread(pi_psi)[1].mean(),
             "stats/weight_perplexity": perplexity(weights.detach()),
             **dict(zip(agent.arm_tags, agent.arm_probs())),
-            "z/between_std": z_mean.std(0).mean(),
+            "z/between_std": z_mean.std(0, correction=min(1, len(z_mean) - 1)).mean(),
             "z/posterior_std": z_var.sqrt().mean(),
             "z/norm": z.norm(dim=-1).mean(),
         }

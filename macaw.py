@@ -368,7 +368,7 @@ def update(agent, inner, outer, args):
             "stats/weight_mean": weights.mean(),
             "stats/weight_max": weights.max(),
             "stats/capped": (weights >= args.max_weight * (1 - 1e-6)).float().mean(),
-            "stats/adv_std": adv.std(),
+            "stats/adv_std": adv.std(correction=min(1, adv.numel() - 1)),
             **rates,
             **({"stats/lambda": F.softplus(agent.c)} if args.adv_head else {}),
         }

@@ -377,7 +377,7 @@ def update_world_model(agent, episodes, lengths, episode, step, args):
     return {
         "losses/world_model": loss.detach(),
         "stats/world_model_grad": norm,
-        "z/between_std": z.detach().std(0).mean(),
+        "z/between_std": z.detach().std(0, correction=min(1, len(z) - 1)).mean(),
     }
 
 

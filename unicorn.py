@@ -354,7 +354,7 @@ def update(agent, labels, context, batch, args):
             "stats/q_mean": q_mean.detach(),
             "stats/divergence": divergence.detach(),
             "stats/brac_alpha": agent.brac_alpha.clone(),
-            "z/between_std": z_fixed.std(0).mean(),
+            "z/between_std": z_fixed.std(0, correction=min(1, len(z_fixed) - 1)).mean(),
         }
 
 

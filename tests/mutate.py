@@ -991,7 +991,7 @@ MUTANTS = {
             "lengths beyond the horizon pass", "range(family.horizon + 1)).all()", "range(family.horizon + 2)).all()"
         ),
         Mutant("another family's file passes", "if family_name != env:", "if False:"),
-        Mutant("a file of another format version passes", "if version != FORMAT_VERSION:", "if False:"),
+        Mutant("a file of another format version passes", "or version != FORMAT_VERSION:", "or False:"),
         Mutant(
             "a task without an episode passes",
             "if not (lengths[ids] > 0).any(1).all():",

@@ -83,7 +83,7 @@ def telltale(monkeypatch):
 
     def train_behavior(family, params, task_ids, *_):
         trained.append(task_ids.tolist())
-        return [{"number": torch.tensor(number(task_ids[0], phase))} for phase in range(20)]
+        return [{"number": torch.tensor(float(number(task_ids[0], phase)))} for phase in range(20)]
 
     def spy(env, policy, seeds, device):
         assert len(set(seeds)) == len(seeds)
@@ -92,8 +92,11 @@ def telltale(monkeypatch):
         return done
 
     faults = dc.faults
-    no_experts = lambda *inputs: (fault for fault in faults(*inputs) if "expert is no better" not in fault)  # noqa: E731
-    monkeypatch.setattr(dc, "faults", no_experts)
+
+    def faults_but_that_they_are_no_experts(*inputs):
+        return (fault for fault in faults(*inputs) if "expert is no better" not in fault)
+
+    monkeypatch.setattr(dc, "faults", faults_but_that_they_are_no_experts)
     monkeypatch.setattr(dc, "BehaviorActor", Telltale)
     monkeypatch.setattr(dc, "train_behavior", train_behavior)
     monkeypatch.setattr(dc, "rollout", spy)

@@ -148,6 +148,12 @@ def test_run_moves_every_parameter_and_reports_every_protocol(case, straight):
 
 
 @every_script
+def test_smallest_batches_train(case, tiny_path, tmp_path):
+    smallest = {"meta_batch": 1, "batch_size": 1, "context_size": 1, "total_updates": 2, "log_every": 1}
+    assert run(case, tiny_path, tmp_path, **smallest)["step"] == 2
+
+
+@every_script
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(case, straight, tiny_path, tmp_path):
     again, other = (run(case, tiny_path, tmp_path / str(seed), seed=seed)["run_dir"] for seed in (0, 1))
     files = [(Path(run_dir) / "metrics.csv").read_bytes() for run_dir in (straight(case).run_dir, again, other)]
