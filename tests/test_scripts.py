@@ -160,6 +160,20 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(case, straigh
     assert files[0] == files[1] != files[2]
 
 
+@pytest.mark.parametrize("decay", [True, False])
+def test_learning_rate_stays_for_half_of_the_training_and_then_falls_to_zero(decay, tiny_path, tmp_path, monkeypatch):
+    update, rates = flora.update, []
+
+    def spy(agent, *inputs):
+        rates.append(agent.opt.param_groups[0]["lr"].item())
+        return update(agent, *inputs)
+
+    monkeypatch.setattr(flora, "update", spy)
+    run("flora", tiny_path, tmp_path, total_updates=8, lr=0.01, lr_decay=decay)
+    falling = [0.01] * 5 + [0.0075, 0.005, 0.0025]  # 1 - (step - 4) / 4 before steps 5, 6, 7
+    assert rates == pytest.approx(falling if decay else [0.01] * 8)
+
+
 # ---- interruption and resume ------------------------------------------------------------
 
 
