@@ -12,7 +12,7 @@ Deviations from the paper and from the two official codes:
       negative pairs averaged apart. Tasks are drawn with replacement, as in [latest]; in [ICLR] without, so that there
       is no positive pair and no attraction.
   D2  The divergence D_KL(pi || pi_beta) is by default BRAC's primal estimate, the closed form against a behavior policy
-      fitted to the data, because it is steadier than the dual critic and costs a third (README, "FOCAL's divergence").
+      fitted to the data, because an update costs less than half (README, "Cost of an update") and has no inner loop.
       `--divergence dual` is the paper's critic, with a penalty on its gradient, as BRAC defines it; `--gp-mode output`
       has it on the critic's output, as in both codes.
   D3  Twin critics with targets, as in [latest] ([ICLR]: a V network with a target). The divergence regularizes the

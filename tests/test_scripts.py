@@ -119,6 +119,13 @@ def test_arguments_of_run_and_data_are_the_same_in_every_script():
     assert len(blocks) == 1
 
 
+@pytest.mark.parametrize("env, gamma, z_dim", [("point-robot", 0.5, 3), ("ant-dir", 0.7, 3)])
+def test_defaults_of_a_family_win_over_those_of_all_and_given_values_over_both(env, gamma, z_dim):
+    env_args = {"": {"gamma": 0.7, "z_dim": 3, "reward_scale": 2.0}, "point": {"gamma": 0.5, "reward_scale": 3.0}}
+    args = dc.resolve(flora.Args(env=env, reward_scale=4.0, device="cpu"), env_args, flora.MAY_BE_ZERO, flora.RANGES)
+    assert (args.gamma, args.z_dim, args.reward_scale) == (gamma, z_dim, 4.0)
+
+
 @scripts
 def test_help_explains_every_argument(name, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -443,6 +450,32 @@ def test_evaluation_that_is_not_finite_stops_the_run(tag, tiny_path, tmp_path, m
     message = stop_message(lambda: run("flora", tiny_path, tmp_path))
     assert f"update 20: {tag} (nan) is not finite" in message
     assert not list(tmp_path.glob("*/*/*/result.json"))
+
+
+def test_infinite_loss_stops_the_run(tiny_path, tmp_path, monkeypatch):
+    update = flora.update
+    monkeypatch.setattr(flora, "update", lambda *inputs: update(*inputs) | {"losses/reward": torch.tensor(math.inf)})
+    assert "losses/reward (inf) is not finite" in stop_message(lambda: run("flora", tiny_path, tmp_path))
+
+
+def test_interrupted_run_keeps_the_last_checkpoint_where_a_parameter_is_not_finite(tiny_path, tmp_path, monkeypatch):
+    update, count = flora.update, [0]
+
+    def broken(agent, *inputs):
+        metrics = update(agent, *inputs)
+        count[0] += 1
+        if count[0] == 25:
+            with torch.no_grad():
+                next(agent.parameters()).fill_(math.nan)
+            signal.raise_signal(signal.SIGINT)
+        return metrics
+
+    monkeypatch.setattr(flora, "update", broken)
+    with pytest.raises(SystemExit):
+        run("flora", tiny_path, tmp_path)
+    (run_dir,) = tmp_path.glob("*/*/*")
+    assert load(run_dir)["steps"]["policy"] == 20
+    assert all(value.isfinite().all() for value in load(run_dir)["agent"].values() if value.dim())
 
 
 # ---- faults of the machine --------------------------------------------------------------
