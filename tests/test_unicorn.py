@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, OnDevice, origin, pattern, slow_net, to_meta
-from test_focal import assert_same_update, gradients, make_batch, slow_actor_critic, slow_metric, slow_policy
+from test_focal import assert_same_update, check_clamps, gradients, make_batch
+from test_focal import slow_actor_critic, slow_metric, slow_policy
 from test_focal import slow_multiplier_and_targets
 
 import data_collect as dc
@@ -166,16 +167,7 @@ def test_multiplier_keeps_to_its_bounds(target, expected):
 
 @pytest.mark.parametrize("backbone, expected", [("brac", [(-3, -5), (1, 2)]), ("sac", [(None, -5), (None, 2)])])
 def test_log_std_is_clamped(backbone, expected):
-    agent, _ = make_agent(backbone=backbone)
-    for sign, (of_behavior, of_policy) in zip((-1, 1), expected):
-        with torch.no_grad():
-            for net in (agent.shift, agent.behavior):
-                if net is not None:
-                    net.w_3.zero_()
-                    net.b_3.fill_(9.0 * sign)
-        mean, log_std, _, log_std_b = agent.policies(torch.randn(4, 5, 3).double(), torch.randn(4, 3).double())
-        assert (log_std == of_policy).all() and (mean == (9 if log_std_b is None else 18) * sign).all()
-        assert log_std_b is None or (log_std_b == of_behavior).all()
+    check_clamps(make_agent(backbone=backbone)[0], expected)
 
 
 # ---- networks ---------------------------------------------------------------------------
