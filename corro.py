@@ -66,7 +66,8 @@ class Args:
     # data and evaluation
     env: dc.EnvName = "ant-dir"  # task family
     dataset: str | None = None  # dataset file; by default datasets/{env}.npz
-    eval_episodes: int = 2  # episodes per task and evaluation
+    eval_episodes: int = 2  # episodes per task of an evaluation during the training
+    final_episodes: int = 10  # episodes per task of the last one, and with --eval-only
     meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]
     batch_size: int = 32  # transitions per task and update [transitions]
     context_size: int = 64  # transitions of one episode that a task is inferred from in training [transitions]
@@ -75,7 +76,10 @@ class Args:
     reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
     lr: float = 1.2e-3  # Adam's learning rate of all networks
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
-    tau: float = 0.005  # rate at which the target networks follow
+    n_step: int = 5  # steps of the data's rewards in a target; 1 = the paper's (D10)
+    target_noise: float = 0.0
+    """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = its mean (D10)"""
+    tau: float = 0.02  # rate at which the target networks follow
     width: int = 256  # hidden units of policy and critics, two layers
     encoder_width: int = 200  # hidden units of the encoder, two layers
     z_dim: int | None = None  # size of the task latent; None = ENV_ARGS
@@ -95,6 +99,9 @@ class Args:
     backbone: Literal["brac", "sac"] = "brac"
     """regularized towards the behavior policy, or plain SAC as in the official code (D2)"""
     entropy_weight: float = 0.2  # weight of the policy's entropy with --backbone sac
+    anchor_share: float | None = None
+    """share of each task's transitions, those of its best episodes, that pi_beta is fitted to (D10); 1 = the paper's
+    behavior policy; None = ENV_ARGS"""
     brac_alpha: float | None = None  # initial weight of the divergence in the policy loss; None = ENV_ARGS
     brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
     brac_alpha_max: float = 100.0  # largest weight of the divergence
@@ -107,9 +114,10 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
         reward_scale=0.5,
         z_dim=20,
         cvae_dim=64,
+        anchor_share=0.25,
         brac_alpha=1.0,
         brac_alpha_lr=1e-3,
-        divergence_target=0.05,
+        divergence_target=0.2,
     ),
     "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, cvae_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
 }
@@ -273,6 +281,11 @@ class Agent(nn.Module):
         self.opt = torch.optim.Adam(params, torch.tensor(args.lr), fused=True)  # a tensor: a compiled update reads it
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
 
+    def fitted(self, obs, z):
+        """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of pi_beta."""
+        mean, log_std = self.behavior(obs, z)[0].chunk(2, -1)
+        return mean, log_std.clamp(-3, 1)
+
     def policies(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi, and
         the same of the behavior policy pi_beta, fitted to the data, or None without one. Where there is a pi_beta, pi
@@ -280,13 +293,15 @@ class Agent(nn.Module):
         mean, log_std = self.shift(obs, z)[0].chunk(2, -1)
         if self.behavior is None:
             return mean, log_std.clamp(-5, 2), None, None
-        mean_b, log_std_b = self.behavior(obs, z)[0].chunk(2, -1)
-        log_std_b = log_std_b.clamp(-3, 1)
-        return mean_b.detach() + mean, (log_std_b.detach() + log_std).clamp(-5, 2), mean_b, log_std_b
+        with torch.no_grad():
+            mean_b, log_std_b = self.fitted(obs, z)
+        return mean_b + mean, (log_std_b + log_std).clamp(-5, 2), mean_b, log_std_b
 
-    def act(self, obs, z):
-        """obs [M, B, obs_dim], z [M, z_dim] -> the policy's deterministic action [M, B, act_dim] in (-1, 1)."""
-        return torch.tanh(self.policies(obs, z)[0])
+    def act(self, obs, z, clone=False):
+        """obs [M, B, obs_dim], z [M, z_dim] -> the deterministic action [M, B, act_dim] in (-1, 1) of pi, or of its
+        clone of the data, pi_beta."""
+        mean, _, mean_b, _ = self.policies(obs, z)
+        return torch.tanh(mean_b if clone else mean)
 
 
 # ---- update -----------------------------------------------------------------
@@ -344,10 +359,11 @@ def embed_transitions(agent, data):
         return torch.stack([agent.encoder(episodes[..., :-1]) for episodes in data.episodes])
 
 
-def update(agent, points, batch, args):
-    """One step of aggregator, critics and policies. points [M, K, z_dim]: the context's transitions, embedded; batch:
-    Batch of [M, B, ..], drawn apart from the context -> dict of detached 0-d tensors."""
-    obs, act, rew, next_obs, term = batch
+def update(agent, points, segment, best, args):
+    """One step of aggregator, critics and policies. points [M, K, z_dim]: the context's transitions, embedded; segment:
+    Segment of [M, B, n, ..], drawn apart from the context; best: Batch of [M, B, ..] that pi_beta is fitted to -> dict of
+    detached 0-d tensors."""
+    obs, act = segment.obs[:, :, 0], segment.act[:, :, 0]
     agent.opt.zero_grad()
 
     # task inference
@@ -356,12 +372,13 @@ def update(agent, points, batch, args):
 
     # critics and aggregator
     with torch.no_grad():
+        next_obs = segment.next_obs[:, :, -1]
         mean, log_std, _, _ = agent.policies(next_obs, z_fixed)
-        next_pre = mean + log_std.exp() * torch.randn_like(mean)
+        next_pre = mean + args.target_noise * log_std.exp() * torch.randn_like(mean)
         next_q = agent.q_target(next_obs, torch.tanh(next_pre), z_fixed).amin(0)
         if args.backbone == "sac":
             next_q = next_q - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
-        q_target = args.reward_scale * rew + args.gamma * (1 - term) * next_q  # [M, B]
+        q_target = args.reward_scale * (segment.weight * segment.rew).sum(-1) + segment.bootstrap * next_q  # [M, B]
     q_loss = (agent.q(obs, act, z) - q_target).pow(2).mean((1, 2)).sum()
     # the critic's loss alone trains the aggregator
     q_loss.backward(inputs=[*agent.aggregator.parameters(), *agent.q.parameters()])
@@ -372,9 +389,9 @@ def update(agent, points, batch, args):
     pi_act = torch.tanh(pi_pre)
     q_mean = agent.q(obs, pi_act, z_fixed).amin(0).mean()
     if args.backbone == "brac":
-        behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
+        behavior_loss = -tanh_gaussian_logp(*agent.fitted(best.obs, z_fixed), pre_tanh(best.act)).mean()
         behavior_loss.backward(inputs=list(agent.behavior.parameters()))
-        divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
+        divergence = gaussian_kl(mean, log_std, mean_b, log_std_b).mean()
         actor_loss = agent.brac_alpha * divergence - q_mean
     else:
         behavior_loss = divergence = torch.zeros_like(q_loss)
@@ -407,16 +424,27 @@ def embed(agent, context, mask):
         return agent.aggregator(agent.encoder(context), mask)
 
 
-def adapt(agent, context, mask, explore=False):
+def adapt(agent, context, mask, explore=False, clone=False):
     """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0;
     explore changes nothing, z has no spread -> policy(obs [R, obs_dim], rew [R]) -> act."""
     z = embed(agent, context, mask)
-    return lambda obs, rew: agent.act(obs[:, None], z)[:, 0]
+    return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
 
 
-def evaluate_all(agent, data, args, protocols):
-    """Returns and quality of z -> dict tag -> float."""
-    results = dc.evaluate(data, partial(adapt, agent), protocols, args.eval_episodes)
+def value(agent, args, context, mask, obs):
+    """Q of the policy's own action at obs [R, n, obs_dim], for `dc.q_error` -> [R, n] in units of the reward."""
+    z = embed(agent, context, mask)
+    return agent.q(obs, agent.act(obs, z), z).amin(0) / args.reward_scale
+
+
+def evaluate_all(agent, data, args, protocols, episodes):
+    """Returns, also of pi_beta alone ("clone"), the critic's error and the quality of z -> dict tag -> float."""
+    traced = []
+    results = dc.evaluate(data, partial(adapt, agent), protocols, episodes, traced)
+    results |= dc.q_error(traced[protocols.index("iid")], partial(value, agent, args), args.gamma)
+    if agent.behavior:
+        clone = dc.evaluate(data, partial(adapt, agent, clone=True), ("iid",), episodes)
+        results |= {tag.replace("iid", "clone"): found for tag, found in clone.items()}
     return results | dc.embedding_quality(data, partial(embed, agent))
 
 
@@ -449,9 +477,10 @@ def train(args):
         while run.going():
             task_ids = data.sample_tasks(args.meta_batch, generator)
             points = data.sample_context(task_ids, args.context_size, generator, embedded)
-            batch = data.sample_batch(task_ids, args.batch_size, generator)
+            segment = data.sample_segments(task_ids, args.batch_size, args.n_step, args.gamma, generator)
+            best = data.sample_batch(task_ids, args.batch_size, generator, args.anchor_share)
             dc.set_lr(agent.opt, args.lr * run.decay)
-            run.advance(step_fn(agent, points, batch, args))
+            run.advance(step_fn(agent, points, segment, best, args))
         return run.finish()
 
 

@@ -549,6 +549,17 @@ class Batch(NamedTuple):
     term: torch.Tensor  # [M, B] 1 = the task itself ended, never a time limit
 
 
+class Segment(NamedTuple):
+    """Up to n consecutive transitions of an episode from each of B starting points of M tasks."""
+
+    obs: torch.Tensor  # [M, B, n, obs_dim], standardized
+    act: torch.Tensor  # [M, B, n, act_dim] in [-1, 1]
+    rew: torch.Tensor  # [M, B, n]
+    next_obs: torch.Tensor  # [M, B, n, obs_dim]; where the episode ends earlier, all repeat its last transition
+    weight: torch.Tensor  # [M, B, n] gamma^k at step k, 0 past the episode's end
+    bootstrap: torch.Tensor  # [M, B] discount of the value at the last next_obs; 0 if the task itself ended there
+
+
 class Dataset:
     """A checked dataset file as tensors on one device; a batch is one gather.
 
@@ -581,9 +592,10 @@ class Dataset:
         self.ood_episodes = transitions(arrays, "ood_", device)  # [V, C, H, ctx_dim + 1]
         self.ood_lengths = torch.as_tensor(arrays["ood_lengths"], dtype=torch.long, device=device)
         self.episode_returns = arrays["rewards"].sum(-1, dtype=np.float64)  # [T, N]
-        valid = valid.flatten(1)  # [T, N * H]
-        self.counts = valid.sum(1)  # [T] transitions per task
-        self.valid = valid.byte().argsort(dim=1, descending=True, stable=True)  # the first counts[i] of row i are real
+        self.counts = valid.sum((1, 2))  # [T] transitions per task
+        returns = torch.as_tensor(self.episode_returns, device=device)[..., None].expand_as(valid)
+        # the first counts[i] of row i are real, those of the task's best episodes before all others
+        self.valid = returns.where(valid, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
         self.min_episodes = int((self.lengths[self.train_ids] > 0).sum(1).min())  # of any training task
         returns = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
         self.behavior_return = float(returns.mean())  # mean over the training data
@@ -598,15 +610,32 @@ class Dataset:
         draw = torch.randint(len(self.train_tasks), (count,), device=self.device, generator=generator)
         return self.train_tasks[draw]
 
-    def sample(self, task_ids, size, generator):
-        """Independent uniform transitions with replacement: task_ids [M] -> rows [M, size, ctx_dim + 1]."""
-        pick = torch.rand(len(task_ids), size, device=self.device, generator=generator) * self.counts[task_ids, None]
-        index = self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]
-        return self.episodes.view(-1, self.ctx_dim + 1)[index]
+    def draw(self, task_ids, size, generator, share=1.0):
+        """Independent uniform transitions with replacement: task_ids [M] -> [M, size], counted through all tasks,
+        episodes and steps. share in (0, 1]: of that share of each task's transitions that belongs to its episodes of
+        highest return."""
+        count = (share * self.counts[task_ids, None]).clamp(min=1)
+        pick = torch.rand(len(task_ids), size, device=self.device, generator=generator) * count
+        return self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]
 
-    def sample_batch(self, task_ids, size, generator):
+    def sample(self, task_ids, size, generator, share=1.0):
+        """Transitions as of `draw` -> rows [M, size, ctx_dim + 1]."""
+        return self.episodes.view(-1, self.ctx_dim + 1)[self.draw(task_ids, size, generator, share)]
+
+    def sample_batch(self, task_ids, size, generator, share=1.0):
         """The same as a Batch."""
-        return self.unpack(self.sample(task_ids, size, generator))
+        return self.unpack(self.sample(task_ids, size, generator, share))
+
+    def sample_segments(self, task_ids, size, steps, gamma, generator):
+        """The transitions of `draw`, each with the steps - 1 that follow it -> Segment."""
+        start = self.draw(task_ids, size, generator)[..., None]  # [M, size, 1]
+        horizon = self.family.horizon
+        left = self.lengths.flatten()[start // horizon] - start % horizon  # [M, size, 1] transitions from start on
+        k = torch.arange(steps, device=self.device)
+        rows = self.episodes.view(-1, self.ctx_dim + 1)[start + torch.minimum(k, left - 1)]
+        obs, act, rew, next_obs, term = self.unpack(rows)
+        bootstrap = gamma ** left.clamp(max=steps)[..., 0] * (1 - term[..., -1])
+        return Segment(obs, act, rew, next_obs, gamma**k * (k < left), bootstrap)
 
     def unpack(self, rows):
         """[.., ctx_dim + 1] -> Batch."""
@@ -741,7 +770,7 @@ Protocol = Literal[PROTOCOLS]
 
 
 def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
-    """Returns of an adaptable policy on the test tasks, all tasks x episodes rolled out as one batch.
+    """Returns of an adaptable policy on the test tasks, all tasks x `episodes` rolled out as one batch.
 
     adapt(context [R, K, ctx_dim], mask [R, K], explore) -> policy(obs [R, obs_dim], rew [R]) -> act
     [R, act_dim], tensors on data.device, observations standardized as in the data; mask is 1 for real
@@ -749,7 +778,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     than its mean; rew is the reward of the previous step (for policies that keep a history). Reset
     seeds and contexts are the same for every method and at every call.
 
-    iid        context = one episode of the test task's own offline data, drawn anew for each episode
+    iid        context = one episode of the test task's own offline data, for each episode another while they last
     ood        context = an episode on the test task by the policy of another training task
     ood_random context = an episode on the test task by the uniform random policy
     online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; before
@@ -759,27 +788,27 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
 
     trace: a list to which each protocol's last episodes are appended, as of `rollout` (observations standardized),
     with the "context" and "mask" that adapt was given.
-    -> {"eval/iid/return": mean over tasks, "eval/iid/normalized": 0 = random, 100 = expert, per task,
-    then averaged, "eval/iid/return_task_07": ..., "eval/online/return_ep_1": ...}"""
+    -> {"eval/iid/return": mean over tasks, "eval/iid/return_se": its standard error over tasks x episodes,
+    "eval/iid/normalized": 0 = random, 100 = expert, per task, then averaged, "eval/iid/return_task_07": ...,
+    "eval/online/return_ep_1": ...}"""
     horizon, device, results = data.family.horizon, data.device, {}
     for protocol in protocols:
         tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
+        row_tasks, number = tasks.repeat(episodes), np.tile(np.arange(episodes), len(tasks))  # of each row
+        seeds = 10_000 + 97 * row_tasks + number
         if protocol in ("ood", "ood_random"):
-            row, column = np.nonzero((data.ood_behavior_task == RANDOM) == (protocol == "ood_random"))
-            if len(row) == 0:
+            wanted = (data.ood_behavior_task == RANDOM) == (protocol == "ood_random")  # [V, C]
+            if not wanted.any():
                 continue  # a dataset collected with --ood-contexts 0
-            row_tasks = data.test_ids[row]
+            columns, row = np.nonzero(wanted)[1].reshape(len(tasks), -1), np.arange(len(tasks)).repeat(episodes)
+            column = columns[row, number % columns.shape[1]]
             context, lengths = data.ood_episodes[row, column], data.ood_lengths[row, column]
-            repeats = len(row) // len(tasks)
-        else:
-            repeats = 1 if protocol == "online" else episodes
-            row_tasks = tasks.repeat(repeats)
-        seeds = 10_000 + 97 * row_tasks + np.tile(np.arange(repeats), len(tasks))
-        if protocol in ("iid", "train"):
-            present = (data.lengths[row_tasks] > 0).sum(1).cpu().numpy()  # episodes lie first in their row
-            pick = [np.random.default_rng(seed).integers(n) for seed, n in zip(seeds, present)]
+        elif protocol in ("iid", "train"):
+            present = (data.lengths[tasks] > 0).sum(1).cpu().numpy()  # episodes lie first in their row
+            orders = [np.random.default_rng(10_000 + task).permutation(n) for task, n in zip(tasks, present)]
+            pick = np.concatenate([np.resize(order, episodes) for order in orders])
             context, lengths = data.episodes[row_tasks, pick], data.lengths[row_tasks, pick]
-        elif protocol in ("online", "zero_shot"):
+        else:
             context = torch.zeros(len(row_tasks), 0, data.ctx_dim + 1, device=device)
             lengths = torch.zeros(len(row_tasks), dtype=torch.long, device=device)
         mask = (torch.arange(context.shape[1], device=device) < lengths[:, None]).float()
@@ -795,7 +824,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
             done = rollout(env, act, (seeds + 31 * k).tolist(), device)
             done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
             done |= {"context": context[..., :-1], "mask": mask}
-            returns = done["rewards"].sum(1, dtype=np.float64).reshape(len(tasks), repeats).mean(1)  # [tasks]
+            returns = done["rewards"].sum(1, dtype=np.float64)  # [R]
             if protocol == "online":
                 results[f"eval/online/return_ep_{k + 1}"] = returns.mean()
                 steps = torch.as_tensor(done["lengths"], device=device)
@@ -805,11 +834,35 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         if trace is not None:
             trace.append(done)
         results[f"eval/{protocol}/return"] = returns.mean()
-        results[f"eval/{protocol}/normalized"] = normalize(data, tasks, returns).mean()
-        results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, returns)}
+        if len(returns) > 1:
+            results[f"eval/{protocol}/return_se"] = returns.std(ddof=1) / len(returns) ** 0.5
+        results[f"eval/{protocol}/normalized"] = normalize(data, row_tasks, returns).mean()
+        of_task = returns.reshape(len(tasks), episodes).mean(1)
+        results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, of_task)}
         if done["diverged"].any():
             results[f"eval/{protocol}/diverged"] = done["diverged"].sum()
     return {tag: float(value) for tag, value in results.items()}
+
+
+def q_error(episodes, value, gamma):
+    """How far a critic is from what its policy reaches, on `episodes` that `evaluate` traced: Q(s_0, pi(s_0)) minus the
+    discounted return that followed (first curve of the FLORA paper's Figure 1).
+
+    value(context [R, K, ctx_dim], mask [R, K], obs [R, 2, obs_dim]) -> Q(s, pi(s)) [R, 2] in units of the reward. The
+    critic bootstraps across the time limit, so the return is continued with it at the episode's last state unless the
+    task terminated. -> {"eval/iid/q_error": mean over rows, "eval/iid/q_relative": the same as a share of the mean
+    return's size}"""
+    context, mask = episodes["context"], episodes["mask"]
+    obs, rew = (torch.as_tensor(episodes[key], device=mask.device) for key in ("observations", "rewards"))
+    length = torch.as_tensor(episodes["lengths"], dtype=torch.long, device=mask.device)
+    terminated = torch.as_tensor(episodes["terminated"], device=mask.device)
+    last = obs[torch.arange(len(obs), device=mask.device), length]
+    with torch.no_grad():
+        first_q, last_q = value(context, mask, torch.stack([obs[:, 0], last], 1)).unbind(1)
+    discounts = gamma ** torch.arange(rew.shape[1], device=mask.device)
+    monte_carlo = (discounts * rew).sum(1) + gamma**length * ~terminated * last_q
+    error, size = (first_q - monte_carlo).mean().item(), abs(monte_carlo.mean().item())
+    return {"eval/iid/q_error": error, "eval/iid/q_relative": error / max(size, 1e-8)}
 
 
 def label_contexts(data, embed, tasks=None, limit=10):
@@ -874,11 +927,11 @@ def normalize(data, tasks, returns):
 RUN_VERSION = 2  # of run directories and policies files; a checkpoint of another version is refused
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster wants the program to stop
 # arguments that may be 0, and those with limits of their own, in all scripts; all other numbers must be positive
-MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight"}
-RANGES = {"gamma": (0, 1), "tau": (0, 1)}
+MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight", "target_noise"}
+RANGES = {"gamma": (0, 1), "tau": (0, 1), "anchor_share": (0, 1), "n_step": (1, 100)}
 LONGEST = 1000  # of a name or path
 # arguments that do not shape the training: a resumed run may change them
-FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "device", "compile"}
+FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "final_episodes", "device", "compile"}
 FREE |= {"resume", "eval_only", "run_dir", "dataset"}
 
 
@@ -1048,9 +1101,10 @@ def write_json(path, content):
 
 
 def eval_line(results):
-    """One line of the returns per protocol, normalized in brackets, and of the quality of z."""
-    names = [p for p in PROTOCOLS if f"eval/{p}/return" in results]
-    cells = [f"{p} {results[f'eval/{p}/return']:.1f} ({results[f'eval/{p}/normalized']:.0f})" for p in names]
+    """One line of the returns per protocol with standard errors, normalized in brackets, and of the quality of z."""
+    names = [p for p in (*PROTOCOLS, "clone") if f"eval/{p}/return" in results]
+    spread = {p: results.get(f"eval/{p}/return_se", 0.0) for p in names}
+    cells = [f"{p} {results[f'eval/{p}/return']:.1f} ± {spread[p]:.1f} ({results[f'eval/{p}/normalized']:.0f})" for p in names]
     quality = {"acc": "z/nearest_task_acc", "R2": "z/probe_r2"}
     cells += [f"z {name} {results[tag]:.2f}" for name, tag in quality.items() if tag in results]
     return "  ".join(["eval", *cells])
@@ -1061,7 +1115,7 @@ class Run:
 
     A training has one or more phases, the last of which is "policy"; --{phase}-updates is a phase's length. agent: the
     module with all networks and, as attributes, all optimizers; generator: draws the batches; evaluate(agent, data,
-    args, protocols) -> dict tag -> float; embed(agent, context, mask) -> z, see `label_contexts`; free: arguments that
+    args, protocols, episodes per task) -> dict tag -> float; embed(agent, context, mask) -> z, see `label_contexts`; free: arguments that
     a resumed run may change besides FREE."""
 
     def __init__(self, args, data, agent, generator, evaluate, embed, phases=("policy",), free=frozenset()):
@@ -1209,7 +1263,7 @@ class Run:
             self.log(values)
             self.print_progress(values)
         if self.phase == "policy" and (self.step % args.eval_every == 0 or last):
-            self.results = self.evaluate(PROTOCOLS if last else ("iid", "train"))
+            self.results = self.evaluate() if last else self.evaluate(("iid", "train"), args.eval_episodes)
             self.log(self.results)
             print("  " + eval_line(self.results), flush=True)
         if self.step % args.save_every == 0 or last:
@@ -1222,9 +1276,9 @@ class Run:
         self.must_be_finite(values)
         return values
 
-    def evaluate(self, protocols):
-        """-> dict tag -> finite float."""
-        results = self.evaluate_agent(protocols)
+    def evaluate(self, protocols=PROTOCOLS, episodes=None):
+        """By default the final evaluation -> dict tag -> finite float."""
+        results = self.evaluate_agent(protocols, episodes or self.args.final_episodes)
         self.must_be_finite(results)
         return results
 
@@ -1269,7 +1323,7 @@ class Run:
     def finish(self):
         """-> dict: the last evaluation, run_dir, step, updates_per_sec, wall_clock_s; also in result.json."""
         if self.args.eval_only:
-            results = self.evaluate(PROTOCOLS)
+            results = self.evaluate()
             print(f"{self.dir} after {self.step} updates, in full in eval.json\n  " + eval_line(results))
             write_json(self.dir / "eval.json", {"step": self.step} | results)
             return results | {"run_dir": str(self.dir)}
@@ -1283,7 +1337,7 @@ class Run:
             print(f"interrupted after {where}; continue with: python {script} --resume {self.dir}")
             raise SystemExit(128 + self.stopping[0])
         if not self.results:  # the run was cut off between the last checkpoint and result.json
-            self.results = self.evaluate(PROTOCOLS)
+            self.results = self.evaluate()
         z, labels = label_contexts(self.data, self.embed)
         self.writer.add_embedding(z, metadata=labels, global_step=self.updates, tag="z")
         speed = (self.step - self.start_step) / self.timed if self.timed else 0.0

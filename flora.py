@@ -66,7 +66,8 @@ class Args:
     # data and evaluation
     env: dc.EnvName = "ant-dir"  # task family
     dataset: str | None = None  # dataset file; by default datasets/{env}.npz
-    eval_episodes: int = 2  # episodes per task and evaluation
+    eval_episodes: int = 2  # episodes per task of an evaluation during the training
+    final_episodes: int = 10  # episodes per task of the last one, and with --eval-only
     meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]
     batch_size: int = 32  # transitions per task and update [transitions]
     context_size: int = 64  # transitions of one episode that a task is inferred from in training [transitions]
@@ -75,7 +76,10 @@ class Args:
     reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
     lr: float = 1.2e-3  # Adam's learning rate of all networks
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
-    tau: float = 0.005  # rate at which the target networks follow (zeta)
+    n_step: int = 5  # steps of the data's rewards in a target; 1 = the paper's (D10)
+    target_noise: float = 0.0
+    """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = its mean (D10)"""
+    tau: float = 0.02  # rate at which the target networks follow (zeta)
     width: int = 256  # hidden units of policy, features and successor features, two layers
     encoder_width: int = 200  # hidden units of the encoder, two layers
     z_dim: int | None = None  # size of the task latent; None = ENV_ARGS
@@ -91,6 +95,9 @@ class Args:
     bandit_lr: float = 0.1  # lambda of (10)
     bandit_feedback: Literal["offline", "rollout"] = "offline"
     """offline = value at the data's initial states; rollout = episodes on training tasks (D4)"""
+    anchor_share: float | None = None
+    """share of each task's transitions, those of its best episodes, that pi_beta is fitted to (D10); 1 = the paper's
+    behavior policy; None = ENV_ARGS"""
     brac_alpha: float | None = None  # initial weight of the divergence in the policy loss (rho1); None = ENV_ARGS
     brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
     brac_alpha_max: float = 100.0  # largest weight of the divergence
@@ -98,7 +105,7 @@ class Args:
 
 
 ENV_ARGS = {  # for arguments left at None: all families, then what those change whose name holds the key
-    "": dict(gamma=0.97, reward_scale=0.5, z_dim=20, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.05),
+    "": dict(gamma=0.97, reward_scale=0.5, z_dim=20, anchor_share=0.25, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.2),
     "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
 }
 MAY_BE_ZERO = {"num_flows", "likelihood_weight", "kl_weight", "feature_weight", "alpha_min"}
@@ -290,17 +297,24 @@ class Agent(nn.Module):
         psi = self.psi(torch.cat([obs, act], -1), z)
         return (psi * weights).sum(-1).amin(0), psi  # (Eq. 4, 12)
 
+    def fitted(self, obs, z):
+        """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of pi_beta."""
+        mean, log_std = self.behavior(obs, z)[0].chunk(2, -1)
+        return mean, log_std.clamp(-3, 1)
+
     def policies(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi, and
         the same of the behavior policy pi_beta, fitted to the data (D3); pi is pi_beta, detached, plus a shift (D7)."""
         mean, log_std = self.shift(obs, z)[0].chunk(2, -1)
-        mean_b, log_std_b = self.behavior(obs, z)[0].chunk(2, -1)
-        log_std_b = log_std_b.clamp(-3, 1)
-        return mean_b.detach() + mean, (log_std_b.detach() + log_std).clamp(-5, 2), mean_b, log_std_b
+        with torch.no_grad():
+            mean_b, log_std_b = self.fitted(obs, z)
+        return mean_b + mean, (log_std_b + log_std).clamp(-5, 2), mean_b, log_std_b
 
-    def act(self, obs, z):
-        """obs [M, B, obs_dim], z [M, z_dim] -> the policy's deterministic action [M, B, act_dim] in (-1, 1)."""
-        return torch.tanh(self.policies(obs, z)[0])
+    def act(self, obs, z, clone=False):
+        """obs [M, B, obs_dim], z [M, z_dim] -> the deterministic action [M, B, act_dim] in (-1, 1) of pi, or of its
+        clone of the data, pi_beta."""
+        mean, _, mean_b, _ = self.policies(obs, z)
+        return torch.tanh(mean_b if clone else mean)
 
     def arm_probs(self):
         floor = 0.05
@@ -318,11 +332,12 @@ class Agent(nn.Module):
 # ---- update -----------------------------------------------------------------
 
 
-def update(agent, context, batch, args):
-    """One step of every network (Algorithm 1). context [M, K, ctx_dim]; batch: Batch of [M, B, ..], drawn apart from
-    the context -> dict of detached 0-d tensors."""
-    obs, act, rew, next_obs, term = batch
-    rew = args.reward_scale * rew
+def update(agent, context, segment, best, args):
+    """One step of every network (Algorithm 1). context [M, K, ctx_dim]; segment: Segment of [M, B, n, ..], drawn apart from
+    the context; best: Batch of [M, B, ..] that pi_beta is fitted to -> dict of detached 0-d tensors."""
+    obs, act = segment.obs[:, :, 0], segment.act[:, :, 0]
+    rew = args.reward_scale * segment.rew  # [M, B, n]
+    moves = torch.cat([segment.obs, segment.act, segment.next_obs], -1)  # (s, a, s') of all its transitions
     agent.opt.zero_grad()
 
     # task inference: a sample of the posterior
@@ -334,18 +349,22 @@ def update(agent, context, batch, args):
     # targets: features of the next action, corrected by alpha times their spread
     alpha = agent.arms.take(agent.arm)  # indexing with a 0-d tensor would read it back to the host
     with torch.no_grad():
+        next_obs = segment.next_obs[:, :, -1]
         mean, log_std, _, _ = agent.policies(next_obs, z_fixed)
-        next_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
+        next_act = torch.tanh(mean + args.target_noise * log_std.exp() * torch.randn_like(mean))
         psi_mean, psi_spread = feature_spread(agent.psi_target(torch.cat([next_obs, next_act], -1), z_fixed))
         next_psi = psi_mean + alpha * psi_spread  # (Eq. 9)
-        discount = args.gamma * (1 - term)
-        q_target = rew + discount * (next_psi * weights).sum(-1)  # [M, B], of (Eq. 17)
-    phi = agent.phi(torch.cat([obs, act, next_obs], -1), z)[0]
-    psi_target = phi.detach() + discount[..., None] * next_psi  # of (Eq. 11)
+        next_q = (next_psi * weights).sum(-1)
+        q_target = (segment.weight * rew).sum(-1) + segment.bootstrap * next_q  # [M, B], of (Eq. 17)
+        later_phi = agent.phi(moves[:, :, 1:].flatten(1, 2), z)[0].unflatten(1, (-1, args.n_step - 1))
+    phi = agent.phi(moves[:, :, 0], z)[0]  # [M, B, D]
+    with torch.no_grad():
+        path_phi = torch.cat([phi[:, :, None], later_phi], 2)  # [M, B, n, D]
+        psi_target = (segment.weight[..., None] * path_phi).sum(2) + segment.bootstrap[..., None] * next_psi  # of (Eq. 11)
 
     # task inference and critic; each loss reaches exactly the networks named beside it
     psi = agent.psi(torch.cat([obs, act], -1), z)  # [2, M, B, D]
-    loss_r = reward_loss(phi, weights, rew)
+    loss_r = reward_loss(phi, weights, rew[..., 0])
     loss_psi = feature_loss(psi, psi_target)
     likelihood = args.likelihood_weight * value_log_likelihood(psi, weights, q_target)  # [ours: D2]
     elbo = likelihood - args.kl_weight * kl.mean()  # (Eq. 17)
@@ -355,12 +374,12 @@ def update(agent, context, batch, args):
     loss_r.backward(inputs=[*agent.phi.parameters(), *agent.weights.parameters()])
 
     # behavior policy by maximum likelihood, and the policy, regularized towards it
-    mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
-    behavior_loss = -tanh_gaussian_logp(mean_b, log_std_b, pre_tanh(act)).mean()
+    behavior_loss = -tanh_gaussian_logp(*agent.fitted(best.obs, z_fixed), pre_tanh(best.act)).mean()
     behavior_loss.backward(inputs=list(agent.behavior.parameters()))
+    mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
     pi_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
     q, pi_psi = agent.q(obs, pi_act, z_fixed, weights.detach())
-    divergence = gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach()).mean()
+    divergence = gaussian_kl(mean, log_std, mean_b, log_std_b).mean()
     actor_loss = agent.brac_alpha * divergence - q.mean()  # (Eq. 13)
     actor_loss.backward(inputs=list(agent.shift.parameters()))
     agent.opt.step()  # [ours: D6]
@@ -398,7 +417,7 @@ def embed(agent, context, mask):
         return agent.infer(context, mask, 0.0)[0]
 
 
-def adapt(agent, context, mask, explore=False):
+def adapt(agent, context, mask, explore=False, clone=False):
     """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get the
     prior N(0, I); explore: a sample instead of the mean -> policy(obs [R, obs_dim], rew [R]) -> act."""
     z_dim = agent.encoder.net[-1].out_features // 2
@@ -406,27 +425,13 @@ def adapt(agent, context, mask, explore=False):
     noise = explore * torch.randn(len(context), z_dim, device=context.device, generator=generator)
     with torch.no_grad():
         z = torch.where(mask.any(1, keepdim=True), agent.infer(context, mask, noise)[0], noise)
-    return lambda obs, rew: agent.act(obs[:, None], z)[:, 0]
+    return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
 
 
-def q_error(agent, episodes, args):
-    """Mean of Q(s_0, a_0, z) minus the discounted return that followed (first curve of the paper's Figure 1).
-
-    episodes: what `evaluate` traced (context, mask and the arrays of rollout). The critic bootstraps across
-    the time limit, so the return is continued with Q at the episode's last state unless the task terminated."""
-    device = agent.arms.device
-    obs = torch.as_tensor(episodes["observations"], device=device)
-    rew = args.reward_scale * torch.as_tensor(episodes["rewards"], device=device)
-    length = torch.as_tensor(episodes["lengths"], dtype=torch.long, device=device)
-    terminated = torch.as_tensor(episodes["terminated"], device=device)
-    with torch.no_grad():
-        z = agent.infer(episodes["context"], episodes["mask"], 0.0)[0]
-        last = obs[torch.arange(len(obs), device=device), length]
-        ends = torch.stack([obs[:, 0], last], 1)  # [R, 2, obs_dim]
-        first_q, last_q = agent.q(ends, agent.act(ends, z), z, agent.weights(z)[:, None])[0].unbind(1)
-    discounts = args.gamma ** torch.arange(rew.shape[1], device=device)
-    monte_carlo = (discounts * rew).sum(1) + args.gamma**length * ~terminated * last_q
-    return (first_q - monte_carlo).mean().item() / args.reward_scale
+def value(agent, args, context, mask, obs):
+    """Q of the policy's own action at obs [R, n, obs_dim], for `dc.q_error` -> [R, n] in units of the reward."""
+    z = embed(agent, context, mask)
+    return agent.q(obs, agent.act(obs, z), z, agent.weights(z)[:, None])[0] / args.reward_scale
 
 
 def bandit_return(agent, data, args, generator):
@@ -443,12 +448,14 @@ def bandit_return(agent, data, args, generator):
     return value / (args.reward_scale * data.return_spread)
 
 
-def evaluate_all(agent, data, args, protocols):
-    """Returns, quality of z and the critic's error -> dict tag -> float."""
+def evaluate_all(agent, data, args, protocols, episodes):
+    """Returns, also of pi_beta alone ("clone"), the critic's error and the quality of z -> dict tag -> float."""
     traced = []
-    results = dc.evaluate(data, partial(adapt, agent), protocols, args.eval_episodes, traced)
-    results |= dc.embedding_quality(data, partial(embed, agent))
-    return results | {"eval/iid/q_error": q_error(agent, traced[protocols.index("iid")], args)}
+    results = dc.evaluate(data, partial(adapt, agent), protocols, episodes, traced)
+    results |= dc.q_error(traced[protocols.index("iid")], partial(value, agent, args), args.gamma)
+    clone = dc.evaluate(data, partial(adapt, agent, clone=True), ("iid",), episodes)
+    results |= {tag.replace("iid", "clone"): found for tag, found in clone.items()}
+    return results | dc.embedding_quality(data, partial(embed, agent))
 
 
 # ---- training ---------------------------------------------------------------
@@ -468,9 +475,10 @@ def train(args):
                 agent.bandit_step(bandit_return(agent, data, args, generator), args.bandit_lr, generator)
             task_ids = data.sample_tasks(args.meta_batch, generator)
             context = data.sample_context(task_ids, args.context_size, generator)
-            batch = data.sample_batch(task_ids, args.batch_size, generator)
+            segment = data.sample_segments(task_ids, args.batch_size, args.n_step, args.gamma, generator)
+            best = data.sample_batch(task_ids, args.batch_size, generator, args.anchor_share)
             dc.set_lr(agent.opt, args.lr * run.decay)
-            run.advance(step_fn(agent, context, batch, args))
+            run.advance(step_fn(agent, context, segment, best, args))
         return run.finish()
 
 

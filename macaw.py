@@ -69,7 +69,8 @@ class Args:
     # data and evaluation
     env: dc.EnvName = "ant-dir"  # task family
     dataset: str | None = None  # dataset file; by default datasets/{env}.npz
-    eval_episodes: int = 2  # episodes per task and evaluation
+    eval_episodes: int = 2  # episodes per task of an evaluation during the training
+    final_episodes: int = 10  # episodes per task of the last one, and with --eval-only
     meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]
     batch_size: int = 32  # transitions per task and update [transitions]
     context_size: int = 64  # transitions of one episode that a task is inferred from in training [transitions]
@@ -412,16 +413,16 @@ def embed(agent, context, mask):
         return agent.act(weights, agent.probes.expand(len(context), -1, -1)).flatten(1)
 
 
-def evaluate_all(agent, data, args, protocols):
+def evaluate_all(agent, data, args, protocols, episodes):
     """Returns and quality of z; with all protocols also the returns after 0, 1, 5 and 20 inner steps on the contexts
     of the protocol iid, and the online fine-tuning -> dict tag -> float."""
-    results = dc.evaluate(data, partial(adapt, agent), protocols, args.eval_episodes)
+    results = dc.evaluate(data, partial(adapt, agent), protocols, episodes)
     results |= dc.embedding_quality(data, partial(embed, agent))
     if "zero_shot" in protocols:
         known = {0: results["eval/zero_shot/return"], args.inner_steps: results["eval/iid/return"]}
         for steps in (0, 1, 5, 20):
             if steps not in known:
-                found = dc.evaluate(data, partial(adapt, agent, steps=steps), ("iid",), args.eval_episodes)
+                found = dc.evaluate(data, partial(adapt, agent, steps=steps), ("iid",), episodes)
                 known[steps] = found["eval/iid/return"]
             results[f"adapt/return_{steps}_steps"] = known[steps]
         if args.online_ft:

@@ -75,7 +75,8 @@ class Args:
     # data and evaluation
     env: dc.EnvName = "ant-dir"  # task family
     dataset: str | None = None  # dataset file; by default datasets/{env}.npz
-    eval_episodes: int = 2  # episodes per task and evaluation
+    eval_episodes: int = 2  # episodes per task of an evaluation during the training
+    final_episodes: int = 10  # episodes per task of the last one, and with --eval-only
     meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]
     batch_size: int = 32  # transitions per task and update [transitions]
     context_size: int = 64  # transitions of one episode that a task is inferred from in training [transitions]
@@ -526,14 +527,14 @@ def embed(agent, context, mask):
         return agent.world_model.infer(context, lengths, every, lengths, agent.args.context_horizon)
 
 
-def evaluate_all(agent, data, args, protocols):
+def evaluate_all(agent, data, args, protocols, episodes):
     """Returns and quality of z -> dict tag -> float. The rounds of the online protocol are the shots: no prompt in the
     first, then prompts from this agent's own episodes."""
     results = {}
     for protocol in protocols:
         tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
         act = partial(adapt, agent, targets=target_returns(data, tasks, args.target_return))
-        results |= dc.evaluate(data, act, (protocol,), args.eval_episodes)
+        results |= dc.evaluate(data, act, (protocol,), episodes)
     return results | dc.embedding_quality(data, partial(embed, agent))
 
 

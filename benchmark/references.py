@@ -1,0 +1,76 @@
+"""References for the tables: the shared backbone with the TRUE task as z, and cloning, so without any task inference.
+
+Run:  python benchmark/references.py --env ant-dir [flags of focal.py]
+Trains focal.py's actor-critic with the task's parameters in place of the encoder, also at test, where no method knows
+them: what is lost against it is lost by inference. Its result.json also has the returns of pi_beta alone
+("eval/clone/return"), that is of cloning the data (--anchor-share 1) or each task's best episodes.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import data_collect as dc  # noqa: E402
+import focal  # noqa: E402
+
+
+load_dataset = dc.load_dataset
+
+
+@dataclass
+class Args(focal.Args):
+    exp_name: str = "known-task"
+
+
+class Known(nn.Module):
+    """In the encoder's place: reads the task's parameters, which `known_tasks` has written into the context."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, context, mask):
+        """context [M, K, ctx_dim], mask [M, K] -> z [M, size]."""
+        return context[:, 0, : self.size]
+
+
+def known_tasks(env, path=None, device="cpu"):
+    """The dataset with contexts [M, 1, ctx_dim] that hold the scaled parameters of their task and nothing else."""
+    data = load_dataset(env, path, device)
+    params = torch.as_tensor(data.task_params / data.family.param_scale, dtype=torch.float32, device=data.device)
+    data.told = nn.functional.pad(params, (0, data.ctx_dim - params.shape[1]))[:, None]  # [T, 1, ctx_dim]
+    data.sample_context = lambda task_ids, size, generator: data.told[task_ids]
+    return data
+
+
+def evaluate_all(agent, data, args, protocols, episodes):
+    """Returns with known tasks, which need no context: of iid and train alone."""
+    adapt, value, results = focal.adapt, focal.value, {}
+    for protocol in ("iid", "train"):
+        tasks = torch.as_tensor(data.train_ids[:10] if protocol == "train" else data.test_ids)
+        told = data.told[tasks.repeat_interleave(episodes)]
+        known = told, torch.ones_like(told[..., 0])
+        policy, traced = (lambda *_, known=known: adapt(agent, *known)), []
+        results |= dc.evaluate(data, policy, (protocol,), episodes, traced)
+        if protocol == "iid":
+            results |= dc.q_error(traced[0], lambda *given: value(agent, args, *known, given[-1]), args.gamma)
+            clone = dc.evaluate(data, lambda *_: adapt(agent, *known, clone=True), ("iid",), episodes)
+            results |= {tag.replace("iid", "clone"): found for tag, found in clone.items()}
+    return results
+
+
+def train(args):
+    args.z_dim = dc.FAMILIES[args.env].draw()[0].shape[1]
+    return focal.train(args)
+
+
+if __name__ == "__main__":
+    focal.Encoder, focal.evaluate_all = (lambda ctx_dim, z_dim, width: Known(z_dim)), evaluate_all
+    dc.load_dataset = known_tasks
+    dc.label_contexts = lambda data, embed: (data.told[:, 0].cpu(), list(range(len(data.told))))
+    dc.command_line(Args, train, __doc__)
