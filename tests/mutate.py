@@ -1178,6 +1178,7 @@ MUTANTS = {
             'others[distance.argsort(kind="stable")]',
             "others",
         ),
+        Mutant("rounding orders equally distant tasks", "params[others]).round(9)", "params[others])"),
         Mutant(
             "foreign policies from far to near", 'distance.argsort(kind="stable")', '(-distance).argsort(kind="stable")'
         ),
@@ -1225,6 +1226,11 @@ MUTANTS = {
             "per-task policies play by the task they play on",
             "else np.asarray(policy_ids)\n",
             "else np.asarray(task_ids)\n",
+        ),
+        Mutant(
+            "files with other amounts of episodes train anew",
+            'POLICY_SETTINGS += ("rows",',
+            'POLICY_SETTINGS += ("episodes", "test_episodes", "rows",',
         ),
         Mutant("other settings continue old policies", 'if policies["settings"] != wanted:', "if False:"),
         Mutant(

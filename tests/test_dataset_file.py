@@ -257,6 +257,15 @@ def test_foreign_policies_are_near_and_far_for_every_task_and_none_has_a_phase_o
     assert abs(acted - acted.mean()).max() < 2
 
 
+def test_equally_distant_tasks_keep_their_order_whatever_the_rounding(monkeypatch):
+    family = dc.FAMILIES["point-robot"]  # every test goal lies midway between two training goals
+    exact, distance, rng = dc.choose_foreign(family, *family.draw(), 5), dc.Family.distance, np.random.default_rng(0)
+    noisy = lambda _, *tasks: distance(family, *tasks) + rng.uniform(-1e-14, 1e-14, len(tasks[1]))  # noqa: E731
+    monkeypatch.setattr(dc.Family, "distance", noisy)
+    for one, two in zip(exact, dc.choose_foreign(family, *family.draw(), 5)):
+        assert np.array_equal(one, two)
+
+
 CHEETAHS = {"env": "cheetah-dir", "episodes": 4, "test_episodes": 2, "ood_contexts": 2}
 
 
@@ -309,6 +318,14 @@ def test_policies_of_other_settings_are_refused(tiny_path, tmp_path, name):
     settings = TINY | {"out": str(tmp_path / "other.npz"), name: OTHER[name]}
     message = stop_message(dc.collect, dc.Args(env="point-robot", **settings))
     assert "point-robot.policies.pt" in message and "--out" in message
+
+
+def test_files_of_other_amounts_and_qualities_share_the_policies(telltale, tmp_path):
+    for i, changes in enumerate(
+        ({}, {"episodes": 9}, {"test_episodes": 2}, {"ood_contexts": 1}, {"quality": "expert"})
+    ):
+        dc.collect(dc.Args(**WINDY | changes, out=str(tmp_path / f"{i}.npz")))
+    assert telltale[0] == [list(range(8))]  # a single training
 
 
 # ---- interrupting and continuing --------------------------------------------
