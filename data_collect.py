@@ -42,7 +42,7 @@ from gymnasium.vector.utils import batch_space
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-FORMAT_VERSION = 1  # of the dataset files
+FORMAT_VERSION = 2  # of the dataset files
 
 # ---- task families ----------------------------------------------------------
 #
@@ -79,6 +79,10 @@ class Family:
         """CSRO's rule: every fourth task is a test task, so that each lies between training tasks."""
         test = np.arange(0, sum(self.counts), self.counts[0] // self.counts[1] + 1) + 2
         return params, np.setdiff1d(np.arange(sum(self.counts)), test), test
+
+    def distance(self, params, others):
+        """How far apart tasks are: params [.., P], others [.., P] -> [..], in the unit of the parameters."""
+        return ((params - others) ** 2).sum(-1) ** 0.5
 
     def terminated(self, state):
         """-> [B] bool: the task itself ended (a fall), as opposed to the time limit."""
@@ -258,6 +262,11 @@ class AntDir(Ant):
 
     def draw(self):
         return self.split_first(on_circle(2 * np.pi * self.one_draw_per_seed()))
+
+    def distance(self, params, others):
+        """The angle between the directions, in [0, pi]."""
+        cross = params[..., 0] * others[..., 1] - params[..., 1] * others[..., 0]
+        return abs(np.arctan2(cross, (params * others).sum(-1)))
 
     def observe(self, state):
         return state[:, 3:]  # qpos without x and y, qvel
@@ -536,6 +545,7 @@ FILE_LAYOUT = {
     "ood_terminated": ("bool", ("V", "C")),
     "ood_behavior_step": ("int32", ("V", "C")),
     "ood_behavior_task": ("int32", ("V", "C")),
+    "ood_distance": ("float64", ("V", "C")),
 }
 
 
@@ -575,6 +585,7 @@ class Dataset:
         self.train_ids, self.test_ids = arrays["train_ids"], arrays["test_ids"]
         self.random_returns, self.expert_returns = arrays["random_returns"], arrays["expert_returns"]  # [T]
         self.ood_behavior_task = arrays["ood_behavior_task"]  # [V, C], RANDOM where the random policy acted
+        self.ood_distance = arrays["ood_distance"]  # [V, C] from the test task to that task, -1 for the random policy
         self.train_tasks = torch.as_tensor(self.train_ids, device=device)  # [U]
         self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0: no episode
         steps = torch.arange(self.family.horizon, device=device)
@@ -712,6 +723,14 @@ def short(text):
     return "".join(c if c.isprintable() else "?" for c in str(text)[:80]) or "no reason given"
 
 
+def foreign_distance(family, arrays):
+    """-> ood_distance of the file [V, C]: from each test task to the task whose policy played the context, as of
+    Family.distance; -1 where the random policy acted."""
+    behavior, params = arrays["ood_behavior_task"], arrays["task_params"]
+    distance = family.distance(params[arrays["test_ids"], None], params[behavior.clip(0)])
+    return np.where(behavior == RANDOM, -1.0, distance)
+
+
 def faults(family, arrays):
     """What is wrong with the arrays of a file, as phrases; later checks rely on the earlier ones."""
     sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
@@ -754,6 +773,8 @@ def faults(family, arrays):
         yield "task_params are not those of the family's tasks"
     if np.isin(arrays["train_ids"], arrays["test_ids"]).any() and not np.isin(family_train, family_test).any():
         yield "a task is in both train_ids and test_ids"
+    if not (abs(arrays["ood_distance"] - foreign_distance(family, arrays)) < 1e-9).all():
+        yield "ood_distance does not agree with task_params and ood_behavior_task"
     if (arrays["expert_returns"] <= arrays["random_returns"]).mean() > 0.5:
         yield "for most tasks the expert is no better than the random policy: train the behavior policies longer"
     least, most = (family.horizon * bound if bound else 0.0 for bound in family.reward_range)
@@ -1644,9 +1665,10 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the SAC updates; the simulation runs on the CPU
     # data
     episodes: int = 50  # episodes per training task
-    test_episodes: int = 5  # episodes per test task: they only serve as contexts
+    test_episodes: int = 20  # episodes per test task: they only serve as contexts
     ood_contexts: int = 5
-    """contexts per test task from policies of other training tasks (one more comes from the random policy)"""
+    """contexts per test task by policies of other training tasks, from near to far, at 20, 60 and 100 % of their
+    training (one more comes from the random policy)"""
     train_tasks: int | None = None  # use only the first n training tasks of the family
     test_tasks: int | None = None  # use only the first n test tasks of the family
     # behavior policies
@@ -1820,19 +1842,13 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
 
     own = np.repeat(tasks[:, None], phase_of.shape[1], 1)
     arrays = record(phase_of, own, own)
-    # contexts of foreign policies for the OOD protocol: those of other training tasks, spread evenly
-    # over them, at 20, 60 and 100 % of their training; in the last column the random policy
-    foreign = np.full((len(test_ids), args.ood_contexts + 1), RANDOM)  # [test tasks, C]
-    for row, task in enumerate(test_ids):
-        others = train_ids[train_ids != task]
-        foreign[row, :-1] = others[np.linspace(0, len(others) - 1, args.ood_contexts).round().astype(int)]
-    phases = np.resize([PHASES // 5 - 1, 3 * PHASES // 5 - 1, PHASES - 1], foreign.shape[1])
-    phases = np.where(foreign == RANDOM, RANDOM, phases[None])
+    foreign, phases = choose_foreign(family, params, train_ids, test_ids, args.ood_contexts)
     ood = record(phases, np.repeat(test_ids[:, None], foreign.shape[1], 1), foreign)
     arrays |= {"ood_" + key: value for key, value in ood.items()}
     arrays["ood_behavior_task"] = foreign.astype(np.int32)
     arrays |= {"task_params": params, "train_ids": train_ids.astype(np.int64), "test_ids": test_ids.astype(np.int64)}
     arrays |= {"random_returns": random_returns, "expert_returns": expert_returns}
+    arrays["ood_distance"] = foreign_distance(family, arrays)
     recorded = arrays["rewards"][phase_of != NO_EPISODE].sum(-1)
     return arrays, {"behavior_return": float(recorded.mean()), "diverged_episodes": diverged}
 
@@ -1858,6 +1874,29 @@ def choose_phases(args, num_tasks, test_ids, random_returns, expert_returns, pla
             "random": np.full(count, RANDOM),
         }[args.quality]
     return table
+
+
+def choose_foreign(family, params, train_ids, test_ids, count):
+    """Who plays the contexts of the OOD protocol -> training tasks, snapshots of their policies, both [V, count + 1] int;
+    RANDOM in the last column.
+
+    The other training tasks, sorted by their distance from the test task, are cut into `count` parts; column c is by
+    one of part c. The phase rotates over rows and columns, and of a part the policy acts that did so least in this
+    phase, then least at all: every task meets near and far policies, and neither column nor policy tells the phase."""
+    stages = PHASES // 5 - 1, 3 * PHASES // 5 - 1, PHASES - 1  # 20, 60 and 100 % of the training
+    foreign, phases = np.full((2, len(test_ids), count + 1), RANDOM)
+    acted = np.zeros((PHASES, len(params)), int)  # contexts so far
+    for row, task in enumerate(test_ids):
+        others = train_ids[train_ids != task]
+        distance = family.distance(params[task], params[others]).round(9)  # equal ones stay in order, on any machine
+        others = np.resize(others[distance.argsort(kind="stable")], max(count, len(others)))  # too few take turns
+        for column in range(count):
+            phase = stages[(row + column) % len(stages)]
+            part = others[column * len(others) // count : (column + 1) * len(others) // count]
+            policy = part[np.lexsort((acted[:, part].sum(0), acted[phase, part]))[0]]
+            foreign[row, column], phases[row, column] = policy, phase
+            acted[phase, policy] += 1
+    return foreign, phases
 
 
 if __name__ == "__main__":

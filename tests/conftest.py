@@ -1,6 +1,7 @@
 """Shared by all tests: datasets so small that they are collected in seconds, a runner of the scripts, and readers of
 what they leave behind."""
 
+import cmath
 import csv
 import json
 import math
@@ -136,6 +137,7 @@ def numbered_path(tmp_path_factory):
     arrays |= {"task_params": params[:tasks], "train_ids": np.arange(6), "test_ids": test_ids}
     arrays |= {"random_returns": np.full(tasks, -20.0), "expert_returns": np.full(tasks, -5.0)}
     arrays["ood_behavior_task"] = np.tile([0, 2, 4, data_collect.RANDOM], (len(test_ids), 1)).astype(np.int32)
+    arrays["ood_distance"] = np.array([[*(math.dist(params[v], params[i]) for i in (0, 2, 4)), -1] for v in test_ids])
     header = {"format_version": data_collect.FORMAT_VERSION, "env": "point-robot", "settings": {"seed": 0}}
     path = tmp_path_factory.mktemp("numbered") / "point-robot.npz"
     np.savez(path, **arrays, header=np.array(json.dumps(header)))
@@ -155,6 +157,13 @@ def origin(rew):
 
 
 # ---- recomputations ---------------------------------------------------------------------
+
+
+def task_distance(env, one, two):
+    """How far apart the parameters of two tasks are: an angle in the families of directions, else a straight line."""
+    if env in ("ant-dir", "ant-dir-full"):
+        return abs(cmath.phase(complex(*one) / complex(*two)))
+    return math.dist(one, two)
 
 
 def pattern(shape):

@@ -285,7 +285,7 @@ def damage_array(arrays, rng):
         choice = rng.integers(len(values))
         array[place] = values[choice]
         must = choice < 6 or (choice < 8 and ("actions" in key or key == "task_params"))
-        must |= key in ("random_returns", "expert_returns") and choice != 7
+        must |= key in ("random_returns", "expert_returns") and choice != 7 or key == "ood_distance"
         return f"{key}{place} = {values[choice]}", must or None
     values = [-3, -2, -1, 0, 1, 5, 6, 21, 2**31 - 1, -(2**31)]
     old, new = int(array[place]), values[rng.integers(len(values))]
@@ -378,7 +378,7 @@ def use(path):
     data = dc.load_dataset("point-robot", path)
     digest = [data.episodes, data.lengths, data.ood_episodes, data.ood_lengths, data.obs_mean, data.obs_spread]
     digest += [data.task_params, data.train_ids, data.test_ids, data.random_returns, data.expert_returns]
-    digest = [np.asarray(x).tobytes() for x in (*digest, data.ood_behavior_task)]
+    digest = [np.asarray(x).tobytes() for x in (*digest, data.ood_behavior_task, data.ood_distance)]
     print(hash(tuple(digest)), json.dumps(data.header, indent=1, allow_nan=False))
 
     def adapt(context, mask, explore):

@@ -991,6 +991,11 @@ MUTANTS = {
             "lengths beyond the horizon pass", "range(family.horizon + 1)).all()", "range(family.horizon + 2)).all()"
         ),
         Mutant("another family's file passes", "if family_name != env:", "if False:"),
+        Mutant(
+            "wrong distances of foreign contexts pass",
+            '(abs(arrays["ood_distance"] - foreign_distance(family, arrays)) < 1e-9).all()',
+            '(arrays["ood_distance"] >= -1).all()',
+        ),
         Mutant("a file of another format version passes", "or version != FORMAT_VERSION:", "or False:"),
         Mutant(
             "a task without an episode passes",
@@ -1164,9 +1169,52 @@ MUTANTS = {
             "else scaled[torch.as_tensor(task_ids,",
         ),
         Mutant(
-            "foreign contexts of the trained policy in the random column",
-            "np.where(foreign == RANDOM, RANDOM, phases[None])",
-            "np.where(foreign == RANDOM, PHASES - 1, phases[None])",
+            "foreign contexts of the first snapshot in the random column",
+            "foreign, phases = np.full((2, len(test_ids), count + 1), RANDOM)",
+            "foreign, phases = np.full((2, len(test_ids), count + 1), np.array([RANDOM, 0])[:, None, None])",
+        ),
+        Mutant(
+            "foreign policies are spread over the list of tasks, the same for every test task",
+            'others[distance.argsort(kind="stable")]',
+            "others",
+        ),
+        Mutant("rounding orders equally distant tasks", "params[others]).round(9)", "params[others])"),
+        Mutant(
+            "foreign policies from far to near", 'distance.argsort(kind="stable")', '(-distance).argsort(kind="stable")'
+        ),
+        Mutant(
+            "every column of foreign contexts has its phase",
+            "stages[(row + column) % len(stages)]",
+            "stages[column % 3]",
+        ),
+        Mutant("every test task has one phase", "stages[(row + column) % len(stages)]", "stages[row % 3]"),
+        Mutant(
+            "the nearest policies of each part act again and again",
+            "part[np.lexsort((acted[:, part].sum(0), acted[phase, part]))[0]]",
+            "part[0]",
+        ),
+        Mutant(
+            "foreign policies have phases of their own",
+            "np.lexsort((acted[:, part].sum(0), acted[phase, part]))",
+            "np.lexsort((-acted[phase, part], acted[:, part].sum(0)))",
+        ),
+        Mutant(
+            "a test task's own policy counts as foreign", "others = train_ids[train_ids != task]", "others = train_ids"
+        ),
+        Mutant(
+            "the distance of directions has a sign",
+            "abs(np.arctan2(cross, (params * others).sum(-1)))",
+            "np.arctan2(cross, (params * others).sum(-1))",
+        ),
+        Mutant(
+            "distances are squared",
+            "return ((params - others) ** 2).sum(-1) ** 0.5",
+            "return ((params - others) ** 2).sum(-1)",
+        ),
+        Mutant(
+            "the random policy's distance is that of task 0",
+            "np.where(behavior == RANDOM, -1.0, distance)",
+            "distance",
         ),
         Mutant(
             "the recorded step is one phase early",
@@ -1178,6 +1226,11 @@ MUTANTS = {
             "per-task policies play by the task they play on",
             "else np.asarray(policy_ids)\n",
             "else np.asarray(task_ids)\n",
+        ),
+        Mutant(
+            "files with other amounts of episodes train anew",
+            'POLICY_SETTINGS += ("rows",',
+            'POLICY_SETTINGS += ("episodes", "test_episodes", "rows",',
         ),
         Mutant("other settings continue old policies", 'if policies["settings"] != wanted:', "if False:"),
         Mutant(

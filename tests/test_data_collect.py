@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from conftest import OnDevice, pattern, stop_message, to_meta
+from conftest import OnDevice, pattern, stop_message, task_distance, to_meta
 
 import data_collect as dc
 
@@ -93,6 +93,13 @@ def test_wind_is_drawn_all_x_before_all_y():
     params, _, _ = dc.FAMILIES["point-robot-wind"].draw()
     draws = np.random.RandomState(1337).uniform(-0.05, 0.05, 100)
     assert params[:, 0].tolist() == draws[:50].tolist() and params[:, 1].tolist() == draws[50:].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_distance_of_any_two_tasks(name):
+    params, _, _ = dc.FAMILIES[name].draw()
+    expected = [[task_distance(name, one, two) for two in params] for one in params]
+    np.testing.assert_allclose(dc.FAMILIES[name].distance(params[:, None], params), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import NUMBERED_TASKS, ROOT, TINY, OnDevice, dataset_on_meta, flags, origin, run_script, stop_message
+from conftest import (
+    NUMBERED_TASKS,
+    ROOT,
+    TINY,
+    OnDevice,
+    dataset_on_meta,
+    flags,
+    origin,
+    run_script,
+    stop_message,
+    task_distance,
+)
 
 import data_collect as dc
 
@@ -154,11 +165,15 @@ def check_who_played(path, quality, shared):
             assert not arrays[key][task, count:].any()
         assert (arrays["behavior_step"][task, count:] == -1).all()
     assert len(set(medium)) > 2
-    # foreign contexts: training tasks spread evenly, at 20, 60 and 100 % of the training; then the random policy
-    assert arrays["ood_behavior_task"].tolist() == [[0, 1, 3, 4, dc.RANDOM]] * 3
+    # foreign contexts: by the three nearest tasks in order, then by that of the two others which acted less; in turn at
+    # 20, 60 and 100 % of the training; then by the random policy
+    assert arrays["ood_behavior_task"].tolist() == [[2, 1, 4, 0, -2], [4, 2, 1, 3, -2], [0, 1, 3, 2, -2]]
     for v, task in enumerate(arrays["test_ids"]):
-        for c, (foreign, phase) in enumerate(zip((0, 1, 3, 4, None), (3, 11, 19, 3, None))):
+        for c, phase in enumerate([(3, 11, 19)[(v + c) % 3] for c in range(4)] + [None]):
+            foreign = arrays["ood_behavior_task"][v, c]
             check("ood_", (v, c), task, foreign, phase)
+            distance = -1 if phase is None else math.dist(params[task], params[foreign])
+            assert arrays["ood_distance"][v, c] == pytest.approx(distance, abs=1e-12)
 
 
 @pytest.mark.parametrize("quality", ["mixed", "medium", "expert", "medium-expert", "random"])
@@ -222,6 +237,35 @@ def test_medium_is_the_first_phase_halfway_to_the_expert():
             assert row.tolist() == [medium] * (10 - len(tail)) + tail
 
 
+@pytest.mark.parametrize("name", dc.FAMILIES)
+def test_foreign_policies_are_near_and_far_for_every_task_and_none_has_a_phase_of_its_own(name):
+    params, train_ids, test_ids = dc.FAMILIES[name].draw()
+    foreign, phases = dc.choose_foreign(dc.FAMILIES[name], params, train_ids, test_ids, 5)
+    assert foreign.shape == phases.shape == (len(test_ids), 6)
+    assert (foreign[:, -1] == dc.RANDOM).all() and (phases[:, -1] == dc.RANDOM).all()
+    for task, policies in zip(test_ids, foreign[:, :-1].tolist()):
+        others = [i for i in train_ids if i != task]
+        assert set(policies) <= set(others) and len(set(policies)) == min(5, len(others))
+        distances = np.sort([task_distance(name, params[task], params[i]) for i in others])
+        parts = np.array_split(distances, 5) if len(others) > 4 else [distances] * 5  # fifths, from near to far
+        for part, policy in zip(parts, policies):
+            assert part[0] - 1e-9 <= task_distance(name, params[task], params[policy]) <= part[-1] + 1e-9
+    for column in phases[:, :-1].T:  # a third of the tasks each
+        assert all(abs((column == phase).sum() - len(test_ids) / 3) < 1 for phase in (3, 11, 19))
+    acted = np.array([[(foreign[phases == phase] == i).sum() for i in train_ids] for phase in (3, 11, 19)])
+    assert acted.sum() == 5 * len(test_ids) and abs(acted.sum(0) - acted.sum(0).mean()).max() <= 1
+    assert abs(acted - acted.mean()).max() < 2
+
+
+def test_equally_distant_tasks_keep_their_order_whatever_the_rounding(monkeypatch):
+    family = dc.FAMILIES["point-robot"]  # every test goal lies midway between two training goals
+    exact, distance, rng = dc.choose_foreign(family, *family.draw(), 5), dc.Family.distance, np.random.default_rng(0)
+    noisy = lambda _, *tasks: distance(family, *tasks) + rng.uniform(-1e-14, 1e-14, len(tasks[1]))  # noqa: E731
+    monkeypatch.setattr(dc.Family, "distance", noisy)
+    for one, two in zip(exact, dc.choose_foreign(family, *family.draw(), 5)):
+        assert np.array_equal(one, two)
+
+
 CHEETAHS = {"env": "cheetah-dir", "episodes": 4, "test_episodes": 2, "ood_contexts": 2}
 
 
@@ -250,7 +294,7 @@ def test_default_path_settings_and_amounts(telltale, tmp_path, monkeypatch, qual
     data = dc.load_dataset("point-robot", None if quality == "mixed" else "datasets/point-robot-expert.npz")
     assert (tmp_path / "datasets" / "point-robot.policies.pt").exists()
     assert (data.header["settings"]["total_updates"], data.header["settings"]["width"]) == (1_500, 64)
-    assert (data.lengths > 0).sum(1).tolist() == [50, 50, 5] and data.ood_lengths.shape == (1, 6)
+    assert (data.lengths > 0).sum(1).tolist() == [50, 50, 20] and data.ood_lengths.shape == (1, 6)
 
 
 def test_existing_file_is_left_alone(tiny_path, tmp_path, capsys):
@@ -274,6 +318,14 @@ def test_policies_of_other_settings_are_refused(tiny_path, tmp_path, name):
     settings = TINY | {"out": str(tmp_path / "other.npz"), name: OTHER[name]}
     message = stop_message(dc.collect, dc.Args(env="point-robot", **settings))
     assert "point-robot.policies.pt" in message and "--out" in message
+
+
+def test_files_of_other_amounts_and_qualities_share_the_policies(telltale, tmp_path):
+    for i, changes in enumerate(
+        ({}, {"episodes": 9}, {"test_episodes": 2}, {"ood_contexts": 1}, {"quality": "expert"})
+    ):
+        dc.collect(dc.Args(**WINDY | changes, out=str(tmp_path / f"{i}.npz")))
+    assert telltale[0] == [list(range(8))]  # a single training
 
 
 # ---- interrupting and continuing --------------------------------------------
@@ -398,6 +450,11 @@ def header_with(**changes):
     return lambda arrays, header: header.update(changes)
 
 
+def as_version_1(arrays, header):
+    header["format_version"] = 1
+    del arrays["ood_distance"]
+
+
 # edit of a good file -> a word of the complaint
 DAMAGES = {
     "array missing": (lambda arrays, header: arrays.pop("rewards"), "rewards is missing"),
@@ -410,6 +467,7 @@ DAMAGES = {
     "other family": (header_with(env="ant-dir"), "holds ant-dir, not point-robot"),
     "newer format": (header_with(format_version=99), "update this repository"),
     "older format": (header_with(format_version=0), "format version 0"),
+    "file of version 1": (as_version_1, "format version 1, this code reads 2; remove it and make it anew"),
     "version of another kind": (header_with(format_version="one"), "format version one"),
     "version of another type": (header_with(format_version=True), "format version True"),
     "wrong observation size": (replaced("observations", lambda x: x[..., :1]), "observations has shape"),
@@ -445,6 +503,10 @@ DAMAGES = {
     # evaluate averages over the same number of contexts for every test task
     "uneven numbers of foreign contexts": (put("ood_behavior_task", (0, 0), dc.RANDOM), "same number of random"),
     "context of a task that does not exist": (put("ood_behavior_task", (0, 0), 99), "ood_behavior_task must be"),
+    "distance of no task": (put("ood_distance", (0, 0), 0.5), "ood_distance does not agree"),
+    "distance of the random policy": (put("ood_distance", (1, -1), 0.0), "ood_distance does not agree"),
+    "distances of other test tasks": (replaced("ood_distance", lambda x: x[::-1]), "ood_distance does not agree"),
+    "context of another task": (put("ood_behavior_task", (0, 0), 7), "ood_distance does not agree"),
 }
 
 
@@ -631,6 +693,8 @@ def uneven(numbered_path, tmp_path_factory):
     arrays["random_returns"] -= np.arange(NUMBERED_TASKS)
     arrays["expert_returns"] += np.arange(NUMBERED_TASKS) / 2
     arrays["ood_behavior_task"][0] = [dc.RANDOM, 1, 3, 5]
+    goals = arrays["task_params"]
+    arrays["ood_distance"][0] = [-1, *(math.dist(goals[6], goals[task]) for task in (1, 3, 5))]
     path = write(tmp_path_factory.mktemp("uneven") / "point-robot.npz", arrays, header)
     return dc.load_dataset("point-robot", path), arrays
 
@@ -650,8 +714,10 @@ def as_seen(arrays, obs):
 def test_dataset_counts_and_scales(uneven):
     data, arrays = uneven
     assert (data.obs_dim, data.act_dim, data.ctx_dim, data.env, data.min_episodes) == (2, 2, 7, "point-robot", 2)
-    for key in ("task_params", "train_ids", "test_ids", "random_returns", "expert_returns", "ood_behavior_task"):
+    for key in ("task_params", "train_ids", "test_ids", "random_returns", "expert_returns"):
         assert np.array_equal(getattr(data, key), arrays[key]), key
+    for key in ("ood_behavior_task", "ood_distance"):
+        assert np.array_equal(getattr(data, key), arrays[key]) and data.ood_lengths.shape == arrays[key].shape, key
     assert np.array_equal(data.lengths, arrays["lengths"]) and np.array_equal(data.ood_lengths, arrays["ood_lengths"])
     assert data.train_tasks.tolist() == [0, 1, 2, 3, 4, 5]
     assert data.counts.tolist() == [len(recorded(arrays, [task])) for task in range(NUMBERED_TASKS)]
@@ -921,7 +987,8 @@ def test_evaluation_is_the_same_at_every_call_whatever_the_global_generators(tin
 
 
 def test_train_takes_ten_tasks_of_the_shipped_file_and_diverged_episodes_are_counted(monkeypatch):
-    assert len(dc.load_dataset("ant-dir", ROOT / "datasets/ant-dir.npz").train_ids) == 20
+    for env, tasks in (("ant-dir", 20), ("sparse-point-robot", 80), ("point-robot-wind", 40)):
+        assert len(dc.load_dataset(env, ROOT / f"datasets/{env}.npz").train_ids) == tasks
     data = dc.load_dataset("point-robot", ROOT / "datasets/point-robot.npz")
     assert len(data.train_ids) == 30 and data.header["command"].startswith("python data_collect.py --env point-robot")
     goals = data.task_params[data.train_ids[:10]]
