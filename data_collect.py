@@ -811,7 +811,8 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     with the "context" and "mask" that adapt was given.
     -> {"eval/iid/return": mean over tasks, "eval/iid/return_se": its standard error over tasks x episodes,
     "eval/iid/normalized": 0 = random, 100 = expert, per task, then averaged, "eval/iid/return_task_07": ...,
-    "eval/online/return_ep_1": ...}"""
+    "eval/online/return_ep_1": ..., "eval/ood/normalized_near", "_middle", "_far": by the distance between the task and
+    that of the policy which acted, thirds of the rows}"""
     horizon, device, results = data.family.horizon, data.device, {}
     for protocol in protocols:
         tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
@@ -824,6 +825,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
             columns, row = np.nonzero(wanted)[1].reshape(len(tasks), -1), np.arange(len(tasks)).repeat(episodes)
             column = columns[row, number % columns.shape[1]]
             context, lengths = data.ood_episodes[row, column], data.ood_lengths[row, column]
+            distance = data.ood_distance[row, column]
         elif protocol in ("iid", "train"):
             present = (data.lengths[tasks] > 0).sum(1).cpu().numpy()  # episodes lie first in their row
             orders = [np.random.default_rng(10_000 + task).permutation(n) for task, n in zip(tasks, present)]
@@ -857,7 +859,12 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         results[f"eval/{protocol}/return"] = returns.mean()
         if len(returns) > 1:
             results[f"eval/{protocol}/return_se"] = returns.std(ddof=1) / len(returns) ** 0.5
-        results[f"eval/{protocol}/normalized"] = normalize(data, row_tasks, returns).mean()
+        normalized = normalize(data, row_tasks, returns)
+        results[f"eval/{protocol}/normalized"] = normalized.mean()
+        if protocol == "ood":  # by thirds of the distance between the task and that of the policy which acted
+            third = np.searchsorted(np.quantile(distance, (1 / 3, 2 / 3)), distance)
+            for k in np.unique(third):
+                results[f"eval/ood/normalized_{('near', 'middle', 'far')[k]}"] = normalized[third == k].mean()
         of_task = returns.reshape(len(tasks), episodes).mean(1)
         results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, of_task)}
         if done["diverged"].any():
