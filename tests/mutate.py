@@ -659,8 +659,33 @@ MUTANTS = {
             "inner, outer = draw_rows(data, table, task_ids, args, generator)",
             "inner, _ = draw_rows(data, table, task_ids, args, generator)\n            outer = inner",
         ),
+        Mutant("the outer rows may be of the inner episode", "counts = counts.scatter(1, inner, 0.0)", "pass"),
         Mutant(
-            "the outer rows may be of the inner episode", "lengths.float().scatter(1, inner, 0.0)", "lengths.float()"
+            "rows of the buffer ignore the segment", "torch.multinomial(allowed * counts,", "torch.multinomial(counts,"
+        ),
+        Mutant(
+            "episodes of the buffer count alike", "torch.multinomial(allowed * counts,", "torch.multinomial(allowed,"
+        ),
+        Mutant("inner-rows without effect", 'if args.inner_rows == "episode":  # [ours', "if True:  # [ours"),
+        Mutant(
+            "rows of the buffer are spread over their episodes",
+            'if args.inner_rows == "episode":  # evenly',
+            "if True:  # evenly",
+        ),
+        Mutant(
+            "rows of the inner episode are not spread over it",
+            'if args.inner_rows == "episode":  # evenly',
+            "if False:  # evenly",
+        ),
+        Mutant(
+            "the outer rows follow the inner segment",
+            "torch.multinomial(counts, args.batch_size",
+            "torch.multinomial(counts * allowed, args.batch_size",
+        ),
+        Mutant(
+            "rows of the buffer need two episodes",
+            'if args.inner_rows == "episode" and data.min_episodes < 2:',
+            "if data.min_episodes < 2:",
         ),
         Mutant(
             "outer rows of other tasks",
