@@ -100,8 +100,8 @@ class Args:
     adv_head: bool = True  # predict the advantage in the inner loss of the policy
     first_order: bool = False  # hold the inner gradient constant in the outer one
     inner_rows: Literal["episode", "buffer"] = "episode"
-    """what the inner rows of the training are drawn from: one episode, the outer rows from the others; or all episodes of
-    the task, as the outer rows (D2)"""
+    """what the inner rows of the training are drawn from: one episode, and the outer rows from the others; or all
+    episodes of the task, as the outer rows (D2)"""
     inner_segment: Literal["all", "start", "middle", "end"] = "all"
     """quarter of a task's episodes, in the order of recording, that the inner rows of the training come from (D2)"""
     online_ft: int = 0  # episodes of online fine-tuning per test task after the last evaluation [episodes]

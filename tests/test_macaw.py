@@ -496,7 +496,7 @@ def batches(numbered, numbered_path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["episode", "buffer"])
 @pytest.mark.parametrize("part, allowed", [("all", {0, 1, 2, 3}), ("start", {0}), ("middle", {1}), ("end", {3})])
 def test_training_rows_are_labelled_and_of_the_right_tasks_and_episodes(part, allowed, kind, numbered, batches):
-    """Inner rows of one episode and outer ones of the others, or both of all episodes; the inner ones of the segment."""
+    """Inner rows of one episode and outer ones of the others, or both of all; the inner ones of the segment."""
     expected, _ = slow_table(numbered)
     origin = {tuple(numbered.episodes[t, e, s, :2].tolist()): (t, e, s) for t, e in expected for s in range(20)}
     seen, tasks, inner_episodes, outer_episodes = batches(inner_segment=part, inner_rows=kind)[0], set(), set(), set()

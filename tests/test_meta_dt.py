@@ -680,7 +680,7 @@ def test_every_protocol_aims_at_its_own_tasks_return(which, tiny, monkeypatch):
 
 
 def test_top_of_tasks_with_different_numbers_of_episodes():
-    """The best quarter, rounded up: two of five, one of three, one of one; a task that is not for training is not read."""
+    """The best quarter, rounded up: two of five, one of three, one of one; test tasks do not count."""
     returns = np.array([[1.0, 4, 2, 3, 5], [-8, -7, -9, 0, 0], [100, 0, 0, 0, 0], [-6, 0, 0, 0, 0]])
     lengths = torch.tensor([[9] * 5, [9] * 3 + [0] * 2, [9] + [0] * 4, [9] + [0] * 4])
     data = SimpleNamespace(episode_returns=returns, lengths=lengths, train_ids=np.array([0, 1, 3]), device="cpu")
