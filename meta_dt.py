@@ -98,8 +98,8 @@ class Args:
     the test task's own data, which is knowledge about it (D5)"""
     prompt_length: int | None = None  # steps of the prompt (k) [steps]; None = ENV_ARGS
     prompt_episodes: Literal["best", "any"] = "best"
-    """which episodes give prompts, of the task's in training and of those that a protocol gives at test: the best three,
-    or any (D3)"""
+    """which episodes give prompts, of the task's in training and of those that a protocol gives at test: the best
+    three, or any (D3)"""
     prompt_select: Literal["argmax", "sample", "random", "last"] = "argmax"
     """where the prompt starts in its episode: largest error of the world model (in training as sample: the same start
     every time would be learned by heart), drawn in proportion to the error, anywhere, or as late as possible (D4)"""
