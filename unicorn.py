@@ -384,8 +384,8 @@ def embed(agent, context, mask):
 
 
 def adapt(agent, context, mask, explore=False, clone=False):
-    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0;
-    explore changes nothing, z has no spread -> policy(obs [R, obs_dim], rew [R]) -> act."""
+    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0 (never
+    trained); explore changes nothing, z has no spread -> policy(obs [R, obs_dim], rew [R]) -> act."""
     z = embed(agent, context, mask)
     return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
 

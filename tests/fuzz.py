@@ -507,6 +507,7 @@ def random_words(name, rng):
             alone.append(flag if rng.random() < 0.5 else "--no" + flag[1:])
         elif float in options or int in options:
             values = FLOATS if float in options else INTS
+            values = values + [str(v) for option in options for v in typing.get_args(option)]  # names beside numbers
             settings[flag] = values[rng.integers(len(values))]
         elif str in options:
             settings[flag] = TEXTS[rng.integers(len(TEXTS))]

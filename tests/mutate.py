@@ -659,8 +659,33 @@ MUTANTS = {
             "inner, outer = draw_rows(data, table, task_ids, args, generator)",
             "inner, _ = draw_rows(data, table, task_ids, args, generator)\n            outer = inner",
         ),
+        Mutant("the outer rows may be of the inner episode", "counts = counts.scatter(1, inner, 0.0)", "pass"),
         Mutant(
-            "the outer rows may be of the inner episode", "lengths.float().scatter(1, inner, 0.0)", "lengths.float()"
+            "rows of the buffer ignore the segment", "torch.multinomial(allowed * counts,", "torch.multinomial(counts,"
+        ),
+        Mutant(
+            "episodes of the buffer count alike", "torch.multinomial(allowed * counts,", "torch.multinomial(allowed,"
+        ),
+        Mutant("inner-rows without effect", 'if args.inner_rows == "episode":  # [ours', "if True:  # [ours"),
+        Mutant(
+            "rows of the buffer are spread over their episodes",
+            'if args.inner_rows == "episode":  # evenly',
+            "if True:  # evenly",
+        ),
+        Mutant(
+            "rows of the inner episode are not spread over it",
+            'if args.inner_rows == "episode":  # evenly',
+            "if False:  # evenly",
+        ),
+        Mutant(
+            "the outer rows follow the inner segment",
+            "torch.multinomial(counts, args.batch_size",
+            "torch.multinomial(counts * allowed, args.batch_size",
+        ),
+        Mutant(
+            "rows of the buffer need two episodes",
+            'if args.inner_rows == "episode" and data.min_episodes < 2:',
+            "if data.min_episodes < 2:",
         ),
         Mutant(
             "outer rows of other tasks",
@@ -782,8 +807,34 @@ MUTANTS = {
         ),
         Mutant("a purely zero-shot network gets prompts at test", " and args.prompt_dropout < 1", ""),
         Mutant("the prompt may be of the window's own episode", "rank += is_own", "rank += 0 * is_own"),
-        Mutant("prompts of other tasks", "other = best[task, rank]", "other = best[task.roll(1), rank]"),
-        Mutant("prompts of the worst episodes", "returns.topk(count, 1).indices", "(-returns).topk(count, 1).indices"),
+        Mutant("prompts of other tasks", "other = ranked[task, rank]", "other = ranked[task.roll(1), rank]"),
+        Mutant("prompts of the worst episodes", "returns.argsort(1, descending=True)", "returns.argsort(1)"),
+        Mutant(
+            "a missing episode may give the prompt",
+            ".view_as(lengths).masked_fill(lengths == 0, -math.inf)",
+            ".view_as(lengths)",
+        ),
+        Mutant("best and any are exchanged", 'if args.prompt_episodes == "best"', 'if args.prompt_episodes == "any"'),
+        Mutant(
+            "best is the very best in training",
+            "(lengths[task] > 0).sum(1) - 1, args)",
+            "(lengths[task] > 0).sum(1).clamp(max=1), args)",
+        ),
+        Mutant(
+            "the worst other episode gives no prompt",
+            "(lengths[task] > 0).sum(1) - 1, args)",
+            "(lengths[task] > 0).sum(1) - 2, args)",
+        ),
+        Mutant(
+            "at test the best episode gives the prompt",
+            "draw_rank(draw, (lengths > 0).sum(1), args)",
+            "draw_rank(0 * draw, (lengths > 0).sum(1), args)",
+        ),
+        Mutant(
+            "at test missing episodes give prompts",
+            "draw_rank(draw, (lengths > 0).sum(1), args)",
+            "draw_rank(draw, (lengths >= 0).sum(1), args)",
+        ),
         Mutant("windows from a uniform step on", "(last - args.window + 1).clamp(min=0)", "last"),
         Mutant("no warm-up", "min((step + 1) / max(updates, 1), 1.0)", "1.0"),
         Mutant("the warm-up starts at 0", "min((step + 1) / max(updates, 1), 1.0)", "min(step / max(updates, 1), 1.0)"),
@@ -818,11 +869,19 @@ MUTANTS = {
             '"state" if dc.FAMILIES[args.env].dynamics_vary else "reward"',
             '"reward" if dc.FAMILIES[args.env].dynamics_vary else "state"',
         ),
-        Mutant("train_max is the mean", "seen.amax(0, keepdim=True)", "seen.mean(0, keepdim=True)"),
+        Mutant("train_max is the mean", "best[train].max()", "best[train].mean()"),
         Mutant(
             "missing episodes count as returns of 0",
-            "returns.masked_fill(data.lengths.cpu() == 0, -math.inf).amax(1)",
-            "returns.amax(1)",
+            "(data.episode_returns).masked_fill(~present, -math.inf)",
+            "(data.episode_returns)",
+        ),
+        Mutant("train_top is the worst quarter", ".sort(1, descending=True)", ".sort(1)"),
+        Mutant("train_top is the best half", "keepdim=True) / 4", "keepdim=True) / 2"),
+        Mutant("train_top is a sum", ", 0).sum(1) / quarter[:, 0].ceil()", ", 0).sum(1)"),
+        Mutant("train_top is of all tasks", "top[train].mean()", "top.mean()"),
+        Mutant("a target as a number is scaled twice", "torch.tensor([which],", "torch.tensor([which / 500],"),
+        Mutant(
+            "targets must be positive", '"target_return": (-1_000_000, 1_000_000)', '"target_return": (0, 1_000_000)'
         ),
         Mutant(
             "targets are given to the wrong rows",
@@ -833,8 +892,19 @@ MUTANTS = {
         Mutant("a rollout's rewards lie one step late", "seen[:, t - 1, -1] = rew", "seen[:, t, -1] = rew"),
         Mutant(
             "the embedding leaves out the last transition",
-            "infer(context, lengths, every, lengths, agent",
-            "infer(context, lengths, every, lengths - 1, agent",
+            "& (step <= length)",
+            "& (step < length)",
+        ),
+        Mutant("the embedding counts incomplete contexts", "(step >= length.clamp(max=horizon)) & ", ""),
+        Mutant(
+            "the embedding of an episode shorter than a context is not finite", "length.clamp(max=horizon)", "horizon"
+        ),
+        Mutant("the embedding counts steps after the end", " & (step <= length)", ""),
+        Mutant("the embedding is a sum", ".sum(0) / counts.sum()", ".sum(0)"),
+        Mutant(
+            "half as many updates of the world model",
+            "args.world_model_updates = args.total_updates",
+            "args.world_model_updates = args.total_updates // 2",
         ),
         Mutant(
             "training on test tasks",
