@@ -12,8 +12,10 @@ Equations: (3) r = phi^T W; (4) Q = psi^T W; (5) reward loss; (8) feature mean a
 
 Deviations and choices where the paper's main text is silent:
   D1  W = softmax, so that r is a convex mix of the features and a lower feature never raises Q.
-  D2  log p(Q) is a sum over transitions of the task, as many as --likelihood-weight says: with their mean,
-      the KL term of (17) outweighs it and the posterior collapses to the prior.
+  D2  log p(Q) is a sum over transitions of the task, as many as --likelihood-weight says: with their mean, the KL term of
+      (17) outweighs it and the posterior collapses to the prior. Mean and spread of the Gaussian errors are those
+      that fit best: with a fixed spread the term grows with the square of the reward scale, and with a fixed mean z
+      follows what all tasks have in common, the lag of a young critic, far away from the prior.
   D3  D_KL(pi || pi_beta) against a behavior policy fitted to the data by maximum likelihood; both are
       tanh-Gaussians, so the divergence is the closed form of the Gaussians before the tanh.
   D4  The bandit's return R_g: by default the policy's own value at the data's initial states
@@ -76,7 +78,7 @@ class Args:
     reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
     lr: float = 1.2e-3  # Adam's learning rate of all networks
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
-    n_step: int = 5  # steps of the data's rewards in a target; 1 = the paper's (D10)
+    n_step: int | None = None  # steps of the data's rewards in a target; 1 = the paper's (D10); None = ENV_ARGS
     target_noise: float = 0.0
     """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = its mean (D10)"""
     tau: float = 0.02  # rate at which the target networks follow (zeta)
@@ -98,6 +100,7 @@ class Args:
     anchor_share: float | None = None
     """share of each task's transitions, those of its best episodes, that pi_beta is fitted to (D10); 1 = the paper's
     behavior policy; None = ENV_ARGS"""
+    behavior_decay: float = 0.3  # AdamW's weight decay of pi_beta, which would learn few episodes by heart; 0 = none
     brac_alpha: float | None = None  # initial weight of the divergence in the policy loss (rho1); None = ENV_ARGS
     brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
     brac_alpha_max: float = 100.0  # largest weight of the divergence
@@ -105,8 +108,8 @@ class Args:
 
 
 ENV_ARGS = {  # for arguments left at None: all families, then what those change whose name holds the key
-    "": dict(gamma=0.97, reward_scale=0.5, z_dim=20, anchor_share=0.25, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.2),
-    "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
+    "": dict(gamma=0.97, reward_scale=0.5, n_step=5, z_dim=20, anchor_share=0.25, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.2),
+    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
 }
 MAY_BE_ZERO = {"num_flows", "likelihood_weight", "kl_weight", "feature_weight", "alpha_min"}
 RANGES = {"alpha_min": (-1, 0), "num_arms": (1, 20)}  # 20 arms: probability >= 0.05
@@ -216,10 +219,11 @@ def feature_loss(psi, psi_target):
 
 
 def value_log_likelihood(psi, weights, q_target):
-    """psi [2, M, B, D], weights [M, 1, D], q_target [M, B] -> scalar: log p(Q) of one transition up to a
-    constant, mean over networks, tasks and transitions."""
+    """psi [2, M, B, D], weights [M, 1, D], q_target [M, B] -> scalar: log p(Q) of one transition up to a constant, under
+    the Gaussian error whose mean and spread fit each network's errors best."""
     error = (psi * weights).sum(-1) - q_target  # [2, M, B]
-    return -0.5 * error.pow(2).mean()  # first term of (Eq. 17)
+    variance = error.var((1, 2), correction=0)
+    return -0.5 * (variance + 1e-6).log().mean()  # first term of (Eq. 17)  [ours: D2]
 
 
 def perplexity(weights):
@@ -275,7 +279,10 @@ class Agent(nn.Module):
             for parameter in (net.w_3, net.b_3):
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
         # learning rate as a tensor, so that a compiled update reads the current one
-        self.opt = torch.optim.Adam(self.parameters(), torch.tensor(args.lr), fused=True)
+        fitted = list(self.behavior.parameters())
+        rest = [p for name, p in self.named_parameters() if not name.startswith("behavior.")]
+        groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
+        self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
         self.register_buffer("arms", torch.linspace(args.alpha_min, 0, args.num_arms))
         self.arm_tags = [f"bandit/prob_{arm:.2f}" for arm in self.arms.tolist()]
@@ -356,7 +363,7 @@ def update(agent, context, segment, best, args):
         next_psi = psi_mean + alpha * psi_spread  # (Eq. 9)
         next_q = (next_psi * weights).sum(-1)
         q_target = (segment.weight * rew).sum(-1) + segment.bootstrap * next_q  # [M, B], of (Eq. 17)
-        later_phi = agent.phi(moves[:, :, 1:].flatten(1, 2), z)[0].unflatten(1, (-1, args.n_step - 1))
+        later_phi = agent.phi(moves[:, :, 1:].flatten(1, 2), z)[0].unflatten(1, (obs.shape[1], args.n_step - 1))
     phi = agent.phi(moves[:, :, 0], z)[0]  # [M, B, D]
     with torch.no_grad():
         path_phi = torch.cat([phi[:, :, None], later_phi], 2)  # [M, B, n, D]
@@ -366,7 +373,7 @@ def update(agent, context, segment, best, args):
     psi = agent.psi(torch.cat([obs, act], -1), z)  # [2, M, B, D]
     loss_r = reward_loss(phi, weights, rew[..., 0])
     loss_psi = feature_loss(psi, psi_target)
-    likelihood = args.likelihood_weight * value_log_likelihood(psi, weights, q_target)  # [ours: D2]
+    likelihood = args.likelihood_weight * value_log_likelihood(psi, weights, q_target)
     elbo = likelihood - args.kl_weight * kl.mean()  # (Eq. 17)
     encoder_loss = args.feature_weight * (loss_r + loss_psi) - elbo  # (Eq. 18)
     encoder_loss.backward(inputs=[*agent.encoder.parameters(), *agent.flows.parameters()], retain_graph=True)

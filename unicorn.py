@@ -80,7 +80,7 @@ class Args:
     reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
     lr: float = 1.2e-3  # Adam's learning rate of all networks
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
-    n_step: int = 5  # steps of the data's rewards in a target; 1 = the paper's (D9)
+    n_step: int | None = None  # steps of the data's rewards in a target; 1 = the paper's (D9); None = ENV_ARGS
     target_noise: float = 0.0
     """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = its mean (D9)"""
     tau: float = 0.02  # rate at which the target networks follow
@@ -99,6 +99,7 @@ class Args:
     anchor_share: float | None = None
     """share of each task's transitions, those of its best episodes, that pi_beta is fitted to (D9); 1 = the paper's
     behavior policy; None = ENV_ARGS"""
+    behavior_decay: float = 0.3  # AdamW's weight decay of pi_beta, which would learn few episodes by heart; 0 = none
     brac_alpha: float | None = None  # initial weight of the divergence in the policy loss; None = ENV_ARGS
     brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
     brac_alpha_max: float = 100.0  # largest weight of the divergence
@@ -109,6 +110,7 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
     "": dict(
         gamma=0.97,
         reward_scale=0.5,
+        n_step=5,
         z_dim=20,
         metric_weight=0.15,
         anchor_share=0.25,
@@ -116,7 +118,7 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
         brac_alpha_lr=1e-3,
         divergence_target=0.2,
     ),
-    "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
+    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
     "params": dict(metric_weight=1.5),
 }
 MAY_BE_ZERO = {"metric_weight"}
@@ -272,7 +274,10 @@ class Agent(nn.Module):
             for parameter in (net.w_3, net.b_3) if net else ():
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
         # learning rate as a tensor, so that a compiled update reads the current one
-        self.opt = torch.optim.Adam(self.parameters(), torch.tensor(args.lr), fused=True)
+        fitted = list(self.behavior.parameters()) if self.behavior else []
+        rest = [p for name, p in self.named_parameters() if not name.startswith("behavior.")]
+        groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
+        self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
 
     def fitted(self, obs, z):
