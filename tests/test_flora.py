@@ -151,6 +151,7 @@ def slow_metrics(agent, context, segment, best, args):
     arms = [args.alpha_min - args.alpha_min * u / (args.num_arms - 1) for u in range(args.num_arms)]
     alpha = arms[agent.arm]
     reward = feature = likelihood = kl_mean = behavior_loss = q = divergence = 0.0
+    residuals = [], []  # of the value of either network
     means, variances, norms, perplexities, spread_data, spread_policy, errors, gaps = ([] for _ in range(8))
     each = 1 / (TASKS * BATCH)
     for m in range(TASKS):
@@ -188,7 +189,7 @@ def slow_metrics(agent, context, segment, best, args):
             reward = reward + 0.5 * (rewards[0] - prediction) ** 2 * each
             for e in range(2):
                 value = sum(psi[e][d] * w[d] for d in range(args.feature_dim))
-                likelihood = likelihood - 0.5 * (value - q_target.detach()) ** 2 * each / 2
+                residuals[e].append(value - q_target.detach())
             pi_mean, pi_log_std, b_mean, b_log_std = slow_policy(agent, obs, fixed_z)
             _, _, best_mean, best_log_std = slow_policy(agent, best.obs[m, b], fixed_z)
             fitted = TransformedDistribution(Normal(best_mean, best_log_std.exp()), TanhTransform())
@@ -201,6 +202,9 @@ def slow_metrics(agent, context, segment, best, args):
             gaps.append((values[1] - values[0]).item())
             q = q + min(values) * each
             spread_policy += (abs(pi_psi[0] - pi_psi[1]) / math.sqrt(2)).tolist()
+    for residual in residuals:
+        middle = sum(residual) * each
+        likelihood = likelihood - 0.25 * torch.log(sum((x - middle) ** 2 for x in residual) * each + 1e-6)
     elbo = args.likelihood_weight * likelihood - args.kl_weight * kl_mean
     brac_alpha = agent.brac_alpha.item() + args.brac_alpha_lr * (divergence.item() - args.divergence_target)
     metrics = {
@@ -278,7 +282,8 @@ def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
                 first[name] = 0.9 * first.get(name, 0) + 0.1 * grad
                 second[name] = 0.999 * second.get(name, 0) + 0.001 * grad**2
                 root = (second[name] / (1 - 0.999**step)).sqrt() + 1e-8
-                moved = before[name] - args.lr * first[name] / (1 - 0.9**step) / root
+                kept = 1 - args.lr * args.behavior_decay if name.startswith("behavior.") else 1.0
+                moved = kept * before[name] - args.lr * first[name] / (1 - 0.9**step) / root
                 torch.testing.assert_close(param, moved, rtol=0, atol=1e-4 * args.lr)
             else:
                 assert name.startswith("psi_target") or param.numel() == 0, name
@@ -719,9 +724,9 @@ def test_defaults_are_those_of_the_paper_and_of_the_family():
     assert (args.kl_weight, args.feature_weight, args.bandit_lr) == (0.1, 0.01, 0.1)
     assert (args.alpha_min, args.num_arms, args.feature_dim, args.num_flows) == (-1.0, 5, 32, 4)
     assert (args.weight_activation, args.bandit_feedback, args.likelihood_weight) == ("softmax", "offline", 256.0)
-    assert (args.n_step, args.target_noise, args.tau) == (5, 0.0, 0.02)
-    names = ("gamma", "reward_scale", "z_dim", "anchor_share", "brac_alpha", "brac_alpha_lr", "divergence_target")
-    families = {"ant-dir": (0.97, 0.5, 20, 0.25, 1.0, 1e-3, 0.2), "point-robot": (0.9, 5.0, 5, 0.25, 1.5, 0.0, 0.2)}
+    assert (args.target_noise, args.tau, args.behavior_decay) == (0.0, 0.02, 0.3)
+    names = ("gamma", "reward_scale", "n_step", "z_dim", "anchor_share", "brac_alpha", "brac_alpha_lr")
+    families = {"ant-dir": (0.97, 0.5, 5, 20, 0.25, 1.0, 1e-3), "point-robot": (0.9, 5.0, 1, 5, 0.25, 1.5, 0.0)}
     for env, values in families.items():
         resolved = dc.resolve(flora.Args(env=env), flora.ENV_ARGS, flora.MAY_BE_ZERO, flora.RANGES)
         assert tuple(getattr(resolved, name) for name in names) == values
