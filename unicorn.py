@@ -28,13 +28,17 @@ Deviations from the paper and from the official code:
       the encoder and size of z are those of focal.py.
   D8  log_std is clamped to [-5, 2], pi_beta's to [-3, 1] (code: [-20, 2]), and the data's actions to +-0.999 where
       pi_beta is fitted to them.
+  D9  The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
+      (paper: one step, a sample), so that the critics come nearer to their value in as few updates. With an entropy
+      term the action is a sample, too; the steps before it have no entropy. pi_beta is fitted to the best quarter of
+      each task's data, by the returns of the episodes.
 
 Run:     python unicorn.py --env ant-dir
 Others:  --variant ss-0, --variant sup
-Closest to the paper, ant-dir and cheetah: --gamma 0.99 --reward-scale 1 --batch-size 256 --context-size 200 --lr 3e-4
-         --no-lr-decay --encoder-width 64 --z-dim 5 --total-updates 200000; hopper and walker instead --encoder-width
-         128 --decoder-width 128, --z-dim 40 and 32; as released, but for ant-dir: --backbone sac (cheetah-vel:
-         --entropy-weight 0)
+Closest to the paper, ant-dir and cheetah: --gamma 0.99 --reward-scale 1 --n-step 1 --target-noise 1 --tau 0.005
+         --anchor-share 1 --batch-size 256 --context-size 200 --lr 3e-4 --no-lr-decay --encoder-width 64 --z-dim 5
+         --total-updates 200000; hopper and walker instead --encoder-width 128 --decoder-width 128, --z-dim 40 and 32;
+         as released, but for ant-dir: --backbone sac (cheetah-vel: --entropy-weight 0)
 No flag reaches: D1 to D5, D8, layer normalization.
 """
 
@@ -82,7 +86,8 @@ class Args:
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
     n_step: int = 5  # steps of the data's rewards in a target; 1 = the paper's (D9)
     target_noise: float = 0.0
-    """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = its mean (D9)"""
+    """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = the policy's
+    mean (D9); with --backbone sac always 1"""
     tau: float = 0.02  # rate at which the target networks follow
     width: int = 256  # hidden units of policy and critics, two layers
     encoder_width: int = 200  # hidden units of the encoder, two layers
@@ -315,8 +320,8 @@ def task_losses(agent, z, labels, context, args):
 
 
 def update(agent, labels, context, segment, best, args):
-    """One step of every network. labels [M]; context [M, K, ctx_dim]; segment: Segment of [M, B, n, ..], drawn apart from the
-    context; best: Batch of [M, B, ..] that pi_beta is fitted to -> dict of detached 0-d tensors."""
+    """One step of every network. labels [M]; context [M, K, ctx_dim]; segment: Segment of [M, B, n, ..], drawn apart
+    from the context; best: Batch of [M, B, ..] that pi_beta is fitted to -> dict of detached 0-d tensors."""
     obs, act = segment.obs[:, :, 0], segment.act[:, :, 0]
     agent.opt.zero_grad()
 
@@ -331,7 +336,8 @@ def update(agent, labels, context, segment, best, args):
     with torch.no_grad():
         next_obs = segment.next_obs[:, :, -1]
         mean, log_std, _, _ = agent.policies(next_obs, z_fixed)
-        next_pre = mean + args.target_noise * log_std.exp() * torch.randn_like(mean)
+        next_noise = 1.0 if args.backbone == "sac" else args.target_noise  # an entropy is estimated by a sample
+        next_pre = mean + next_noise * log_std.exp() * torch.randn_like(mean)
         next_q = agent.q_target(next_obs, torch.tanh(next_pre), z_fixed).amin(0)
         if args.backbone == "sac":
             next_q = next_q - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
