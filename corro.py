@@ -28,8 +28,8 @@ Deviations from the paper and from the official code:
       pi_beta is fitted to them.
   D10 The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
       (paper: one step, a sample), so that the critics come nearer to their value in as few updates. With an entropy
-      term the action is a sample, too; the steps before it have no entropy. pi_beta is fitted, with weight decay, to the
-      best quarter of each task's data, by the returns of the episodes.
+      term the action is a sample, too; the steps before it have no entropy. pi_beta is fitted, with weight decay, to
+      the best quarter of each task's data, by the returns of the episodes.
 
 Run:     python corro.py --env ant-dir
 Closest to the paper, ant-dir: --backbone sac --gamma 0.99 --reward-scale 1 --n-step 1 --tau 0.005 --batch-size 256

@@ -955,7 +955,15 @@ def normalize(data, tasks, returns):
 RUN_VERSION = 2  # of run directories and policies files; a checkpoint of another version is refused
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster wants the program to stop
 # arguments that may be 0, and those with limits of their own, in all scripts; all other numbers must be positive
-MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight", "target_noise", "behavior_decay"}
+MAY_BE_ZERO = {
+    "seed",
+    "brac_alpha",
+    "brac_alpha_lr",
+    "divergence_target",
+    "entropy_weight",
+    "target_noise",
+    "behavior_decay",
+}
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "anchor_share": (0, 1), "n_step": (1, 100)}
 LONGEST = 1000  # of a name or path
 # arguments that do not shape the training: a resumed run may change them
@@ -1886,8 +1894,8 @@ def choose_phases(args, num_tasks, test_ids, random_returns, expert_returns, pla
 
 
 def choose_foreign(family, params, train_ids, test_ids, count):
-    """Who plays the contexts of the OOD protocol -> training tasks, snapshots of their policies, both [V, count + 1] int;
-    RANDOM in the last column.
+    """Who plays the contexts of the OOD protocol -> training tasks, snapshots of their policies, both [V, count + 1]
+    int; RANDOM in the last column.
 
     The other training tasks, sorted by their distance from the test task, are cut into `count` parts; column c is by
     one of part c. The phase rotates over rows and columns, and of a part the policy acts that did so least in this

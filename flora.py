@@ -12,10 +12,10 @@ Equations: (3) r = phi^T W; (4) Q = psi^T W; (5) reward loss; (8) feature mean a
 
 Deviations and choices where the paper's main text is silent:
   D1  W = softmax, so that r is a convex mix of the features and a lower feature never raises Q.
-  D2  log p(Q) is a sum over transitions of the task, as many as --likelihood-weight says: with their mean, the KL term of
-      (17) outweighs it and the posterior collapses to the prior. Mean and spread of the Gaussian errors are those
-      that fit best: with a fixed spread the term grows with the square of the reward scale, and with a fixed mean z
-      follows what all tasks have in common, the lag of a young critic, far away from the prior.
+  D2  log p(Q) is a sum over transitions of the task, as many as --likelihood-weight says: with their mean, the KL
+      term of (17) outweighs it and the posterior collapses to the prior. Mean and spread of the Gaussian errors are
+      those that fit best: with a fixed spread the term grows with the square of the reward scale, and with a fixed mean
+      z follows what all tasks have in common, the lag of a young critic, far away from the prior.
   D3  D_KL(pi || pi_beta) against a behavior policy fitted to the data by maximum likelihood; both are
       tanh-Gaussians, so the divergence is the closed form of the Gaussians before the tanh.
   D4  The bandit's return R_g: by default the policy's own value at the data's initial states
@@ -234,8 +234,8 @@ def feature_loss(psi, psi_target):
 
 
 def value_log_likelihood(psi, weights, q_target):
-    """psi [2, M, B, D], weights [M, 1, D], q_target [M, B] -> scalar: log p(Q) of one transition up to a constant, under
-    the Gaussian error whose mean and spread fit each network's errors best."""
+    """psi [2, M, B, D], weights [M, 1, D], q_target [M, B] -> scalar: log p(Q) of one transition up to a constant,
+    under the Gaussian error whose mean and spread fit each network's errors best."""
     error = (psi * weights).sum(-1) - q_target  # [2, M, B]
     variance = error.var((1, 2), correction=0)
     return -0.5 * (variance + 1e-6).log().mean()  # first term of (Eq. 17)  [ours: D2]

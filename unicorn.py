@@ -30,8 +30,8 @@ Deviations from the paper and from the official code:
       pi_beta is fitted to them.
   D9  The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
       (paper: one step, a sample), so that the critics come nearer to their value in as few updates. With an entropy
-      term the action is a sample, too; the steps before it have no entropy. pi_beta is fitted, with weight decay, to the
-      best quarter of each task's data, by the returns of the episodes.
+      term the action is a sample, too; the steps before it have no entropy. pi_beta is fitted, with weight decay, to
+      the best quarter of each task's data, by the returns of the episodes.
 
 Run:     python unicorn.py --env ant-dir
 Others:  --variant ss-0, --variant sup

@@ -295,9 +295,13 @@ def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
     assert {tag: value.item() for tag, value in first_metrics[0].items()} == first_metrics[1]  # no views of the agent
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({"brac_alpha_lr": 1e3, "brac_alpha_max": 0.9}, 0.9), ({"brac_alpha_lr": 1e3, "divergence_target": 1e3}, 0.0),
-])
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"brac_alpha_lr": 1e3, "brac_alpha_max": 0.9}, 0.9),
+        ({"brac_alpha_lr": 1e3, "divergence_target": 1e3}, 0.0),
+    ],
+)
 def test_multiplier_stays_within_its_bounds(changes, expected):
     agent, args = random_agent(**changes)
     flora.update(agent, *random_inputs(args), args)
@@ -438,12 +442,15 @@ def test_encoder_bounds_the_variance_of_a_factor_from_below():
 # ---- bandit -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_arms, arm, gain, lr, expected", [
-    (2, 0, 2.0, 0.1, 0.2),  # clipped to 1: 0.1 * 1 / 0.5
-    (2, 0, 1.0, 0.2, 0.4),
-    (4, 2, -5.0, 0.1, -0.4),  # clipped to -1
-    (4, 3, 0.5, 0.1, 0.2),
-])
+@pytest.mark.parametrize(
+    "num_arms, arm, gain, lr, expected",
+    [
+        (2, 0, 2.0, 0.1, 0.2),  # clipped to 1: 0.1 * 1 / 0.5
+        (2, 0, 1.0, 0.2, 0.4),
+        (4, 2, -5.0, 0.1, -0.4),  # clipped to -1
+        (4, 3, 0.5, 0.1, 0.2),
+    ],
+)
 def test_bandit_credits_the_drawn_arm_with_the_clipped_change_of_the_return(num_arms, arm, gain, lr, expected):
     agent, _ = random_agent(num_arms=num_arms)
     generator = torch.Generator().manual_seed(0)
@@ -732,10 +739,21 @@ def test_defaults_are_those_of_the_paper_and_of_the_family():
         assert tuple(getattr(resolved, name) for name in names) == values
 
 
-@pytest.mark.parametrize("name, value", [
-    ("alpha_min", 0.5), ("alpha_min", -1.5), ("alpha_min", math.nan), ("num_arms", 0), ("num_arms", 21),
-    ("num_flows", -1), ("kl_weight", -0.1), ("bandit_lr", 0.0), ("bandit_every", 0), ("feature_dim", 0),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("alpha_min", 0.5),
+        ("alpha_min", -1.5),
+        ("alpha_min", math.nan),
+        ("num_arms", 0),
+        ("num_arms", 21),
+        ("num_flows", -1),
+        ("kl_weight", -0.1),
+        ("bandit_lr", 0.0),
+        ("bandit_every", 0),
+        ("feature_dim", 0),
+    ],
+)
 def test_impossible_value_is_refused(name, value):
     message = stop_message(lambda: flora.train(flora.Args(**RUN | {name: value})))
     assert f"--{name.replace('_', '-')} {value}" in message
