@@ -35,6 +35,8 @@ Deviations and choices where the paper's main text is silent:
       the next action: with one step and samples, the critic of ant-dir was still at half of its value after all
       updates. pi_beta is fitted to the quarter of each task's transitions that its best episodes hold: that alone
       lifted the return of ant-dir from 349 to 394. The paper's: --n-step 1 --target-noise 1 --anchor-share 1.
+  D11 Policy, pi_beta and targets see the posterior's mean through the flows, as at test; a sample trains features,
+      weights and encoder. With samples the policy blurs where the posterior is wider than the tasks lie apart.
 
 Run:     python flora.py --env ant-dir
 Ablate:  --num-flows 0 (no flows), --alpha-min 0 (no correction)
@@ -94,7 +96,7 @@ class Args:
     feature_dim: int = 32  # number of features D
     weight_activation: Literal["softmax", "none"] = "softmax"  # what makes the weights W of the network's output (D1)
     num_flows: int = 4  # planar flows K; 0 = Gaussian posterior, the ablation of flow-based task inference
-    likelihood_weight: float = 256.0  # transitions that log p(Q) counts for in (17), a batch of the usual size (D2)
+    likelihood_weight: float = 32.0  # transitions that log p(Q) counts for in (17), those of a batch (D2)
     kl_weight: float = 0.1  # rho2 of (17)
     feature_weight: float = 0.01  # rho3 of (18)
     alpha_min: float = -1.0  # most pessimistic arm of the correction; 0 = no correction, the ablation
@@ -365,8 +367,10 @@ def update(agent, context, segment, best, args):
     # task inference: a sample of the posterior
     noise = torch.randn(len(context), args.z_dim, device=context.device)
     z, z_mean, z_var, kl = agent.infer(context, torch.ones_like(context[..., 0]), noise)
-    z_fixed = z.detach()  # policy, targets and behavior policy never train the encoder
     weights = agent.weights(z)[:, None]  # [M, 1, D]
+    with torch.no_grad():  # policy, targets and behavior policy never train the encoder
+        z_fixed = agent.flows(z_mean)[0]  # [ours: D11]
+        weights_fixed = agent.weights(z_fixed)[:, None]
 
     # targets: rewards and features along the segment, then the features of the next action, corrected by alpha times
     # their spread
@@ -378,7 +382,7 @@ def update(agent, context, segment, best, args):
         next_act = torch.tanh(mean + args.target_noise * log_std.exp() * torch.randn_like(mean))
         psi_mean, psi_spread = feature_spread(agent.psi_target(torch.cat([next_obs, next_act], -1), z_fixed))
         next_psi = psi_mean + alpha * psi_spread  # (Eq. 9)
-        next_q = (next_psi * weights).sum(-1)
+        next_q = (next_psi * weights_fixed).sum(-1)
         q_target = (segment.weight * rew).sum(-1) + segment.bootstrap * next_q  # [M, B], of (Eq. 17)
         later_phi = agent.phi(moves[:, :, 1:].flatten(1, 2), z)[0].unflatten(1, (obs.shape[1], -1))
         path_phi = torch.cat([phi[:, :, None], later_phi], 2)  # [M, B, n, D]
@@ -401,7 +405,7 @@ def update(agent, context, segment, best, args):
     behavior_loss.backward(inputs=list(agent.behavior.parameters()))
     mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
     pi_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
-    q, pi_psi = agent.q(obs, pi_act, z_fixed, weights.detach())
+    q, pi_psi = agent.q(obs, pi_act, z_fixed, weights_fixed)
     divergence = gaussian_kl(mean, log_std, mean_b, log_std_b).mean()
     actor_loss = agent.brac_alpha * divergence - q.mean()  # (Eq. 13)
     actor_loss.backward(inputs=list(agent.shift.parameters()))

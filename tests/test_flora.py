@@ -163,7 +163,8 @@ def slow_metrics(agent, context, segment, best, args):
         means.append(mean.detach())
         variances.append(var.detach())
         norms.append(z.norm().item())
-        fixed_z, fixed_w = z.detach(), w.detach()
+        fixed_z = slow_flow(agent.flows, mean)[0].detach()
+        fixed_w = slow_weights(agent, fixed_z, args).detach()
         for b in range(BATCH):
             steps = int((segment.weight[m, b] > 0).sum())
             rewards = [args.reward_scale * rew for rew in segment.rew[m, b, :steps]]
@@ -730,7 +731,7 @@ def test_defaults_are_those_of_the_paper_and_of_the_family():
     args = flora.Args()
     assert (args.kl_weight, args.feature_weight, args.bandit_lr) == (0.1, 0.01, 0.1)
     assert (args.alpha_min, args.num_arms, args.feature_dim, args.num_flows) == (-1.0, 5, 32, 4)
-    assert (args.weight_activation, args.bandit_feedback, args.likelihood_weight) == ("softmax", "offline", 256.0)
+    assert (args.weight_activation, args.bandit_feedback, args.likelihood_weight) == ("softmax", "offline", 32.0)
     assert (args.target_noise, args.tau, args.behavior_decay) == (0.0, 0.02, 0.3)
     names = ("gamma", "reward_scale", "n_step", "z_dim", "anchor_share", "brac_alpha", "brac_alpha_lr")
     families = {"ant-dir": (0.97, 0.5, 5, 20, 0.25, 1.0, 1e-3), "point-robot": (0.9, 5.0, 1, 5, 0.25, 1.5, 0.0)}
