@@ -714,11 +714,11 @@ def test_ablations_train_together(tiny_path, tmp_path):
 def test_a_compiled_training_is_the_plain_one(tiny_path, tmp_path, monkeypatch):
     """Traced and cut into a forward and a backward graph as on a GPU, but not translated."""
     real, compiled, rows = torch.compile, [], []
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)  # the default, restored afterwards
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or real(f, backend="aot_eager_decomp_partition"))
     settings = RUN | {"dataset": str(tiny_path), "run_dir": str(tmp_path), "total_updates": 2, "log_every": 2}
     for wanted in (False, True):
-        rows.append(read_rows(flora.train(flora.Args(**settings | {"compile": wanted}))["run_dir"]))
+        with torch._functorch.config.patch(donated_buffer=True):  # the default, restored afterwards
+            rows.append(read_rows(flora.train(flora.Args(**settings | {"compile": wanted}))["run_dir"]))
         assert compiled == [flora.update] * wanted
     plain, traced = ({tag: float(value) for _, tag, value in run if "losses/" in tag} for run in rows)
     assert len(plain) == 6 and traced == pytest.approx(plain, rel=1e-4)

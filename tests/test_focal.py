@@ -636,7 +636,7 @@ def train_on_point_robot(script, folder, **changes):
         pytest.skip("datasets/point-robot.npz is not there: python data_collect.py --env point-robot makes it")
     settings = {"env": "point-robot", "dataset": str(path), "device": "cpu", "run_dir": str(folder)}
     settings |= {"width": 64, "encoder_width": 64, "batch_size": 16, "context_size": 20, "total_updates": 400}
-    settings |= {"log_every": 200, "eval_every": 400, "save_every": 400, "lr": 3e-3, "reward_scale": 1.0}
+    settings |= {"log_every": 200, "eval_every": 400, "save_every": 400, "lr": 3e-3, "reward_scale": 1.0, "n_step": 5}
     return script.train(script.Args(**settings | changes))
 
 
