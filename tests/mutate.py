@@ -185,6 +185,81 @@ def main():
     return int(any(BAD & set(counts) for counts in tally.values()))
 
 
+BACKBONE = [  # what focal.py, unicorn.py and corro.py share
+    Mutant("the actor minimizes Q", "agent.brac_alpha * divergence - q_mean", "agent.brac_alpha * divergence + q_mean"),
+    Mutant(
+        "the target is the maximum of the twins",
+        "torch.tanh(next_pre), z_fixed).amin(0)",
+        "torch.tanh(next_pre), z_fixed).amax(0)",
+    ),
+    Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
+    Mutant("the value after a segment is ignored", "segment.bootstrap * next_q", "0 * next_q"),
+    Mutant(
+        "the value after a segment is discounted by one step",
+        "segment.bootstrap * next_q",
+        "args.gamma * (segment.bootstrap > 0) * next_q",
+    ),
+    Mutant("termination ignored", "segment.bootstrap * next_q", "args.gamma**args.n_step * next_q"),
+    Mutant("rewards are not discounted", "(segment.weight * segment.rew)", "((segment.weight > 0) * segment.rew)"),
+    Mutant(
+        "rewards after the episode's end count",
+        "(segment.weight * segment.rew)",
+        "(args.gamma ** torch.arange(args.n_step, device=obs.device) * segment.rew)",
+    ),
+    Mutant("the value is that after the first step", "segment.next_obs[:, :, -1]", "segment.next_obs[:, :, 0]"),
+    Mutant("the critics learn the last action", "segment.act[:, :, 0]", "segment.act[:, :, -1]"),
+    Mutant("reward scale ignored", "args.reward_scale * (segment", "(segment"),
+    Mutant("target noise ignored", "next_pre = mean + next_noise * log_std.exp()", "next_pre = mean + log_std.exp()"),
+    Mutant("next actions without noise", "next_pre = mean + next_noise *", "next_pre = mean + 0 *"),
+    Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
+    Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
+    Mutant(
+        "the behavior policy is fitted to all of the data",
+        "agent.fitted(best.obs, z_fixed), pre_tanh(best.act))",
+        "agent.fitted(obs, z_fixed), pre_tanh(act))",
+    ),
+    Mutant("the behavior policy is fitted to actions after their tanh", "pre_tanh(best.act))", "best.act)"),
+    Mutant("anchor-share without effect", "generator, args.anchor_share)", "generator)"),
+    Mutant(
+        "divergence from the behavior policy to the policy",
+        "divergence = gaussian_kl(mean, log_std, mean_b, log_std_b)",
+        "divergence = gaussian_kl(mean_b, log_std_b, mean, log_std)",
+    ),
+    Mutant("the policy does not start at the behavior policy", "return mean_b + mean,", "return mean,"),
+    Mutant("the clone is the policy", "torch.tanh(mean_b if clone else mean)", "torch.tanh(mean)"),
+    Mutant("the clone is not evaluated, but the policy", "partial(adapt, agent, clone=True)", "partial(adapt, agent)"),
+    Mutant(
+        "the clone's final evaluation plays as many episodes as in training",
+        '("iid",), episodes)',
+        '("iid",), args.eval_episodes)',
+    ),
+    Mutant(
+        "the final evaluation plays as many episodes as in training",
+        "protocols, episodes, traced)",
+        "protocols, args.eval_episodes, traced)",
+    ),
+    Mutant("the critic's error is that of the first protocol", 'traced[protocols.index("iid")]', "traced[0]"),
+    Mutant(
+        "the critic's error is that of scaled rewards", ".amin(0) / args.reward_scale", ".amin(0) * args.reward_scale"
+    ),
+    Mutant(
+        "the critic's error is that of the twins' mean",
+        "agent.q(obs, agent.act(obs, z), z).amin(0)",
+        "agent.q(obs, agent.act(obs, z), z).mean(0)",
+    ),
+    Mutant("the critic's error without discount", "value, agent, args), args.gamma)", "value, agent, args), 1.0)"),
+    Mutant("n-step without effect", "args.n_step, args.gamma, generator", "1, args.gamma, generator"),
+    Mutant("segments without discount", "args.n_step, args.gamma, generator", "args.n_step, 1.0, generator"),
+    Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
+    Mutant("segments of other tasks", "sample_segments(task_ids,", "sample_segments(task_ids.roll(1),"),
+    Mutant(
+        "the behavior policy is fitted to other tasks",
+        "best = data.sample_batch(task_ids,",
+        "best = data.sample_batch(task_ids.roll(1),",
+    ),
+    Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
+]
+
 MUTANTS = {
     "flora.py": [
         Mutant("the actor minimizes Q", "divergence - q.mean()", "divergence + q.mean()"),
@@ -359,27 +434,18 @@ MUTANTS = {
         ),
     ],
     "focal.py": [
+        *BACKBONE,
+        Mutant("an entropy at the mean", "1.0 if args.entropy_weight else args.target_noise", "args.target_noise"),
         Mutant(
-            "the actor minimizes Q", "agent.brac_alpha * divergence - q_mean", "agent.brac_alpha * divergence + q_mean"
-        ),
-        Mutant(
-            "the target is the maximum of the twins",
-            "torch.tanh(next_pre), z_fixed).amin(0)",
-            "torch.tanh(next_pre), z_fixed).amax(0)",
+            "further steps of the dual critic on other tasks",
+            "more = [data.sample_batch(task_ids,",
+            "more = [data.sample_batch(task_ids.roll(1),",
         ),
         Mutant(
             "the policy's Q is the mean of the twins",
             "agent.q(obs, pi_act, z_fixed).amin(0)",
             "agent.q(obs, pi_act, z_fixed).mean(0)",
         ),
-        Mutant("termination ignored", "args.gamma * (1 - term) * next_q", "args.gamma * next_q"),
-        Mutant("gamma ignored", "args.gamma * (1 - term) * next_q", "(1 - term) * next_q"),
-        Mutant("reward scale ignored", "args.reward_scale * rew + ", "rew + "),
-        Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
-        Mutant(
-            "next actions without noise", "next_pre = mean + log_std.exp() * torch.randn_like(mean)", "next_pre = mean"
-        ),
-        Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
         Mutant(
             "entropy is a cost of the policy", "actor_loss + args.entropy_weight", "actor_loss - args.entropy_weight"
         ),
@@ -404,15 +470,6 @@ MUTANTS = {
         Mutant("z is averaged over the padding too", "mask.sum(1, keepdim=True).clamp(min=1)", "max(mask.shape[1], 1)"),
         Mutant(
             "embeddings without bound", "torch.tanh(self.net(context.flatten(0, 1)))", "self.net(context.flatten(0, 1))"
-        ),
-        Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
-        Mutant(
-            "the behavior policy is fitted to actions after their tanh", "log_std_b, pre_tanh(act))", "log_std_b, act)"
-        ),
-        Mutant(
-            "divergence from the behavior policy to the policy",
-            "gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach())",
-            "gaussian_kl(mean_b.detach(), log_std_b.detach(), mean, log_std)",
         ),
         Mutant(
             "the dual divergence has its sides exchanged",
@@ -445,33 +502,17 @@ MUTANTS = {
             "list(agent.q.parameters()), args.tau)",
             "list(agent.q.parameters()), 1.0)",
         ),
-        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
-        Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
-        Mutant("batches of other tasks", "sample_batch(task_ids,", "sample_batch(task_ids.roll(1),"),
         Mutant("z does not enter the networks", "(h + of_task[:, :, None])", "(h + self.b_1[:, :, None])"),
     ],
     "unicorn.py": [
-        Mutant(
-            "the actor minimizes Q (brac)",
-            "agent.brac_alpha * divergence - q_mean",
-            "agent.brac_alpha * divergence + q_mean",
-        ),
+        *BACKBONE,
+        Mutant("an entropy at the mean", '1.0 if args.backbone == "sac" else args.target_noise', "args.target_noise"),
         Mutant("the actor minimizes Q (sac)", "log_std, pi_pre).mean() - q_mean", "log_std, pi_pre).mean() + q_mean"),
-        Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
         Mutant(
             "entropy is a cost of the policy",
             "actor_loss = args.entropy_weight *",
             "actor_loss = -args.entropy_weight *",
         ),
-        Mutant(
-            "the target is the maximum of the twins",
-            "torch.tanh(next_pre), z_fixed).amin(0)",
-            "torch.tanh(next_pre), z_fixed).amax(0)",
-        ),
-        Mutant("termination ignored", "args.gamma * (1 - term) * next_q", "args.gamma * next_q"),
-        Mutant("gamma ignored", "args.gamma * (1 - term) * next_q", "(1 - term) * next_q"),
-        Mutant("reward scale ignored", "args.reward_scale * rew + ", "rew + "),
-        Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
         Mutant("the critics train the encoder too", "z_fixed = z.detach()", "z_fixed = z"),
         Mutant("the likelihood rewards large variances", "(-log_var).exp() + log_var", "(-log_var).exp() - log_var"),
         Mutant("errors are multiplied by the variance", "* (-log_var).exp()", "* log_var.exp()"),
@@ -524,50 +565,24 @@ MUTANTS = {
             "(agent.heads[0](z), labels.roll(1))",
         ),
         Mutant("labels are taken for task numbers", "task_ids = data.train_tasks[labels]", "task_ids = labels"),
-        Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
-        Mutant("batches of other tasks", "sample_batch(task_ids,", "sample_batch(task_ids.roll(1),"),
-        Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
-        Mutant(
-            "divergence from the behavior policy to the policy",
-            "gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach())",
-            "gaussian_kl(mean_b.detach(), log_std_b.detach(), mean, log_std)",
-        ),
         Mutant(
             "the multiplier falls where it should grow", "args.brac_alpha_lr * excess", "-args.brac_alpha_lr * excess"
         ),
         Mutant("targets do not follow", "list(agent.q.parameters()), args.tau)", "list(agent.q.parameters()), 0.0)"),
-        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
         Mutant(
             "the policy may be nearly deterministic",
-            "(log_std_b.detach() + log_std).clamp(-5, 2)",
-            "(log_std_b.detach() + log_std).clamp(-20, 2)",
+            "(log_std_b + log_std).clamp(-5, 2)",
+            "(log_std_b + log_std).clamp(-20, 2)",
         ),
     ],
     "corro.py": [
-        Mutant(
-            "the actor minimizes Q (brac)",
-            "agent.brac_alpha * divergence - q_mean",
-            "agent.brac_alpha * divergence + q_mean",
-        ),
+        *BACKBONE,
+        Mutant("an entropy at the mean", '1.0 if args.backbone == "sac" else args.target_noise', "args.target_noise"),
         Mutant("the actor minimizes Q (sac)", "log_std, pi_pre).mean() - q_mean", "log_std, pi_pre).mean() + q_mean"),
-        Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
-        Mutant(
-            "the target is the maximum of the twins",
-            "torch.tanh(next_pre), z_fixed).amin(0)",
-            "torch.tanh(next_pre), z_fixed).amax(0)",
-        ),
         Mutant(
             "the policy's Q is the maximum of the twins",
             "agent.q(obs, pi_act, z_fixed).amin(0)",
             "agent.q(obs, pi_act, z_fixed).amax(0)",
-        ),
-        Mutant("termination ignored", "args.gamma * (1 - term) * next_q", "args.gamma * next_q"),
-        Mutant("gamma ignored", "args.gamma * (1 - term) * next_q", "(1 - term) * next_q"),
-        Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
-        Mutant(
-            "reward scale on the next value",
-            "args.reward_scale * rew + args.gamma",
-            "rew + args.reward_scale * args.gamma",
         ),
         Mutant(
             "keys of other tasks",
@@ -637,8 +652,6 @@ MUTANTS = {
             "(score.softmax(1) * mask)",
             "(mask / mask.sum(1, keepdim=True).clamp(min=1))",
         ),
-        Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
-        Mutant("batches of other tasks", "sample_batch(task_ids,", "sample_batch(task_ids.roll(1),"),
         Mutant(
             "encoder-updates without effect",
             "args.total_updates if args.encoder_updates is None else args.encoder_updates",
@@ -654,7 +667,6 @@ MUTANTS = {
             "self.encoder.parameters(), args.encoder_lr,",
             "self.encoder.parameters(), args.lr,",
         ),
-        Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
         Mutant(
             "the multiplier ignores its target", "excess = divergence - args.divergence_target", "excess = divergence"
         ),
@@ -663,7 +675,6 @@ MUTANTS = {
             "list(agent.q.parameters()), args.tau)",
             "list(agent.q.parameters()), 1 - args.tau)",
         ),
-        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
     ],
     "macaw.py": [
         Mutant("the policy flees good actions", "return -masked_mean(self.weigh(", "return masked_mean(self.weigh("),
