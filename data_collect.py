@@ -1886,8 +1886,8 @@ def choose_phases(args, num_tasks, test_ids, random_returns, expert_returns, pla
 
 
 def choose_foreign(family, params, train_ids, test_ids, count):
-    """Who plays the contexts of the OOD protocol -> training tasks, snapshots of their policies, both [V, count + 1] int;
-    RANDOM in the last column.
+    """Who plays the contexts of the OOD protocol -> training tasks, snapshots of their policies, both [V, count + 1]
+    int; RANDOM in the last column.
 
     The other training tasks, sorted by their distance from the test task, are cut into `count` parts; column c is by
     one of part c. The phase rotates over rows and columns, and of a part the policy acts that did so least in this
