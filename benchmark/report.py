@@ -98,7 +98,10 @@ def draw(runs, data, path):
         curves = [curve(run_dir, "eval/iid/return") for run_dir in seeds.values()]
         length = min(len(values) for _, values in curves)
         steps, values = curves[0][0][:length], np.array([values[:length] for _, values in curves])
-        mean, spread = values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(length)
+        mean, spread = (
+            values.mean(0),
+            values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(length),
+        )
         (line,) = axes.plot(steps, mean, label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})")
         axes.fill_between(steps, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
     for label, level, style in (

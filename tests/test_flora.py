@@ -27,8 +27,9 @@ METHOD = {"gamma": 0.8, "reward_scale": 3.0, "lr": 2e-3, "tau": 0.03, "width": 1
 METHOD |= {"feature_dim": 4, "num_flows": 2, "likelihood_weight": 32.0, "kl_weight": 0.3, "feature_weight": 0.2}
 METHOD |= {"alpha_min": -0.75, "num_arms": 4, "bandit_every": 3, "bandit_lr": 0.2, "brac_alpha": 0.7}
 METHOD |= {"brac_alpha_lr": 0.02, "brac_alpha_max": 50.0, "divergence_target": 0.3}
+METHOD |= {"n_step": 3, "target_noise": 0.6, "anchor_share": 0.1}
 RUN = METHOD | {"env": "point-robot", "device": "cpu", "total_updates": 8, "log_every": 4, "eval_every": 8}
-RUN |= {"save_every": 8, "eval_episodes": 1, "meta_batch": 5, "batch_size": 6, "context_size": 7}
+RUN |= {"save_every": 8, "eval_episodes": 1, "final_episodes": 2, "meta_batch": 5, "batch_size": 6, "context_size": 7}
 
 
 def random_agent(dims=DIMS, dtype=torch.float64, **changes):
@@ -43,17 +44,28 @@ def random_agent(dims=DIMS, dtype=torch.float64, **changes):
     return agent, args
 
 
-def random_batch(seed=1):
-    """-> context [M, K, ctx_dim], Batch; some transitions terminate, some actions lie on the bounds."""
-    generator = torch.Generator().manual_seed(seed)
+def random_inputs(args, seed=1):
+    """-> context [M, K, ctx_dim], Segment, Batch of the best; the episodes go on after 1 to n steps, are cut off by the
+    time limit, or terminate; some actions lie on the bounds."""
+    generator, n = torch.Generator().manual_seed(seed), args.n_step
 
     def normal(*shape):
         return torch.empty(TASKS, *shape, dtype=torch.float64).normal_(generator=generator)
 
-    act = (1.3 * normal(BATCH, 2)).clamp(-1, 1)
-    assert act.max() == 1 and act.min() == -1
-    term = (torch.arange(TASKS * BATCH).reshape(TASKS, BATCH) % 3 == 0).double()
-    return normal(CONTEXT, 9), dc.Batch(normal(BATCH, 3), act, normal(BATCH), normal(BATCH, 3), term)
+    def act(*shape):
+        act = (1.3 * normal(*shape, 2)).clamp(-1, 1)
+        assert act.max() == 1 and act.min() == -1
+        return act
+
+    number = torch.arange(TASKS * BATCH).reshape(TASKS, BATCH)
+    length, term, step = 1 + number % n, number // n % 2, torch.arange(n)  # length [M, B] of the segments
+    path = [normal(BATCH, n, 3), act(BATCH, n), normal(BATCH, n, 1), normal(BATCH, n, 3)]
+    last = torch.minimum(step, length[..., None] - 1)[..., None]
+    obs, acts, rew, next_obs = (torch.take_along_dim(x, last, 2) for x in path)  # the last step repeats
+    weight = torch.where(step < length[..., None], args.gamma ** step.double(), 0.0)
+    segment = dc.Segment(obs, acts, rew[..., 0], next_obs, weight, args.gamma ** length.double() * (1 - term))
+    best = dc.Batch(normal(BATCH, 3), act(BATCH), normal(BATCH), normal(BATCH, 3), normal(BATCH))
+    return normal(CONTEXT, 9), segment, best
 
 
 # ---- the equations, slowly --------------------------------------------------------------
@@ -111,8 +123,8 @@ def slow_policy(agent, obs, z):
     return b_mean.detach() + mean, (b_log_std.detach() + log_std).clamp(-5, 2), b_mean, b_log_std
 
 
-def slow_act(agent, obs, z):
-    return torch.tanh(slow_policy(agent, obs, z)[0])
+def slow_act(agent, obs, z, clone=False):
+    return torch.tanh(slow_policy(agent, obs, z)[2 if clone else 0])
 
 
 def slow_value(agent, obs, z, args, combine):
@@ -132,13 +144,14 @@ def slow_probs(logits):
     return [0.05 + (1 - 0.05 * len(logits)) * math.exp(x) / total for x in logits]
 
 
-def slow_metrics(agent, context, batch, args):
+def slow_metrics(agent, context, segment, best, args):
     """What one update reports, transition by transition and feature by feature -> dict of scalars, losses with graph;
     the (unclipped) errors of (11), and by how much the second Q of (12) exceeds the first."""
     noise_z, noise_act = pattern((TASKS, args.z_dim)), pattern((TASKS, BATCH, 2))
     arms = [args.alpha_min - args.alpha_min * u / (args.num_arms - 1) for u in range(args.num_arms)]
     alpha = arms[agent.arm]
     reward = feature = likelihood = kl_mean = behavior_loss = q = divergence = 0.0
+    residuals = [], []  # of the value of either network
     means, variances, norms, perplexities, spread_data, spread_policy, errors, gaps = ([] for _ in range(8))
     each = 1 / (TASKS * BATCH)
     for m in range(TASKS):
@@ -150,32 +163,38 @@ def slow_metrics(agent, context, batch, args):
         means.append(mean.detach())
         variances.append(var.detach())
         norms.append(z.norm().item())
-        fixed_z, fixed_w = z.detach(), w.detach()
+        fixed_z = slow_flow(agent.flows, mean)[0].detach()
+        fixed_w = slow_weights(agent, fixed_z, args).detach()
         for b in range(BATCH):
-            obs, act, rew, next_obs, term = (x[m, b] for x in batch)
-            rew, discount = args.reward_scale * rew, args.gamma * (1 - term)
-            next_mean, next_log_std, _, _ = slow_policy(agent, next_obs, fixed_z)
-            next_act = torch.tanh(next_mean + torch.exp(next_log_std) * noise_act[m, b])
-            next_psi = [psi.detach() for psi in slow_psi(agent.psi_target, next_obs, next_act, fixed_z)]
-            phi = slow_net(agent.phi, obs, act, next_obs, z)
+            steps = int((segment.weight[m, b] > 0).sum())
+            rewards = [args.reward_scale * rew for rew in segment.rew[m, b, :steps]]
+            path = [[x[m, b, k] for x in (segment.obs, segment.act, segment.next_obs)] for k in range(steps)]
+            (obs, act, _), (_, _, end) = path[0], path[-1]
+            end_mean, end_log_std, _, _ = slow_policy(agent, end, fixed_z)
+            end_act = torch.tanh(end_mean + args.target_noise * torch.exp(end_log_std) * noise_act[m, b])
+            end_psi = [psi.detach() for psi in slow_psi(agent.psi_target, end, end_act, fixed_z)]
+            discount = args.gamma**steps if segment.bootstrap[m, b] > 0 else 0.0
+            features = [slow_net(agent.phi, *move, z) for move in path]
             psi = slow_psi(agent.psi, obs, act, z)
-            prediction, q_target = 0.0, rew
+            prediction, q_target = 0.0, sum(args.gamma**k * rewards[k] for k in range(steps))
             for d in range(args.feature_dim):
-                middle = (next_psi[0][d] + next_psi[1][d]) / 2
-                corrected = middle + alpha * abs(next_psi[0][d] - next_psi[1][d]) / math.sqrt(2)
-                prediction = prediction + phi[d] * w[d]
+                middle = (end_psi[0][d] + end_psi[1][d]) / 2
+                corrected = middle + alpha * abs(end_psi[0][d] - end_psi[1][d]) / math.sqrt(2)
+                prediction = prediction + features[0][d] * w[d]
                 q_target = q_target + discount * corrected * fixed_w[d]
+                found = sum(args.gamma**k * features[k][d].detach() for k in range(steps))
                 for e in range(2):
-                    errors.append(psi[e][d] - phi[d].detach() - discount * corrected)
+                    errors.append(psi[e][d] - found - discount * corrected)
                     feature = feature + huber(errors[-1]) * each
                 spread_data.append(abs(psi[0][d] - psi[1][d]).item() / math.sqrt(2))
-            reward = reward + 0.5 * (rew - prediction) ** 2 * each
+            reward = reward + 0.5 * (rewards[0] - prediction) ** 2 * each
             for e in range(2):
                 value = sum(psi[e][d] * w[d] for d in range(args.feature_dim))
-                likelihood = likelihood - 0.5 * (value - q_target.detach()) ** 2 * each / 2
+                residuals[e].append(value - q_target.detach())
             pi_mean, pi_log_std, b_mean, b_log_std = slow_policy(agent, obs, fixed_z)
-            fitted = TransformedDistribution(Normal(b_mean, b_log_std.exp()), TanhTransform())
-            behavior_loss = behavior_loss - fitted.log_prob(act.clamp(-0.999, 0.999)).sum() * each
+            _, _, best_mean, best_log_std = slow_policy(agent, best.obs[m, b], fixed_z)
+            fitted = TransformedDistribution(Normal(best_mean, best_log_std.exp()), TanhTransform())
+            behavior_loss = behavior_loss - fitted.log_prob(best.act[m, b].clamp(-0.999, 0.999)).sum() * each
             fixed_b = Normal(b_mean.detach(), b_log_std.exp().detach())
             divergence = divergence + kl_divergence(Normal(pi_mean, pi_log_std.exp()), fixed_b).sum() * each
             pi_act = torch.tanh(pi_mean + torch.exp(pi_log_std) * noise_act[m, b])
@@ -184,6 +203,9 @@ def slow_metrics(agent, context, batch, args):
             gaps.append((values[1] - values[0]).item())
             q = q + min(values) * each
             spread_policy += (abs(pi_psi[0] - pi_psi[1]) / math.sqrt(2)).tolist()
+    for residual in residuals:
+        middle = sum(residual) * each
+        likelihood = likelihood - 0.25 * torch.log(sum((x - middle) ** 2 for x in residual) * each + 1e-6)
     elbo = args.likelihood_weight * likelihood - args.kl_weight * kl_mean
     brac_alpha = agent.brac_alpha.item() + args.brac_alpha_lr * (divergence.item() - args.divergence_target)
     metrics = {
@@ -218,9 +240,10 @@ ROUTES = {  # loss: the networks that it trains
 }
 VARIANTS = {
     "plain": {},
-    "no flows": {"num_flows": 0, "likelihood_weight": 1.5, "kl_weight": 2.0},
+    "no flows": {"num_flows": 0, "likelihood_weight": 1.5, "kl_weight": 2.0, "target_noise": 0.0},
     "linear W": {"weight_activation": "none", "num_flows": 4, "feature_weight": 5.0, "gamma": 0.95},
-    "no correction": {"alpha_min": 0.0, "num_arms": 2, "reward_scale": 0.5},
+    "no correction": {"alpha_min": 0.0, "num_arms": 2, "reward_scale": 0.5, "n_step": 2},
+    "targets of the paper": {"n_step": 1, "target_noise": 1.0},
     "weights of zero": {"likelihood_weight": 0.0, "feature_weight": 0.0, "brac_alpha_lr": 0.0},
 }
 
@@ -234,11 +257,11 @@ def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
     agent.encoder.net[0].weight.data[:, 5] *= 1000
     softmax = args.weight_activation == "softmax"
     if softmax:  # so that either network is the smaller one at times
-        agent.psi.b_3.data[1] -= slow_metrics(agent, *random_batch(), args)[2].mean()
+        agent.psi.b_3.data[1] -= slow_metrics(agent, *random_inputs(args), args)[2].mean()
     first, second, first_metrics = {}, {}, None
     for step in (1, 2):
-        context, batch = random_batch(step)
-        expected, errors, gaps = slow_metrics(agent, context, batch, args)
+        inputs = random_inputs(args, step)
+        expected, errors, gaps = slow_metrics(agent, *inputs, args)
         assert (errors.abs() < 1).any() and (errors > 1).any() and (errors < -1).any()
         assert not softmax or (gaps < 0).any() and (gaps > 0).any()
         grads = {}
@@ -246,7 +269,7 @@ def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
             params = {k: p for k, p in agent.named_parameters() if k.split(".")[0] in networks and p.numel()}
             grads |= dict(zip(params, torch.autograd.grad(expected[loss], params.values(), retain_graph=True)))
         before = {name: p.clone() for name, p in agent.named_parameters()}
-        metrics = flora.update(agent, context, batch, args)
+        metrics = flora.update(agent, *inputs, args)
         assert metrics.keys() == expected.keys()
         for tag, value in metrics.items():
             assert value.item() == pytest.approx(torch.as_tensor(expected[tag]).item(), rel=1e-6), tag
@@ -260,7 +283,8 @@ def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
                 first[name] = 0.9 * first.get(name, 0) + 0.1 * grad
                 second[name] = 0.999 * second.get(name, 0) + 0.001 * grad**2
                 root = (second[name] / (1 - 0.999**step)).sqrt() + 1e-8
-                moved = before[name] - args.lr * first[name] / (1 - 0.9**step) / root
+                kept = 1 - args.lr * args.behavior_decay if name.startswith("behavior.") else 1.0
+                moved = kept * before[name] - args.lr * first[name] / (1 - 0.9**step) / root
                 torch.testing.assert_close(param, moved, rtol=0, atol=1e-4 * args.lr)
             else:
                 assert name.startswith("psi_target") or param.numel() == 0, name
@@ -272,12 +296,16 @@ def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
     assert {tag: value.item() for tag, value in first_metrics[0].items()} == first_metrics[1]  # no views of the agent
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({"brac_alpha_lr": 1e3, "brac_alpha_max": 0.9}, 0.9), ({"brac_alpha_lr": 1e3, "divergence_target": 1e3}, 0.0),
-])
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"brac_alpha_lr": 1e3, "brac_alpha_max": 0.9}, 0.9),
+        ({"brac_alpha_lr": 1e3, "divergence_target": 1e3}, 0.0),
+    ],
+)
 def test_multiplier_stays_within_its_bounds(changes, expected):
     agent, args = random_agent(**changes)
-    flora.update(agent, *random_batch(), args)
+    flora.update(agent, *random_inputs(args), args)
     assert agent.brac_alpha.item() == pytest.approx(expected)
 
 
@@ -296,8 +324,10 @@ def test_an_update_on_a_gpu_reads_nothing_back_and_leaves_nothing_on_the_cpu(num
     data = dataset_on_meta(numbered)
     to_meta(agent)
     context, rows = torch.empty(5, 7, 7, device="meta"), torch.empty(5, 6, 8, device="meta")
+    path = data.unpack(rows[:, :, None].expand(-1, -1, 3, -1))
+    segment, best = dc.Segment(*path[:4], weight=path.term, bootstrap=path.term[..., -1]), data.unpack(rows)
     with OnDevice():
-        metrics = flora.update(agent, context, data.unpack(rows), args)
+        metrics = flora.update(agent, context, segment, best, args)
         z = flora.embed(agent, context, torch.ones(5, 7, device="meta"))
         value = flora.bandit_return(agent, data, args, None)
     assert {x.device.type for x in (*metrics.values(), z, value)} == {"meta"}
@@ -404,21 +434,24 @@ def test_flows_are_finite_where_their_equations_are_not():
 
 
 def test_encoder_bounds_the_variance_of_a_factor_from_below():
-    agent, _ = random_agent()
+    agent, args = random_agent()
     agent.encoder.net[-1].bias.data[3:] = -1000
-    _, var = agent.encoder(random_batch()[0], torch.ones(TASKS, CONTEXT).double())
+    _, var = agent.encoder(random_inputs(args)[0], torch.ones(TASKS, CONTEXT).double())
     torch.testing.assert_close(var, torch.full_like(var, 1e-7 / CONTEXT))
 
 
 # ---- bandit -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_arms, arm, gain, lr, expected", [
-    (2, 0, 2.0, 0.1, 0.2),  # clipped to 1: 0.1 * 1 / 0.5
-    (2, 0, 1.0, 0.2, 0.4),
-    (4, 2, -5.0, 0.1, -0.4),  # clipped to -1
-    (4, 3, 0.5, 0.1, 0.2),
-])
+@pytest.mark.parametrize(
+    "num_arms, arm, gain, lr, expected",
+    [
+        (2, 0, 2.0, 0.1, 0.2),  # clipped to 1: 0.1 * 1 / 0.5
+        (2, 0, 1.0, 0.2, 0.4),
+        (4, 2, -5.0, 0.1, -0.4),  # clipped to -1
+        (4, 3, 0.5, 0.1, 0.2),
+    ],
+)
 def test_bandit_credits_the_drawn_arm_with_the_clipped_change_of_the_return(num_arms, arm, gain, lr, expected):
     agent, _ = random_agent(num_arms=num_arms)
     generator = torch.Generator().manual_seed(0)
@@ -522,24 +555,24 @@ def test_networks_start_as_linear_layers_do_and_flows_near_the_identity():
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).double()  # rows with all, some, no context
 
 
-@pytest.mark.parametrize("explore", [False, True])
-def test_adapt_acts_on_the_posterior_through_the_flows_or_on_the_prior(explore, known_noise):
-    agent, _ = random_agent()
-    context, (obs, _, rew, _, _) = random_batch()
+@pytest.mark.parametrize("explore, clone", [(False, False), (True, False), (False, True)])
+def test_adapt_acts_on_the_posterior_through_the_flows_or_on_the_prior(explore, clone, known_noise):
+    agent, args = random_agent()
+    context, _, (obs, _, rew, _, _) = random_inputs(args)
     noise = float(explore) * pattern((TASKS, 3))
-    policy = flora.adapt(agent, context, MASK, explore)
+    policy = flora.adapt(agent, context, MASK, explore, clone)
     act = policy(obs[:, 0], rew[:, 0])
     for row in range(2):
         z = slow_infer(agent, context[row][MASK[row] == 1], noise[row])[0]
-        torch.testing.assert_close(act[row], slow_act(agent, obs[row, 0], z))
-    torch.testing.assert_close(act[2], slow_act(agent, obs[2, 0], noise[2]))
-    no_context = flora.adapt(agent, context[:, :0], MASK[:, :0], explore)(obs[:, 0], rew[:, 0])
-    torch.testing.assert_close(no_context[0], slow_act(agent, obs[0, 0], noise[0]))
+        torch.testing.assert_close(act[row], slow_act(agent, obs[row, 0], z, clone))
+    torch.testing.assert_close(act[2], slow_act(agent, obs[2, 0], noise[2], clone))
+    no_context = flora.adapt(agent, context[:, :0], MASK[:, :0], explore, clone)(obs[:, 0], rew[:, 0])
+    torch.testing.assert_close(no_context[0], slow_act(agent, obs[0, 0], noise[0], clone))
 
 
 def test_embedding_is_the_posterior_mean_through_the_flows():
-    agent, _ = random_agent()
-    context, _ = random_batch()
+    agent, args = random_agent()
+    context = random_inputs(args)[0]
     z = flora.embed(agent, context[:2], MASK[:2])
     assert not z.requires_grad
     for row in range(2):
@@ -550,7 +583,7 @@ def test_adaptation_repeats_itself_and_leaves_the_random_generator_of_training_a
     agent, _ = random_agent(dtype=torch.float32)
     context, obs = torch.zeros(2000, 0, 9), torch.zeros(2000, 3)
     before, used = torch.get_rng_state(), []
-    agent.act = lambda obs, z: used.append(z) or obs
+    agent.act = lambda obs, z, clone: used.append(z) or obs
     for _ in range(2):
         flora.adapt(agent, context, context[..., 0], explore=True)(obs, None)
     assert torch.equal(before, torch.get_rng_state()) and torch.equal(*used)
@@ -560,41 +593,28 @@ def test_adaptation_repeats_itself_and_leaves_the_random_generator_of_training_a
 # ---- evaluation -------------------------------------------------------------------------
 
 
-def slow_q_error(agent, episodes, args):
-    """Mean over the episodes of Q at the start minus the discounted rewards, continued with Q at a time limit."""
-    errors = []
-    for row, length in enumerate(episodes["lengths"]):
-        z = slow_infer(agent, episodes["context"][row][episodes["mask"][row] == 1])[0]
-        obs = torch.as_tensor(episodes["observations"][row])
-        total = sum(args.gamma**t * args.reward_scale * float(episodes["rewards"][row, t]) for t in range(length))
-        if not episodes["terminated"][row]:
-            total += args.gamma**length * slow_value(agent, obs[length], z, args, min)
-        errors.append((slow_value(agent, obs[0], z, args, min) - total) / args.reward_scale)
-    return np.mean(errors)
+def test_value_is_that_of_the_policys_own_action_in_units_of_the_reward():
+    agent, args = random_agent()
+    context, segment, _ = random_inputs(args)
+    values = flora.value(agent, args, context[:2], MASK[:2], segment.obs[:2, :, 0])
+    for row in range(2):
+        z = slow_infer(agent, context[row][MASK[row] == 1])[0]
+        expected = [slow_value(agent, obs, z, args, min) / args.reward_scale for obs in segment.obs[row, :, 0]]
+        np.testing.assert_allclose(values[row].detach(), expected)
 
 
-@pytest.mark.parametrize("terminated", [(False, True, False), (True, True, True)])
-def test_q_error_is_that_of_a_plain_loop(terminated):
-    agent, args = random_agent(dtype=torch.float32)
-    generator = np.random.default_rng(0)
-    lengths = np.array([5, 3, 2], np.int32)
-    episodes = {"observations": generator.normal(size=(3, 6, 3)).astype(np.float32), "lengths": lengths}
-    episodes |= {"rewards": generator.normal(size=(3, 5)).astype(np.float32), "terminated": np.array(terminated)}
-    episodes["rewards"][np.arange(5) >= lengths[:, None]] = 0.0
-    episodes |= {"context": random_batch()[0].float(), "mask": torch.ones(3, 5)}
-    episodes["mask"][1, 3:] = 0
-    assert flora.q_error(agent, episodes, args) == pytest.approx(slow_q_error(agent, episodes, args), abs=1e-4)
-
-
-def test_evaluation_has_the_returns_the_quality_of_z_and_the_q_error_of_the_test_tasks(tiny):
-    agent, args = random_agent(POINT, torch.float32, eval_episodes=2)
+def test_evaluation_has_returns_also_of_the_clone_and_the_critics_error_and_the_quality_of_z(tiny):
+    agent, args = random_agent(POINT, torch.float32)
     agent.encoder.net[0].weight.data[:, 4] *= 1000
-    results = flora.evaluate_all(agent, tiny, args, ("train", "iid"))
+    results = flora.evaluate_all(agent, tiny, args, ("train", "iid"), 2)
     traced = []
     expected = dc.evaluate(tiny, partial(flora.adapt, agent), ("iid", "train"), 2, traced)
-    assert len(traced[0]["lengths"]) == 6  # two episodes on each of three test tasks
+    expected |= dc.q_error(traced[0], partial(flora.value, agent, args), args.gamma)
+    clone = dc.evaluate(tiny, partial(flora.adapt, agent, clone=True), ("iid",), 2)
+    expected |= {tag.replace("eval/iid", "eval/clone"): value for tag, value in clone.items()}
     expected |= dc.embedding_quality(tiny, partial(flora.embed, agent))
-    assert results.pop("eval/iid/q_error") == pytest.approx(slow_q_error(agent, traced[0], args), rel=1e-3)
+    assert len(traced[0]["lengths"]) == 6  # two episodes on each of three test tasks
+    assert abs(expected["eval/iid/return"] - expected["eval/clone/return"]) > 1
     assert results == pytest.approx(expected)
 
 
@@ -609,8 +629,8 @@ def traced(numbered_path, tmp_path, monkeypatch):
     def train(**changes):
         calls, folder = [], tmp_path / str(len(list(tmp_path.iterdir())))
 
-        def record(agent, context, batch, args):
-            calls.append(SimpleNamespace(context=context, batch=batch, arm=agent.arm.item(), args=args))
+        def record(agent, context, segment, best, args):
+            calls.append(SimpleNamespace(context=context, segment=segment, best=best, arm=agent.arm.item(), args=args))
             calls[-1].lr, calls[-1].w_x = agent.opt.param_groups[0]["lr"].item(), agent.psi.w_x.detach().clone()
             return {"losses/count": torch.tensor(float(len(calls)))}
 
@@ -621,28 +641,33 @@ def traced(numbered_path, tmp_path, monkeypatch):
     return train
 
 
-def test_updates_see_training_tasks_with_context_and_batch_of_the_same_one(traced):
+def test_updates_see_training_tasks_with_context_segment_and_best_episode_of_the_same_one(traced, numbered):
     calls, run_dir = traced(total_updates=30, save_every=30, eval_every=30)
-    seen, apart = set(), 0
+    seen, apart, weights = set(), 0, []
     for call in calls:
-        assert call.context.shape == (5, 7, 7) and call.batch.obs.shape == (5, 6, 2)
+        assert call.context.shape == (5, 7, 7) and call.segment.obs.shape == (5, 6, 3, 2)
         context_task, context_episode, context_step = origin(call.context[..., 4])
-        task, episode, step = origin(call.batch.rew)
+        task, episode, step = origin(call.segment.rew[..., 0])
         of_row = task[:, :1]
         assert (task == of_row).all() and (context_task == of_row).all()  # padding would count as task 0
+        best_task, best_episode, _ = origin(call.best.rew)
+        assert best_episode.shape == (5, 6) and (best_task == of_row).all()
+        assert np.array_equal(best_episode, numbered.episode_returns.argmax(1)[best_task])
+        weights.append(call.segment.weight.amax((0, 1)).tolist())
         assert (context_episode == context_episode[:, :1]).all()  # a context is cut from one episode
         seen |= set(of_row.flatten().tolist())
         apart += (episode != context_episode[:, :1]).sum().item()
     assert seen == set(range(6))  # 6 to 8 are test tasks
-    assert apart / (30 * 5 * 6) > 0.5  # the batch is of all four episodes
+    assert apart / (30 * 5 * 6) > 0.5  # segments are of all four episodes
+    np.testing.assert_allclose(weights, np.tile([1, 0.8, 0.64], (30, 1)), rtol=1e-6)
     assert [float(value) for _, tag, value in read_rows(run_dir) if tag == "losses/count"] == [4, 8, 12, 16, 20, 24, 28]
 
 
 def test_batches_and_networks_are_those_of_the_seed(traced):
     one, again, other = (traced(seed=seed)[0] for seed in (7, 7, 8))
     for a, b, c in zip(one, again, other):
-        assert torch.equal(a.context, b.context) and torch.equal(a.batch.rew, b.batch.rew) and torch.equal(a.w_x, b.w_x)
-        assert not torch.equal(a.context, c.context) and not torch.equal(a.w_x, c.w_x)
+        a, b, c = ((call.context, call.segment.rew, call.best.rew, call.w_x) for call in (a, b, c))
+        assert all(map(torch.equal, a, b)) and not any(map(torch.equal, a, c))
 
 
 @pytest.mark.parametrize("decay, shares", [(True, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]), (False, [1] * 8)])
@@ -686,12 +711,17 @@ def test_ablations_train_together(tiny_path, tmp_path):
     assert [float(value) for _, tag, value in rows if tag == "stats/alpha"] == [0.0] * 8
 
 
-def test_compile_hands_the_update_to_torch(traced, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+def test_a_compiled_training_is_the_plain_one(tiny_path, tmp_path, monkeypatch):
+    """Traced and cut into a forward and a backward graph as on a GPU, but not translated."""
+    real, compiled, rows = torch.compile, [], []
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)  # the default, restored afterwards
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or real(f, backend="aot_eager_decomp_partition"))
+    settings = RUN | {"dataset": str(tiny_path), "run_dir": str(tmp_path), "total_updates": 2, "log_every": 2}
     for wanted in (False, True):
-        calls, _ = traced(compile=wanted)
-        assert len(calls) == 8 and compiled == [flora.update] * wanted
+        rows.append(read_rows(flora.train(flora.Args(**settings | {"compile": wanted}))["run_dir"]))
+        assert compiled == [flora.update] * wanted
+    plain, traced = ({tag: float(value) for _, tag, value in run if "losses/" in tag} for run in rows)
+    assert len(plain) == 6 and traced == pytest.approx(plain, rel=1e-4)
 
 
 # ---- flags ------------------------------------------------------------------------------
@@ -701,18 +731,30 @@ def test_defaults_are_those_of_the_paper_and_of_the_family():
     args = flora.Args()
     assert (args.kl_weight, args.feature_weight, args.bandit_lr) == (0.1, 0.01, 0.1)
     assert (args.alpha_min, args.num_arms, args.feature_dim, args.num_flows) == (-1.0, 5, 32, 4)
-    assert (args.weight_activation, args.bandit_feedback, args.likelihood_weight) == ("softmax", "offline", 256.0)
-    names = ("gamma", "reward_scale", "z_dim", "brac_alpha", "brac_alpha_lr", "divergence_target")
-    families = {"ant-dir": (0.97, 0.5, 20, 1.0, 1e-3, 0.05), "point-robot-wind": (0.9, 5.0, 5, 1.5, 0.0, 0.05)}
+    assert (args.weight_activation, args.bandit_feedback, args.likelihood_weight) == ("softmax", "offline", 32.0)
+    assert (args.target_noise, args.tau, args.behavior_decay) == (0.0, 0.02, 0.3)
+    names = ("gamma", "reward_scale", "n_step", "z_dim", "anchor_share", "brac_alpha", "brac_alpha_lr")
+    families = {"ant-dir": (0.97, 0.5, 5, 20, 0.25, 1.0, 1e-3), "point-robot": (0.9, 5.0, 1, 5, 0.25, 1.5, 0.0)}
     for env, values in families.items():
         resolved = dc.resolve(flora.Args(env=env), flora.ENV_ARGS, flora.MAY_BE_ZERO, flora.RANGES)
         assert tuple(getattr(resolved, name) for name in names) == values
 
 
-@pytest.mark.parametrize("name, value", [
-    ("alpha_min", 0.5), ("alpha_min", -1.5), ("alpha_min", math.nan), ("num_arms", 0), ("num_arms", 21),
-    ("num_flows", -1), ("kl_weight", -0.1), ("bandit_lr", 0.0), ("bandit_every", 0), ("feature_dim", 0),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("alpha_min", 0.5),
+        ("alpha_min", -1.5),
+        ("alpha_min", math.nan),
+        ("num_arms", 0),
+        ("num_arms", 21),
+        ("num_flows", -1),
+        ("kl_weight", -0.1),
+        ("bandit_lr", 0.0),
+        ("bandit_every", 0),
+        ("feature_dim", 0),
+    ],
+)
 def test_impossible_value_is_refused(name, value):
     message = stop_message(lambda: flora.train(flora.Args(**RUN | {name: value})))
     assert f"--{name.replace('_', '-')} {value}" in message
@@ -728,24 +770,26 @@ def test_values_at_the_limits_are_accepted():
 # ---- learning ---------------------------------------------------------------------------
 
 
-def test_learns_point_robot_on_the_shipped_data(tmp_path):
+def test_learns_point_robot_wind_on_the_shipped_data(tmp_path):
     settings = {"width": 64, "encoder_width": 64, "feature_dim": 16, "meta_batch": 8, "context_size": 20, "lr": 3e-3}
-    settings |= {"tau": 0.02, "brac_alpha": 0.7, "bandit_every": 200, "total_updates": 500, "log_every": 500}
-    settings |= {"dataset": str(ROOT / "datasets" / "point-robot.npz"), "run_dir": str(tmp_path), "device": "cpu"}
-    args = flora.Args(env="point-robot", **settings)
+    settings |= {"brac_alpha": 0.7, "bandit_every": 200, "total_updates": 400, "log_every": 400, "final_episodes": 3}
+    settings |= {"env": "point-robot-wind", "dataset": str(ROOT / "datasets" / "point-robot-wind.npz")}
+    args = flora.Args(**settings | {"run_dir": str(tmp_path), "device": "cpu"})
     result = flora.train(args)
-    # random -20.3, data -6.8, expert -4.7; sign of the actor's loss flipped -11, z ignored -19, no likelihood -16
-    assert result["eval/iid/return"] > -10.0
-    assert result["z/nearest_task_acc"] > 0.2 and result["z/probe_r2"] > 0.8  # chance: 1/30 and 0
-    last = {tag: float(value) for step, tag, value in read_rows(result["run_dir"]) if step == 500}
-    assert last["losses/reward"] < 0.2 and last["losses/behavior"] < 0.8 and last["losses/kl"] > 5
-    data = dc.load_dataset("point-robot", args.dataset)
+    # random -28.2, data -9.4, expert -6.2; seeds 0 to 3 reach -6.9; sign of the actor's loss flipped -12.1, z ignored
+    # -8.6, rewards of other tasks -7.5, pi_beta of all data -7.9
+    assert result["eval/iid/return"] > -7.2
+    assert result["eval/iid/return"] > result["eval/clone/return"] + 0.2  # seeds 0 to 3: by 0.5 to 1
+    last = {tag: float(value) for step, tag, value in read_rows(result["run_dir"]) if step == 400}
+    assert last["losses/reward"] < 0.1 and last["losses/behavior"] < 0.4
+    assert last["losses/kl"] > 5  # no likelihood: 0.1
+    data = dc.load_dataset(args.env, args.dataset)
     agent, generator = flora.Agent(data, args), torch.Generator().manual_seed(0)
     agent.load_state_dict(load(result["run_dir"])["agent"])
     context = data.sample_context(data.train_tasks, 20, generator)
     obs = data.sample_batch(data.train_tasks, 50, generator).obs
-    with torch.no_grad():  # the shift from the behavior policy is for the better by the policy's own critic
+    with torch.no_grad():  # the shift from pi_beta is for the better by the policy's own critic
         z = flora.embed(agent, context, torch.ones_like(context[..., 0]))
         mean, _, mean_b, _ = agent.policies(obs, z)
         own, anchor = (agent.q(obs, torch.tanh(x), z, agent.weights(z)[:, None])[0] for x in (mean, mean_b))
-    assert (own > anchor).float().mean() > 0.9
+    assert (own > anchor).float().mean() > 0.8

@@ -630,7 +630,7 @@ def test_compile_compiles_the_update(numbered_path, tmp_path, monkeypatch):
 def test_a_finished_run_can_be_evaluated_with_other_settings_of_the_fine_tuning(numbered_path, tmp_path, monkeypatch):
     tuned = []
     quality = {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0}
-    monkeypatch.setattr(macaw, "evaluate_all", lambda agent, data, args, _: tuned.append(vars(args)) or dict(quality))
+    monkeypatch.setattr(macaw, "evaluate_all", lambda agent, data, args, *_: tuned.append(vars(args)) or dict(quality))
     args = macaw.Args(**SMALL | {"dataset": str(numbered_path), "run_dir": str(tmp_path)})
     args = replace(args, resume=macaw.train(args)["run_dir"], eval_only=True)
     changes = {"online_ft": 3, "ft_lr": 0.5, "ft_batch_size": 7, "ft_value_steps": 8, "ft_policy_steps": 9}
@@ -746,7 +746,7 @@ def test_actions_stay_within_the_bounds_and_noise_differs_by_step_but_not_by_cal
 
 
 def test_evaluation_reports_returns_by_number_of_steps_and_tunes_only_at_the_end(numbered, monkeypatch):
-    agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_steps=5, eval_episodes=3, online_ft=4)
+    agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_steps=5, online_ft=4)
 
     def evaluate(data, adapt, protocols, episodes):
         assert data is numbered and adapt.func is macaw.adapt and adapt.args == (agent,) and episodes == 3
@@ -758,12 +758,12 @@ def test_evaluation_reports_returns_by_number_of_steps_and_tunes_only_at_the_end
     monkeypatch.setattr(dc, "embedding_quality", lambda data, embed: {"z": (embed.func, embed.args)})
     monkeypatch.setattr(macaw, "fine_tune", lambda *given: {"tuned": given})
     quality = {"z": (macaw.embed, (agent,))}
-    found = macaw.evaluate_all(agent, numbered, args, ("iid", "train"))
+    found = macaw.evaluate_all(agent, numbered, args, ("iid", "train"), 3)
     assert found == {"eval/iid/return": 5, "eval/train/return": 5} | quality
-    found = macaw.evaluate_all(agent, numbered, args, dc.PROTOCOLS)
+    found = macaw.evaluate_all(agent, numbered, args, dc.PROTOCOLS, 3)
     assert [found[f"adapt/return_{k}_steps"] for k in (0, 1, 5, 20)] == [105, 1, 5, 20]
     assert found["tuned"] == (agent, numbered, args) and found["z"] == quality["z"]
-    assert "tuned" not in macaw.evaluate_all(agent, numbered, replace(args, online_ft=0), dc.PROTOCOLS)
+    assert "tuned" not in macaw.evaluate_all(agent, numbered, replace(args, online_ft=0), dc.PROTOCOLS, 3)
 
 
 # ---- online fine-tuning -----------------------------------------------------------------
@@ -896,8 +896,8 @@ def test_learns_to_reach_goals_on_new_tasks(seed, tmp_path, monkeypatch):
     """point-robot: random -20, expert -4.7; the best policy that knows nothing of the task about -15.5."""
     rows = []
 
-    def evaluate(agent, data, args, protocols):
-        tested = dc.evaluate(data, partial(macaw.adapt, agent), ("iid", "zero_shot"), 1)
+    def evaluate(agent, data, args, protocols, episodes):
+        tested = dc.evaluate(data, partial(macaw.adapt, agent), ("iid", "zero_shot"), 5)
         return tested | {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0}
 
     update = macaw.update

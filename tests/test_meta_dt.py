@@ -662,8 +662,8 @@ def test_every_protocol_aims_at_its_own_tasks_return(which, tiny, monkeypatch):
 
     monkeypatch.setattr(dc, "evaluate", evaluate)
     monkeypatch.setattr(dc, "embedding_quality", lambda data, embed: {"embed": (data, embed.func, embed.args)})
-    args = meta_dt.Args(target_return=which, eval_episodes=3)
-    results = meta_dt.evaluate_all("agent", tiny, args, dc.PROTOCOLS)
+    args = meta_dt.Args(target_return=which)
+    results = meta_dt.evaluate_all("agent", tiny, args, dc.PROTOCOLS, 3)
     assert results == dict.fromkeys(dc.PROTOCOLS, 1.0) | {"embed": (tiny, meta_dt.embed, ("agent",))}
     returns = [returns[count > 0] for returns, count in zip(tiny.episode_returns, tiny.lengths.numpy())]
     best = np.array([each.max() for each in returns])
