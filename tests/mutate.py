@@ -1107,9 +1107,96 @@ MUTANTS = {
         Mutant("training tasks are numbered from 0", "return self.train_tasks[draw]", "return draw"),
         Mutant(
             "batches hold padding",
-            "generator=generator) * self.counts[task_ids, None]",
-            "generator=generator) * self.valid.shape[1]",
+            "count = share * self.counts[task_ids, None]",
+            "count = share * self.valid.shape[1]",
         ),
+        Mutant("batches know no share", "count = share * self.counts", "count = self.counts"),
+        Mutant(
+            "the share is that of the worst episodes",
+            "returns.where(valid, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)",
+            "returns.where(valid, math.inf).flatten(1).argsort(dim=1, stable=True)",
+        ),
+        Mutant(
+            "the share is that of the first episodes",
+            "returns.where(valid, -math.inf)",
+            "(0 * returns).where(valid, -math.inf)",
+        ),
+        Mutant(
+            "transitions are ordered by the next task's returns",
+            "returns.where(valid, -math.inf)",
+            "returns.roll(1, 0).where(valid, -math.inf)",
+        ),
+        Mutant(
+            "padding counts among the transitions of a bad episode",
+            "returns.where(valid, -math.inf).flatten(1)",
+            "returns.flatten(1)",
+        ),
+        Mutant(
+            "batches draw from all transitions whatever the share",
+            "self.draw(task_ids, size, generator, share)]",
+            "self.draw(task_ids, size, generator)]",
+        ),
+        Mutant(
+            "sample_batch forgets the share",
+            "self.unpack(self.sample(task_ids, size, generator, share))",
+            "self.unpack(self.sample(task_ids, size, generator))",
+        ),
+        Mutant(
+            "segments start at the best transitions only",
+            "start = self.draw(task_ids, size, generator)[..., None]",
+            "start = self.draw(task_ids, size, generator, 0.5)[..., None]",
+        ),
+        Mutant(
+            "segments start with their second transition",
+            "k = torch.arange(steps, device=self.device)\n",
+            "k = torch.arange(1, steps + 1, device=self.device)\n",
+        ),
+        Mutant(
+            "segments go on into the next episode",
+            "start + torch.minimum(k, left - 1)",
+            "(start + k).clamp(max=self.valid.numel() - 1)",
+        ),
+        Mutant(
+            "segments go on into the padding",
+            "torch.minimum(k, left - 1)]",
+            "torch.minimum(k, horizon - 1 - start % horizon)]",
+        ),
+        Mutant(
+            "segments stop one transition early",
+            "torch.minimum(k, left - 1)]",
+            "torch.minimum(k, left - 2).clamp(min=0)]",
+        ),
+        Mutant(
+            "the end of a segment is that of another episode",
+            "self.lengths.flatten()[start // horizon]",
+            "self.lengths.flatten()[start // horizon - 1]",
+        ),
+        Mutant(
+            "all episodes have the full length for a segment",
+            "self.lengths.flatten()[start // horizon] - start % horizon",
+            "horizon - start % horizon",
+        ),
+        Mutant(
+            "the transitions left of an episode are counted from its start",
+            "self.lengths.flatten()[start // horizon] - start % horizon",
+            "self.lengths.flatten()[start // horizon]",
+        ),
+        Mutant("segments bootstrap where the task ended", " * (1 - term[..., -1])", ""),
+        Mutant("segments know a termination of their first step only", "(1 - term[..., -1])", "(1 - term[..., 0])"),
+        Mutant(
+            "the bootstrap has one discount for all segments",
+            "gamma ** left.clamp(max=steps)[..., 0]",
+            "gamma**steps",
+        ),
+        Mutant("the bootstrap is discounted as if no segment ended", "left.clamp(max=steps)[..., 0]", "left[..., 0]"),
+        Mutant(
+            "the bootstrap's discount is one step short",
+            "left.clamp(max=steps)[..., 0]",
+            "(left.clamp(max=steps)[..., 0] - 1)",
+        ),
+        Mutant("rewards past the end count", "gamma**k * (k < left)", "gamma**k * (k < left + steps)"),
+        Mutant("the last reward of an episode does not count", "gamma**k * (k < left)", "gamma**k * (k < left - 1)"),
+        Mutant("rewards of a segment are not discounted", "gamma**k * (k < left)", "1.0 * (k < left)"),
         Mutant(
             "all batches are of the first task",
             "self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]",
@@ -1179,9 +1266,84 @@ MUTANTS = {
         Mutant(
             "evaluation contexts of other tasks",
             "context, lengths = data.episodes[row_tasks, pick], data.lengths[row_tasks, pick]",
-            "context, lengths = (x[np.roll(row_tasks, repeats), pick] for x in (data.episodes, data.lengths))",
+            "context, lengths = (x[np.roll(row_tasks, episodes), pick] for x in (data.episodes, data.lengths))",
         ),
-        Mutant("every episode gets the same context", "[np.random.default_rng(seed).integers(n) for", "[0 for"),
+        Mutant("every episode gets the same context", "np.resize(order, episodes)", "order[:1].repeat(episodes)"),
+        Mutant("contexts repeat before all were used", ".permutation(n) for", ".integers(n, size=n) for"),
+        Mutant(
+            "contexts in the order of the file", "np.random.default_rng(10_000 + task).permutation(n)", "np.arange(n)"
+        ),
+        Mutant(
+            "all tasks have one order of contexts",
+            "np.random.default_rng(10_000 + task).permutation(n)",
+            "np.random.default_rng(10_000).permutation(n)",
+        ),
+        Mutant(
+            "other contexts at every call",
+            "np.random.default_rng(10_000 + task).permutation(n)",
+            "np.random.default_rng().permutation(n)",
+        ),
+        Mutant(
+            "rows of a task are not its own",
+            "row_tasks, number = tasks.repeat(episodes), np",
+            "row_tasks, number = np.tile(tasks, episodes), np",
+        ),
+        Mutant(
+            "all episodes of a task have one start",
+            "seeds = 10_000 + 97 * row_tasks + number",
+            "seeds = 10_000 + 97 * row_tasks",
+        ),
+        Mutant(
+            "foreign contexts of one column",
+            "(row + number) % columns.shape[1]",
+            "(0 * number)",
+        ),
+        Mutant(
+            "few foreign contexts are the nearest", "(row + number) % columns.shape[1]", "number % columns.shape[1]"
+        ),
+        Mutant(
+            "foreign contexts of other tasks' columns",
+            "columns[row, (row + number)",
+            "columns[row - 1, (row + number)",
+        ),
+        Mutant(
+            "foreign contexts of other test tasks",
+            "context, lengths = data.ood_episodes[row, column], data.ood_lengths[row, column]",
+            "context, lengths = data.ood_episodes[row - 1, column], data.ood_lengths[row - 1, column]",
+        ),
+        Mutant("distances of other rows", "data.ood_distance[row, column]", "data.ood_distance[row - 1, column]"),
+        Mutant("near and far are exchanged", "('near', 'middle', 'far')[k]", "('far', 'middle', 'near')[k]"),
+        Mutant(
+            "two halves instead of thirds", "np.quantile(distance, (1 / 3, 2 / 3))", "np.quantile(distance, (1 / 2, 1))"
+        ),
+        Mutant(
+            "thirds of the range of distances",
+            "np.quantile(distance, (1 / 3, 2 / 3))",
+            "np.linspace(distance.min(), distance.max(), 4)[1:3]",
+        ),
+        Mutant(
+            "equal distances are far",
+            "np.searchsorted(np.quantile(distance, (1 / 3, 2 / 3)), distance)",
+            "np.searchsorted(np.quantile(distance, (1 / 3, 2 / 3)), distance, side='right')",
+        ),
+        Mutant("thirds of returns", "normalized[third == k].mean()", "returns[third == k].mean()"),
+        Mutant("the standard error is the spread", "returns.std(ddof=1) / len(returns) ** 0.5", "returns.std(ddof=1)"),
+        Mutant("the standard error is that of a population", "returns.std(ddof=1)", "returns.std()"),
+        Mutant(
+            "the standard error is over tasks",
+            "returns.std(ddof=1) / len(returns) ** 0.5",
+            "returns.std(ddof=1) / len(tasks) ** 0.5",
+        ),
+        Mutant(
+            "a single episode has a standard error",
+            "        if len(returns) > 1:\n            results",
+            "        if True:\n            results",
+        ),
+        Mutant(
+            "rows are normalized by other tasks",
+            "normalize(data, row_tasks, returns)",
+            "normalize(data, np.sort(row_tasks)[::-1], returns)",
+        ),
         Mutant(
             "the contexts' mask is one step too long",
             "(torch.arange(context.shape[1], device=device) < lengths[:, None])",
@@ -1201,8 +1363,39 @@ MUTANTS = {
         Mutant("the online protocol repeats one start", "(seeds + 31 * k).tolist()", "seeds.tolist()"),
         Mutant(
             "returns are averaged over the wrong rows",
-            ".reshape(len(tasks), repeats).mean(1)",
-            ".reshape(repeats, len(tasks)).mean(0)",
+            "returns.reshape(len(tasks), episodes).mean(1)",
+            "returns.reshape(episodes, len(tasks)).mean(0)",
+        ),
+        Mutant(
+            "q_error's critic is asked at the start alone",
+            "last = obs[torch.arange(len(obs), device=mask.device), length]",
+            "last = obs[:, 0]",
+        ),
+        Mutant("q_error ends one step early", "device=mask.device), length]", "device=mask.device), length - 1]"),
+        Mutant("q_error does not go on past the time limit", " + gamma**length * ~terminated * last_q", ""),
+        Mutant("q_error goes on past a termination", "gamma**length * ~terminated * last_q", "gamma**length * last_q"),
+        Mutant("q_error goes on without discount", "gamma**length * ~terminated * last_q", "~terminated * last_q"),
+        Mutant(
+            "q_error goes on as from the time limit",
+            "gamma**length * ~terminated",
+            "gamma ** rew.shape[1] * ~terminated",
+        ),
+        Mutant("q_error's rewards have no discount", "(discounts * rew).sum(1)", "rew.sum(1)"),
+        Mutant("q_error has the other sign", "(first_q - monte_carlo).mean()", "(monte_carlo - first_q).mean()"),
+        Mutant("q_error is absolute", "(first_q - monte_carlo).mean()", "(first_q - monte_carlo).abs().mean()"),
+        Mutant("q_relative has the sign of the return", "abs(monte_carlo.mean().item())", "monte_carlo.mean().item()"),
+        Mutant(
+            "q_relative is a share of the rows' sizes",
+            "abs(monte_carlo.mean().item())",
+            "monte_carlo.abs().mean().item()",
+        ),
+        Mutant(
+            "q_relative of no return is infinite", "error / max(size, 1e-8)", "(error / size if size else float('inf'))"
+        ),
+        Mutant(
+            "q_error has a history of gradients",
+            "    with torch.no_grad():\n        first_q",
+            "    if True:\n        first_q",
         ),
         Mutant(
             "normalized with other tasks' scales",
@@ -1242,7 +1435,39 @@ MUTANTS = {
             "resumed runs may change every argument", 'if getattr(self.args, name) != saved["args"][name]:', "if False:"
         ),
         Mutant("resumed runs may change the data", 'if self.data.header != saved["data"]:', "if False:"),
-        Mutant("the last evaluation has two protocols", 'PROTOCOLS if last else ("iid", "train")', '("iid", "train")'),
+        Mutant(
+            "the last evaluation is as all others",
+            'self.evaluate() if last else self.evaluate(("iid", "train"), args.eval_episodes)',
+            'self.evaluate(("iid", "train"), args.eval_episodes)',
+        ),
+        Mutant(
+            "every evaluation is as the last",
+            'self.evaluate() if last else self.evaluate(("iid", "train"), args.eval_episodes)',
+            "self.evaluate()",
+        ),
+        Mutant(
+            "evaluations during the training have many episodes",
+            'self.evaluate(("iid", "train"), args.eval_episodes)',
+            'self.evaluate(("iid", "train"))',
+        ),
+        Mutant(
+            "the last evaluation has few episodes", "episodes or self.args.final_episodes", "self.args.eval_episodes"
+        ),
+        Mutant(
+            "a resumed run may not have other final episodes",
+            '"eval_episodes", "final_episodes", "device"}',
+            '"eval_episodes", "device"}',
+        ),
+        Mutant("the line has no standard errors", "return_se']:.1f}\" if f", "return_se']:.1f}\" if 0 and f"),
+        Mutant("the line leaves pi_beta's return out", 'for p in (*PROTOCOLS, "clone"):', "for p in PROTOCOLS:"),
+        Mutant("targets without noise are refused", '"entropy_weight", "target_noise"}', '"entropy_weight"}'),
+        Mutant("a share above 1 passes", '"anchor_share": (0, 1), ', ""),
+        Mutant(
+            "no share passes",
+            '"divergence_target", "entropy_weight"',
+            '"divergence_target", "anchor_share", "entropy_weight"',
+        ),
+        Mutant("segments of any length pass", ', "n_step": (1, 100)', ""),
         Mutant("infinite losses pass", "if not math.isfinite(value)]", "if math.isnan(value)]"),
         Mutant(
             "broken parameters are saved", "if all(p.isfinite().all() for p in self.agent.parameters()):", "if True:"

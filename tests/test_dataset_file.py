@@ -1104,7 +1104,7 @@ def test_q_error_is_that_of_a_plain_loop(continued):
     rng, lengths, gamma = np.random.default_rng(0), np.array([5, 3, 5, 2], np.int32), 0.8
     terminated = np.array([False, True, True, False]) | (not continued)
     episodes = {"observations": rng.normal(size=(4, 6, 3)).astype(np.float32), "lengths": lengths}
-    episodes |= {"rewards": rng.normal(1, 1, (4, 5)).astype(np.float32), "terminated": terminated}
+    episodes |= {"rewards": rng.normal(size=(4, 5)).astype(np.float32), "terminated": terminated}
     episodes["rewards"][np.arange(5) >= lengths[:, None]] = 0.0
     context, mask = torch.as_tensor(rng.normal(size=(4, 7, 2))), torch.as_tensor(rng.integers(2, size=(4, 7)))
     episodes |= {"context": context, "mask": mask}
@@ -1112,7 +1112,7 @@ def test_q_error_is_that_of_a_plain_loop(continued):
 
     def value(*inputs):
         *of_task, obs = inputs
-        given.append(of_task)
+        given.append((*of_task, torch.is_grad_enabled()))
         return obs @ weights + torch.arange(4.0)[:, None]
 
     def slow_value(row, step):
@@ -1124,10 +1124,11 @@ def test_q_error_is_that_of_a_plain_loop(continued):
         if not terminated[row]:
             returns[-1] += gamma**length * slow_value(row, length)
         errors.append(slow_value(row, 0) - returns[-1])
+    assert min(returns) < 0 < max(returns)
     relative = np.mean(errors) / abs(np.mean(returns))
     expected = {"eval/iid/q_error": np.mean(errors), "eval/iid/q_relative": relative}
     assert found == pytest.approx(expected, abs=1e-5) and all(type(number) is float for number in found.values())
-    assert len(given) == 1 and given[0][0] is context and given[0][1] is mask
+    assert len(given) == 1 and given[0][0] is context and given[0][1] is mask and not given[0][2]
     negative = dc.q_error(episodes | {"rewards": -episodes["rewards"]}, lambda *inputs: -value(*inputs), gamma)
     assert negative["eval/iid/q_relative"] == pytest.approx(-relative, abs=1e-5)
     nothing = episodes | {"rewards": 0 * episodes["rewards"]}
