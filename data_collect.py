@@ -955,15 +955,8 @@ def normalize(data, tasks, returns):
 RUN_VERSION = 2  # of run directories and policies files; a checkpoint of another version is refused
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster wants the program to stop
 # arguments that may be 0, and those with limits of their own, in all scripts; all other numbers must be positive
-MAY_BE_ZERO = {
-    "seed",
-    "brac_alpha",
-    "brac_alpha_lr",
-    "divergence_target",
-    "entropy_weight",
-    "target_noise",
-    "behavior_decay",
-}
+MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight"}
+MAY_BE_ZERO |= {"target_noise", "behavior_decay"}
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "anchor_share": (0, 1), "n_step": (1, 100)}
 LONGEST = 1000  # of a name or path
 # arguments that do not shape the training: a resumed run may change them

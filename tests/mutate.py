@@ -324,8 +324,8 @@ MUTANTS = {
         Mutant("the feature loss is a mean over features", ".sum((0, -1)).mean()", ".mean(-1).sum(0).mean()"),
         Mutant(
             "no correction in the likelihood's target",
-            "next_q = (next_psi * weights).sum(-1)",
-            "next_q = (psi_mean * weights).sum(-1)",
+            "next_q = (next_psi * weights_fixed).sum(-1)",
+            "next_q = (psi_mean * weights_fixed).sum(-1)",
         ),
         Mutant("the KL term is maximized", "likelihood - args.kl_weight * kl", "likelihood + args.kl_weight * kl"),
         Mutant("the likelihood is minimized", "(loss_r + loss_psi) - elbo", "(loss_r + loss_psi) + elbo"),
@@ -427,11 +427,21 @@ MUTANTS = {
             equivalent="every backward pass names the parameters that it reaches",
         ),
         Mutant(
-            "z is not detached for the policy",
+            "policy and targets see a sample",
+            "z_fixed = agent.flows(z_mean)[0]",
             "z_fixed = z.detach()",
-            "z_fixed = z",
-            equivalent="every backward pass names the parameters that it reaches, and the targets are without gradient",
         ),
+        Mutant(
+            "policy and targets see the mean before the flows", "z_fixed = agent.flows(z_mean)[0]", "z_fixed = z_mean"
+        ),
+        Mutant("the policy's Q has the sample's weights", "z_fixed, weights_fixed)", "z_fixed, weights.detach())"),
+        Mutant("the targets have the sample's weights", "next_psi * weights_fixed", "next_psi * weights"),
+        Mutant(
+            "the errors' mean counts in the likelihood", "error.var((1, 2), correction=0)", "error.pow(2).mean((1, 2))"
+        ),
+        Mutant("both networks share the errors' spread", "error.var((1, 2), correction=0)", "error.var(correction=0)"),
+        Mutant("pi_beta without weight decay", '"weight_decay": args.behavior_decay', '"weight_decay": 0.0'),
+        Mutant("everything decays", '"params": rest, "weight_decay": 0.0', '"params": rest, "weight_decay": 0.3'),
     ],
     "focal.py": [
         *BACKBONE,
@@ -1460,7 +1470,7 @@ MUTANTS = {
         ),
         Mutant("the line has no standard errors", "return_se']:.1f}\" if f", "return_se']:.1f}\" if 0 and f"),
         Mutant("the line leaves pi_beta's return out", 'for p in (*PROTOCOLS, "clone"):', "for p in PROTOCOLS:"),
-        Mutant("targets without noise are refused", '"entropy_weight", "target_noise"}', '"entropy_weight"}'),
+        Mutant("targets without noise are refused", '{"target_noise", "behavior_decay"}', '{"behavior_decay"}'),
         Mutant("a share above 1 passes", '"anchor_share": (0, 1), ', ""),
         Mutant(
             "no share passes",
