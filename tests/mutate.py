@@ -1471,12 +1471,9 @@ MUTANTS = {
         Mutant("the line has no standard errors", "return_se']:.1f}\" if f", "return_se']:.1f}\" if 0 and f"),
         Mutant("the line leaves pi_beta's return out", 'for p in (*PROTOCOLS, "clone"):', "for p in PROTOCOLS:"),
         Mutant("targets without noise are refused", '{"target_noise", "behavior_decay"}', '{"behavior_decay"}'),
+        Mutant("pi_beta without weight decay is refused", '{"target_noise", "behavior_decay"}', '{"target_noise"}'),
         Mutant("a share above 1 passes", '"anchor_share": (0, 1), ', ""),
-        Mutant(
-            "no share passes",
-            '"divergence_target", "entropy_weight"',
-            '"divergence_target", "anchor_share", "entropy_weight"',
-        ),
+        Mutant("no share passes", '    "target_noise",\n', '    "target_noise",\n    "anchor_share",\n'),
         Mutant("segments of any length pass", ', "n_step": (1, 100)', ""),
         Mutant("infinite losses pass", "if not math.isfinite(value)]", "if math.isnan(value)]"),
         Mutant(

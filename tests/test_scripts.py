@@ -726,16 +726,17 @@ def test_impossible_discount_is_refused_with_its_true_limits(tiny_path, tmp_path
     "name, value, limits",
     [("n_step", 0, "at least 1 and at most 100"), ("n_step", 101, "at least 1 and at most 100")]
     + [("anchor_share", value, "above 0 and at most 1") for value in (0.0, 1.01)]
-    + [("target_noise", -0.1, "at least 0 and at most 1000000"), ("final_episodes", 0, "above 0 and at most 1048576")],
+    + [(name, -0.1, "at least 0 and at most 1000000") for name in ("target_noise", "behavior_decay")]
+    + [("final_episodes", 0, "above 0 and at most 1048576")],
 )
 def test_value_beyond_its_limits_is_refused_and_the_limits_are_named(name, value, limits, tiny_path, tmp_path):
     message = stop_message(lambda: run("flora", tiny_path, tmp_path, **{name: value}))
     assert message == f"--{name.replace('_', '-')} {value}: must be {limits}"
 
 
-@pytest.mark.parametrize("changes", [{"n_step": 1, "anchor_share": 1.0}, {"n_step": 100, "target_noise": 1.0}])
+@pytest.mark.parametrize("changes", [{"n_step": 1, "anchor_share": 1.0}, {"n_step": 100, "behavior_decay": 0.0}])
 def test_values_at_their_limits_pass(changes):
-    args = dc.resolve(flora.Args(**changes), flora.ENV_ARGS, flora.MAY_BE_ZERO, flora.RANGES)
+    args = dc.resolve(flora.Args(target_noise=0.0, **changes), flora.ENV_ARGS, flora.MAY_BE_ZERO, flora.RANGES)
     assert asdict(args).items() >= changes.items()
 
 
