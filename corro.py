@@ -26,10 +26,14 @@ Deviations from the paper and from the official code:
       times the spread in point-robot, but 0.34 of it in ant-dir, where our encoder collapses to a constant.
   D9  log_std is clamped to [-5, 2], pi_beta's to [-3, 1] (code: [-20, 2]), and the data's actions to +-0.999 where
       pi_beta is fitted to them.
+  D10 The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
+      (paper: one step, a sample), so that the critics come nearer to their value in as few updates. With an entropy
+      term the action is a sample, too; the steps before it have no entropy. pi_beta is fitted, with weight decay, to
+      the best quarter of each task's data, by the returns of the episodes.
 
 Run:     python corro.py --env ant-dir
-Closest to the paper, ant-dir: --backbone sac --gamma 0.99 --reward-scale 1 --batch-size 256 --context-size 200
-         --lr 3e-4 --no-lr-decay --encoder-lr 3e-4 --encoder-width 64 --z-dim 5 --reward-noise 0.34
+Closest to the paper, ant-dir: --backbone sac --gamma 0.99 --reward-scale 1 --n-step 1 --tau 0.005 --batch-size 256
+         --context-size 200 --lr 3e-4 --no-lr-decay --encoder-lr 3e-4 --encoder-width 64 --z-dim 5 --reward-noise 0.34
          --total-updates 200000; hopper and walker: --encoder-width 128, --z-dim 40 and 32, without --reward-noise
 No flag reaches: D1, D3 to D5, D9, layer normalization.
 """
@@ -76,9 +80,10 @@ class Args:
     reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
     lr: float = 1.2e-3  # Adam's learning rate of all networks
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
-    n_step: int = 5  # steps of the data's rewards in a target; 1 = the paper's (D10)
+    n_step: int | None = None  # steps of the data's rewards in a target; 1 = the paper's (D10); None = ENV_ARGS
     target_noise: float = 0.0
-    """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = its mean (D10)"""
+    """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = the policy's
+    mean (D10); with --backbone sac always 1"""
     tau: float = 0.02  # rate at which the target networks follow
     width: int = 256  # hidden units of policy and critics, two layers
     encoder_width: int = 200  # hidden units of the encoder, two layers
@@ -102,6 +107,7 @@ class Args:
     anchor_share: float | None = None
     """share of each task's transitions, those of its best episodes, that pi_beta is fitted to (D10); 1 = the paper's
     behavior policy; None = ENV_ARGS"""
+    behavior_decay: float = 0.3  # AdamW's weight decay of pi_beta, which would learn few episodes by heart; 0 = none
     brac_alpha: float | None = None  # initial weight of the divergence in the policy loss; None = ENV_ARGS
     brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
     brac_alpha_max: float = 100.0  # largest weight of the divergence
@@ -112,6 +118,7 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
     "": dict(
         gamma=0.97,
         reward_scale=0.5,
+        n_step=5,
         z_dim=20,
         cvae_dim=64,
         anchor_share=0.25,
@@ -119,7 +126,7 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
         brac_alpha_lr=1e-3,
         divergence_target=0.2,
     ),
-    "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, cvae_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
+    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, cvae_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
 }
 MAY_BE_ZERO = {"reward_noise", "cvae_kl_weight", "encoder_updates", "cvae_updates"}
 
@@ -276,9 +283,11 @@ class Agent(nn.Module):
         for net in (self.behavior, self.shift):
             for parameter in (net.w_3, net.b_3) if net else ():
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
-        trained = [net for net in (self.aggregator, self.q, self.behavior, self.shift) if net]
-        params = [parameter for net in trained for parameter in net.parameters()]
-        self.opt = torch.optim.Adam(params, torch.tensor(args.lr), fused=True)  # a tensor: a compiled update reads it
+        # learning rate as a tensor, so that a compiled update reads the current one
+        fitted = list(self.behavior.parameters()) if self.behavior else []
+        rest = [p for net in (self.aggregator, self.q, self.shift) for p in net.parameters()]
+        groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
+        self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
 
     def fitted(self, obs, z):
@@ -361,8 +370,8 @@ def embed_transitions(agent, data):
 
 def update(agent, points, segment, best, args):
     """One step of aggregator, critics and policies. points [M, K, z_dim]: the context's transitions, embedded; segment:
-    Segment of [M, B, n, ..], drawn apart from the context; best: Batch of [M, B, ..] that pi_beta is fitted to -> dict of
-    detached 0-d tensors."""
+    Segment of [M, B, n, ..], drawn apart from the context; best: Batch of [M, B, ..] that pi_beta is fitted to -> dict
+    of detached 0-d tensors."""
     obs, act = segment.obs[:, :, 0], segment.act[:, :, 0]
     agent.opt.zero_grad()
 
@@ -374,7 +383,8 @@ def update(agent, points, segment, best, args):
     with torch.no_grad():
         next_obs = segment.next_obs[:, :, -1]
         mean, log_std, _, _ = agent.policies(next_obs, z_fixed)
-        next_pre = mean + args.target_noise * log_std.exp() * torch.randn_like(mean)
+        next_noise = 1.0 if args.backbone == "sac" else args.target_noise  # an entropy is estimated by a sample
+        next_pre = mean + next_noise * log_std.exp() * torch.randn_like(mean)
         next_q = agent.q_target(next_obs, torch.tanh(next_pre), z_fixed).amin(0)
         if args.backbone == "sac":
             next_q = next_q - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
@@ -425,8 +435,8 @@ def embed(agent, context, mask):
 
 
 def adapt(agent, context, mask, explore=False, clone=False):
-    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0;
-    explore changes nothing, z has no spread -> policy(obs [R, obs_dim], rew [R]) -> act."""
+    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0 (never
+    trained); explore changes nothing, z has no spread -> policy(obs [R, obs_dim], rew [R]) -> act."""
     z = embed(agent, context, mask)
     return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
 

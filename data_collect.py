@@ -623,9 +623,9 @@ class Dataset:
 
     def draw(self, task_ids, size, generator, share=1.0):
         """Independent uniform transitions with replacement: task_ids [M] -> [M, size], counted through all tasks,
-        episodes and steps. share in (0, 1]: of that share of each task's transitions that belongs to its episodes of
-        highest return."""
-        count = (share * self.counts[task_ids, None]).clamp(min=1)
+        episodes and steps. share in (0, 1]: of that share of each task's transitions, at least one, that belongs to its
+        episodes of highest return."""
+        count = share * self.counts[task_ids, None]
         pick = torch.rand(len(task_ids), size, device=self.device, generator=generator) * count
         return self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]
 
@@ -800,7 +800,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     seeds and contexts are the same for every method and at every call.
 
     iid        context = one episode of the test task's own offline data, for each episode another while they last
-    ood        context = an episode on the test task by the policy of another training task
+    ood        context = an episode on the test task by the policy of another training task, each of them in turn
     ood_random context = an episode on the test task by the uniform random policy
     online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; before
                each, adapt sees all episodes collected so far (none at first); the last one is reported
@@ -809,7 +809,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
 
     trace: a list to which each protocol's last episodes are appended, as of `rollout` (observations standardized),
     with the "context" and "mask" that adapt was given.
-    -> {"eval/iid/return": mean over tasks, "eval/iid/return_se": its standard error over tasks x episodes,
+    -> {"eval/iid/return": mean over tasks, "eval/iid/return_se": its standard error over tasks x episodes, if any,
     "eval/iid/normalized": 0 = random, 100 = expert, per task, then averaged, "eval/iid/return_task_07": ...,
     "eval/online/return_ep_1": ..., "eval/ood/normalized_near", "_middle", "_far": by the distance between the task and
     that of the policy which acted, thirds of the rows}"""
@@ -823,7 +823,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
             if not wanted.any():
                 continue  # a dataset collected with --ood-contexts 0
             columns, row = np.nonzero(wanted)[1].reshape(len(tasks), -1), np.arange(len(tasks)).repeat(episodes)
-            column = columns[row, number % columns.shape[1]]
+            column = columns[row, (row + number) % columns.shape[1]]  # few episodes meet near and far policies too
             context, lengths = data.ood_episodes[row, column], data.ood_lengths[row, column]
             distance = data.ood_distance[row, column]
         elif protocol in ("iid", "train"):
@@ -955,12 +955,13 @@ def normalize(data, tasks, returns):
 RUN_VERSION = 2  # of run directories and policies files; a checkpoint of another version is refused
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster wants the program to stop
 # arguments that may be 0, and those with limits of their own, in all scripts; all other numbers must be positive
-MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight", "target_noise"}
+MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight"}
+MAY_BE_ZERO |= {"target_noise", "behavior_decay"}
 RANGES = {"gamma": (0, 1), "tau": (0, 1), "anchor_share": (0, 1), "n_step": (1, 100)}
 LONGEST = 1000  # of a name or path
 # arguments that do not shape the training: a resumed run may change them
-FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "final_episodes", "device", "compile"}
-FREE |= {"resume", "eval_only", "run_dir", "dataset"}
+FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "final_episodes", "device"}
+FREE |= {"compile", "resume", "eval_only", "run_dir", "dataset"}
 
 
 def command_line(args_class, train, doc, arguments=None):
@@ -1130,9 +1131,11 @@ def write_json(path, content):
 
 def eval_line(results):
     """One line of the returns per protocol with standard errors, normalized in brackets, and of the quality of z."""
-    names = [p for p in (*PROTOCOLS, "clone") if f"eval/{p}/return" in results]
-    spread = {p: results.get(f"eval/{p}/return_se", 0.0) for p in names}
-    cells = [f"{p} {results[f'eval/{p}/return']:.1f} ± {spread[p]:.1f} ({results[f'eval/{p}/normalized']:.0f})" for p in names]
+    cells = []
+    for p in (*PROTOCOLS, "clone"):
+        if f"eval/{p}/return" in results:
+            error = f" ± {results[f'eval/{p}/return_se']:.1f}" if f"eval/{p}/return_se" in results else ""
+            cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error} ({results[f'eval/{p}/normalized']:.0f})")
     quality = {"acc": "z/nearest_task_acc", "R2": "z/probe_r2"}
     cells += [f"z {name} {results[tag]:.2f}" for name, tag in quality.items() if tag in results]
     return "  ".join(["eval", *cells])
@@ -1143,8 +1146,8 @@ class Run:
 
     A training has one or more phases, the last of which is "policy"; --{phase}-updates is a phase's length. agent: the
     module with all networks and, as attributes, all optimizers; generator: draws the batches; evaluate(agent, data,
-    args, protocols, episodes per task) -> dict tag -> float; embed(agent, context, mask) -> z, see `label_contexts`; free: arguments that
-    a resumed run may change besides FREE."""
+    args, protocols, episodes per task) -> dict tag -> float; embed(agent, context, mask) -> z, see `label_contexts`;
+    free: arguments that a resumed run may change besides FREE."""
 
     def __init__(self, args, data, agent, generator, evaluate, embed, phases=("policy",), free=frozenset()):
         self.args, self.data, self.agent, self.generator = args, data, agent, generator
@@ -1884,8 +1887,8 @@ def choose_phases(args, num_tasks, test_ids, random_returns, expert_returns, pla
 
 
 def choose_foreign(family, params, train_ids, test_ids, count):
-    """Who plays the contexts of the OOD protocol -> training tasks, snapshots of their policies, both [V, count + 1] int;
-    RANDOM in the last column.
+    """Who plays the contexts of the OOD protocol -> training tasks, snapshots of their policies, both [V, count + 1]
+    int; RANDOM in the last column.
 
     The other training tasks, sorted by their distance from the test task, are cut into `count` parts; column c is by
     one of part c. The phase rotates over rows and columns, and of a part the policy acts that did so least in this

@@ -12,8 +12,10 @@ Equations: (3) r = phi^T W; (4) Q = psi^T W; (5) reward loss; (8) feature mean a
 
 Deviations and choices where the paper's main text is silent:
   D1  W = softmax, so that r is a convex mix of the features and a lower feature never raises Q.
-  D2  log p(Q) is a sum over transitions of the task, as many as --likelihood-weight says: with their mean,
-      the KL term of (17) outweighs it and the posterior collapses to the prior.
+  D2  log p(Q) is a sum over transitions of the task, as many as --likelihood-weight says: with their mean, the KL
+      term of (17) outweighs it and the posterior collapses to the prior. Mean and spread of the Gaussian errors are
+      those that fit best: with a fixed spread the term grows with the square of the reward scale, and with a fixed mean
+      z follows what all tasks have in common, the lag of a young critic, far away from the prior.
   D3  D_KL(pi || pi_beta) against a behavior policy fitted by maximum likelihood to the best of the data (D10); both
       are tanh-Gaussians, so the divergence is the closed form of the Gaussians before the tanh.
   D4  The bandit's return R_g: by default the policy's own value at the data's initial states
@@ -33,6 +35,8 @@ Deviations and choices where the paper's main text is silent:
       as the next action: with one step, samples and tau 0.005, the critic of ant-dir ended at half of its value.
       pi_beta is fitted to the quarter of each task's transitions that its best episodes hold, which alone lifted the
       return of ant-dir from 349 to 394 (one seed). The paper's: --n-step 1 --target-noise 1 --anchor-share 1.
+  D11 Policy, pi_beta and targets see the posterior's mean through the flows, as at test; a sample trains features,
+      weights and encoder. With samples the policy blurs where the posterior is wider than the tasks lie apart.
 
 Run:     python flora.py --env ant-dir
 Ablate:  --num-flows 0 (no flows), --alpha-min 0 (no correction)
@@ -81,7 +85,7 @@ class Args:
     reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
     lr: float = 1.2e-3  # Adam's learning rate of all networks
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
-    n_step: int = 5  # steps of the data's rewards in a target; 1 = the paper's (D10)
+    n_step: int | None = None  # steps of the data's rewards in a target; 1 = the paper's (D10); None = ENV_ARGS
     target_noise: float = 0.0
     """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = the policy's
     mean (D10)"""
@@ -92,7 +96,7 @@ class Args:
     feature_dim: int = 32  # number of features D
     weight_activation: Literal["softmax", "none"] = "softmax"  # what makes the weights W of the network's output (D1)
     num_flows: int = 4  # planar flows K; 0 = Gaussian posterior, the ablation of flow-based task inference
-    likelihood_weight: float = 256.0  # transitions that log p(Q) counts for in (17), a batch of the usual size (D2)
+    likelihood_weight: float = 32.0  # transitions that log p(Q) counts for in (17), those of a batch (D2)
     kl_weight: float = 0.1  # rho2 of (17)
     feature_weight: float = 0.01  # rho3 of (18)
     alpha_min: float = -1.0  # most pessimistic arm of the correction; 0 = no correction, the ablation
@@ -104,6 +108,7 @@ class Args:
     anchor_share: float | None = None
     """share of each task's transitions, those of its best episodes, that pi_beta is fitted to (D10); 1 = the paper's
     behavior policy; None = ENV_ARGS"""
+    behavior_decay: float = 0.3  # AdamW's weight decay of pi_beta, which would learn few episodes by heart; 0 = none
     brac_alpha: float | None = None  # initial weight of the divergence in the policy loss (rho1); None = ENV_ARGS
     brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
     brac_alpha_max: float = 100.0  # largest weight of the divergence
@@ -114,13 +119,14 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
     "": dict(
         gamma=0.97,
         reward_scale=0.5,
+        n_step=5,
         z_dim=20,
         anchor_share=0.25,
         brac_alpha=1.0,
         brac_alpha_lr=1e-3,
         divergence_target=0.2,
     ),
-    "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
+    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
 }
 MAY_BE_ZERO = {"num_flows", "likelihood_weight", "kl_weight", "feature_weight", "alpha_min"}
 RANGES = {"alpha_min": (-1, 0), "num_arms": (1, 20)}  # 20 arms: probability >= 0.05
@@ -230,10 +236,11 @@ def feature_loss(psi, psi_target):
 
 
 def value_log_likelihood(psi, weights, q_target):
-    """psi [2, M, B, D], weights [M, 1, D], q_target [M, B] -> scalar: log p(Q) of one transition up to a
-    constant, mean over networks, tasks and transitions."""
+    """psi [2, M, B, D], weights [M, 1, D], q_target [M, B] -> scalar: log p(Q) of one transition up to a constant,
+    under the Gaussian error whose mean and spread fit each network's errors best."""
     error = (psi * weights).sum(-1) - q_target  # [2, M, B]
-    return -0.5 * error.pow(2).mean()  # first term of (Eq. 17)
+    variance = error.var((1, 2), correction=0)
+    return -0.5 * (variance + 1e-6).log().mean()  # first term of (Eq. 17)  [ours: D2]
 
 
 def perplexity(weights):
@@ -289,7 +296,10 @@ class Agent(nn.Module):
             for parameter in (net.w_3, net.b_3):
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
         # learning rate as a tensor, so that a compiled update reads the current one
-        self.opt = torch.optim.Adam(self.parameters(), torch.tensor(args.lr), fused=True)
+        fitted = list(self.behavior.parameters())
+        rest = [p for name, p in self.named_parameters() if not name.startswith("behavior.")]
+        groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
+        self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
         self.register_buffer("arms", torch.linspace(args.alpha_min, 0, args.num_arms))
         self.arm_tags = [f"bandit/prob_{arm:.2f}" for arm in self.arms.tolist()]
@@ -357,8 +367,10 @@ def update(agent, context, segment, best, args):
     # task inference: a sample of the posterior
     noise = torch.randn(len(context), args.z_dim, device=context.device)
     z, z_mean, z_var, kl = agent.infer(context, torch.ones_like(context[..., 0]), noise)
-    z_fixed = z.detach()  # policy, targets and behavior policy never train the encoder
     weights = agent.weights(z)[:, None]  # [M, 1, D]
+    with torch.no_grad():  # policy, targets and behavior policy never train the encoder
+        z_fixed = agent.flows(z_mean)[0]  # [ours: D11]
+        weights_fixed = agent.weights(z_fixed)[:, None]
 
     # targets: rewards and features along the segment, then the features of the next action, corrected by alpha times
     # their spread
@@ -370,7 +382,7 @@ def update(agent, context, segment, best, args):
         next_act = torch.tanh(mean + args.target_noise * log_std.exp() * torch.randn_like(mean))
         psi_mean, psi_spread = feature_spread(agent.psi_target(torch.cat([next_obs, next_act], -1), z_fixed))
         next_psi = psi_mean + alpha * psi_spread  # (Eq. 9)
-        next_q = (next_psi * weights).sum(-1)
+        next_q = (next_psi * weights_fixed).sum(-1)
         q_target = (segment.weight * rew).sum(-1) + segment.bootstrap * next_q  # [M, B], of (Eq. 17)
         later_phi = agent.phi(moves[:, :, 1:].flatten(1, 2), z)[0].unflatten(1, (obs.shape[1], -1))
         path_phi = torch.cat([phi[:, :, None], later_phi], 2)  # [M, B, n, D]
@@ -381,7 +393,7 @@ def update(agent, context, segment, best, args):
     psi = agent.psi(torch.cat([obs, act], -1), z)  # [2, M, B, D]
     loss_r = reward_loss(phi, weights, rew[..., 0])
     loss_psi = feature_loss(psi, psi_target)
-    likelihood = args.likelihood_weight * value_log_likelihood(psi, weights, q_target)  # [ours: D2]
+    likelihood = args.likelihood_weight * value_log_likelihood(psi, weights, q_target)
     elbo = likelihood - args.kl_weight * kl.mean()  # (Eq. 17)
     encoder_loss = args.feature_weight * (loss_r + loss_psi) - elbo  # (Eq. 18)
     encoder_loss.backward(inputs=[*agent.encoder.parameters(), *agent.flows.parameters()], retain_graph=True)
@@ -393,7 +405,7 @@ def update(agent, context, segment, best, args):
     behavior_loss.backward(inputs=list(agent.behavior.parameters()))
     mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
     pi_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
-    q, pi_psi = agent.q(obs, pi_act, z_fixed, weights.detach())
+    q, pi_psi = agent.q(obs, pi_act, z_fixed, weights_fixed)
     divergence = gaussian_kl(mean, log_std, mean_b, log_std_b).mean()
     actor_loss = agent.brac_alpha * divergence - q.mean()  # (Eq. 13)
     actor_loss.backward(inputs=list(agent.shift.parameters()))

@@ -28,11 +28,15 @@ Deviations from the paper and from the two official codes:
       [latest]: one whole trajectory).
   D9  Observations are standardized; log_std is clamped to [-5, 2], pi_beta's to [-3, 1] (codes: at -20 from below), and
       the data's actions to +-0.999 where pi_beta is fitted to them.
+  D10 The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
+      (paper: one step, a sample), so that the critics come nearer to their value in as few updates. With an entropy
+      term the action is a sample, too; the steps before it have no entropy. pi_beta is fitted, with weight decay, to
+      the best quarter of each task's data, by the returns of the episodes.
 
 Run:     python focal.py --env ant-dir
-Closest to the paper: --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --brac-alpha 50
-         --brac-alpha-lr 1 --brac-alpha-max 2000 --batch-size 256 --context-size 256 --lr 3e-4 --no-lr-decay
-         --total-updates 100000
+Closest to the paper: --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --n-step 1 --tau 0.005
+         --brac-alpha 50 --brac-alpha-lr 1 --brac-alpha-max 2000 --divergence-target 0.05 --batch-size 256
+         --context-size 256 --lr 3e-4 --no-lr-decay --total-updates 100000
 No flag reaches: D1, D3 to D5, D8, D9, layer normalization, the number of layers, the penalty on mean and log_std.
 """
 
@@ -78,9 +82,10 @@ class Args:
     reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
     lr: float = 1.2e-3  # Adam's learning rate of all networks but the dual critic
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
-    n_step: int = 5  # steps of the data's rewards in a target; 1 = the paper's (D10)
+    n_step: int | None = None  # steps of the data's rewards in a target; 1 = the paper's (D10); None = ENV_ARGS
     target_noise: float = 0.0
-    """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = its mean (D10)"""
+    """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = the policy's
+    mean (D10); with an entropy term always 1"""
     tau: float = 0.02  # rate at which the target networks follow
     width: int = 256  # hidden units of policy and critics, two layers
     encoder_width: int = 200  # hidden units of the encoder, two layers
@@ -96,6 +101,7 @@ class Args:
     anchor_share: float | None = None
     """share of each task's transitions, those of its best episodes, that pi_beta is fitted to (D10); 1 = the paper's
     behavior policy; None = ENV_ARGS"""
+    behavior_decay: float = 0.3  # AdamW's weight decay of pi_beta, which would learn few episodes by heart; 0 = none
     brac_alpha: float | None = None  # initial weight of the divergence in the policy loss; None = ENV_ARGS
     brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
     brac_alpha_max: float = 100.0  # largest weight of the divergence
@@ -103,8 +109,17 @@ class Args:
 
 
 ENV_ARGS = {  # for arguments left at None: all families, then what those change whose name holds the key
-    "": dict(gamma=0.97, reward_scale=0.5, z_dim=20, anchor_share=0.25, brac_alpha=1.0, brac_alpha_lr=1e-3, divergence_target=0.2),
-    "point": dict(gamma=0.9, reward_scale=5.0, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
+    "": dict(
+        gamma=0.97,
+        reward_scale=0.5,
+        n_step=5,
+        z_dim=20,
+        anchor_share=0.25,
+        brac_alpha=1.0,
+        brac_alpha_lr=1e-3,
+        divergence_target=0.2,
+    ),
+    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
 }
 MAY_BE_ZERO = {"metric_weight", "gp_weight"}
 
@@ -233,7 +248,10 @@ class Agent(nn.Module):
             for parameter in (net.w_3, net.b_3) if net else ():
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
         # learning rates as tensors, so that a compiled update reads the current ones
-        self.opt = torch.optim.Adam(self.parameters(), torch.tensor(args.lr), fused=True)
+        fitted = list(self.behavior.parameters()) if self.behavior else []
+        rest = [p for name, p in self.named_parameters() if not name.startswith("behavior.")]
+        groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
+        self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
         if args.divergence == "dual":
             self.dual = Critics(1, obs_dim, act_dim, z_dim, width)
             self.dual_opt = torch.optim.Adam(self.dual.parameters(), torch.tensor(args.dual_lr), fused=True)
@@ -280,9 +298,9 @@ def update_dual(agent, obs, act, pi_act, z, args):
 
 
 def update(agent, task_ids, context, segment, best, more, args):
-    """One step of every network. task_ids [M]; context [M, K, ctx_dim]; segment: Segment of [M, B, n, ..], drawn apart from
-    the context; best: Batch of [M, B, ..] that pi_beta is fitted to; more: list of Batches for further steps of the dual
-    critic; all of the same tasks -> dict of detached 0-d tensors."""
+    """One step of every network. task_ids [M]; context [M, K, ctx_dim]; segment: Segment of [M, B, n, ..], drawn apart
+    from the context; best: Batch of [M, B, ..] that pi_beta is fitted to; more: list of Batches for further steps of
+    the dual critic; all of the same tasks -> dict of detached 0-d tensors."""
     obs, act = segment.obs[:, :, 0], segment.act[:, :, 0]
     agent.opt.zero_grad()
 
@@ -295,7 +313,8 @@ def update(agent, task_ids, context, segment, best, more, args):
     with torch.no_grad():
         next_obs = segment.next_obs[:, :, -1]
         mean, log_std, _, _ = agent.policies(next_obs, z_fixed)
-        next_pre = mean + args.target_noise * log_std.exp() * torch.randn_like(mean)
+        next_noise = 1.0 if args.entropy_weight else args.target_noise  # an entropy is estimated by a sample
+        next_pre = mean + next_noise * log_std.exp() * torch.randn_like(mean)
         next_q = agent.q_target(next_obs, torch.tanh(next_pre), z_fixed).amin(0)
         if args.entropy_weight:
             next_q = next_q - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
@@ -353,8 +372,8 @@ def embed(agent, context, mask):
 
 
 def adapt(agent, context, mask, explore=False, clone=False):
-    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0;
-    explore changes nothing, z has no spread -> policy(obs [R, obs_dim], rew [R]) -> act."""
+    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0 (never
+    trained); explore changes nothing, z has no spread -> policy(obs [R, obs_dim], rew [R]) -> act."""
     z = embed(agent, context, mask)
     return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
 

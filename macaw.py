@@ -14,9 +14,10 @@ Deviations from the paper and from the official code:
       episode's last observation (paper, [min]: `--no-terminal-bootstrap`); here not after a termination, which the
       official code overlooks. As there, the AWR weights are of standardized advantages and capped (paper: exp(A / T)).
   D2  The inner rows are of one episode, as the contexts of the evaluation, and spread over it; the outer rows are of
-      the task's other episodes. Official code: both of the whole buffer, possibly overlapping, the inner ones in
-      succession, every seventh transition. Each inner step sees all inner rows (official code: its part of them).
-      `--inner-segment` restricts the inner rows of the training only; evaluation contexts are those of all methods.
+      the task's other episodes. Official code: both of the whole buffer, possibly overlapping (`--inner-rows buffer`),
+      the inner ones in succession, every seventh transition. Each inner step sees all inner rows (official code: its
+      part of them). `--inner-rows` and `--inner-segment` are about the training only; evaluation contexts are those of
+      all methods.
   D3  The advantage head takes relu(h) and the action; the official code clips negative actions too.
   D4  Observations are standardized and clipped; returns are divided by their spread in the training data, a constant
       of the dataset.
@@ -32,9 +33,11 @@ Deviations from the paper and from the official code:
 
 Run:     python macaw.py --env ant-dir
 Ablate:  --no-weight-transform | --no-adv-head | --first-order | --no-terminal-bootstrap | --inner-segment start
-Closest to the paper: --gamma 0.99 --meta-batch 5 --batch-size 256 --context-size 256 --lr 1e-4 --value-lr 1e-5
-         --no-lr-decay --total-updates 1000000 --online-ft 100 --ft-lr 1e-5, which is what the official code sets
-No flag reaches: D1 after a termination, D2 to D6, tasks without replacement (D7), D8.
+Closest to the paper: --gamma 0.99 --meta-batch 5 --batch-size 256 --context-size 256 --inner-rows buffer --lr 1e-4
+         --value-lr 1e-5 --no-lr-decay --total-updates 1000000 --online-ft 100 --ft-lr 1e-5, which is what the official
+         code sets
+No flag reaches: D1 after a termination, inner rows in succession and its part for each inner step (D2), D3 to D6, tasks
+         without replacement (D7), D8.
 """
 
 import math
@@ -96,6 +99,9 @@ class Args:
     weight_transform: bool = True  # generate the weights of all layers from latents
     adv_head: bool = True  # predict the advantage in the inner loss of the policy
     first_order: bool = False  # hold the inner gradient constant in the outer one
+    inner_rows: Literal["episode", "buffer"] = "episode"
+    """what the inner rows of the training are drawn from: one episode, and the outer rows from the others; or all
+    episodes of the task, as the outer rows (D2)"""
     inner_segment: Literal["all", "start", "middle", "end"] = "all"
     """quarter of a task's episodes, in the order of recording, that the inner rows of the training come from (D2)"""
     online_ft: int = 0  # episodes of online fine-tuning per test task after the last evaluation [episodes]
@@ -518,13 +524,16 @@ def segment(lengths, part):
 
 def draw_rows(data, table, task_ids, args, generator):
     """table: all episodes as of `label_data`, task_ids [M] -> inner Rows, context_size of one episode per task, and
-    outer Rows, batch_size of the task's other episodes."""
+    outer Rows, batch_size of the task's other episodes; with --inner-rows buffer both of all its episodes."""
     lengths, task, device = data.lengths[task_ids], task_ids[:, None], data.device  # lengths [M, N]
-    # the first of exponential clocks is a uniform draw; torch.multinomial of one would read from the device
-    allowed = segment(lengths, args.inner_segment)
-    inner = (allowed / torch.empty_like(allowed).exponential_(generator=generator)).argmax(1, keepdim=True)  # [M, 1]
-    others = lengths.float().scatter(1, inner, 0.0)  # an episode counts by its transitions
-    outer = torch.multinomial(others, args.batch_size, True, generator=generator)  # [M, batch_size]
+    allowed, counts = segment(lengths, args.inner_segment), lengths.float()  # an episode counts by its transitions
+    if args.inner_rows == "episode":  # [ours: D2] inner [M, 1]
+        # the first of exponential clocks is a uniform draw; torch.multinomial of one would read from the device
+        inner = (allowed / torch.empty_like(allowed).exponential_(generator=generator)).argmax(1, keepdim=True)
+        counts = counts.scatter(1, inner, 0.0)
+    else:  # [code: D2] inner [M, context_size]
+        inner = torch.multinomial(allowed * counts, args.context_size, True, generator=generator)
+    outer = torch.multinomial(counts, args.batch_size, True, generator=generator)  # [M, batch_size]
 
     def rows(episode, share):  # at these shares of their episodes
         length = lengths.gather(1, episode)
@@ -532,18 +541,19 @@ def draw_rows(data, table, task_ids, args, generator):
         *columns, last_obs = table
         return Rows(*(x[task, episode, step] for x in columns), last_obs[task, episode, 0])
 
-    # evenly spread over the inner episode with a random offset each, so that none counts much more than another
-    offset = torch.rand(len(task), args.context_size, device=device, generator=generator)
-    spread = (torch.arange(args.context_size, device=device) + offset) / args.context_size
-    return rows(inner, spread), rows(outer, torch.rand(outer.shape, device=device, generator=generator))
+    share = torch.rand(len(task), args.context_size, device=device, generator=generator)
+    if args.inner_rows == "episode":  # evenly spread over it, each with an offset, so that none counts much more
+        share = (torch.arange(args.context_size, device=device) + share) / args.context_size
+    return rows(inner, share), rows(outer, torch.rand(outer.shape, device=device, generator=generator))
 
 
 def train(args):
     """Train and evaluate -> what dc.Run.finish returns."""
     args = dc.resolve(args, ENV_ARGS, MAY_BE_ZERO)
     data = dc.load_dataset(args.env, args.dataset, args.device)
-    if data.min_episodes < 2:
-        raise SystemExit(f"{args.dataset}: disjoint inner and outer rows need two episodes of every training task")
+    if args.inner_rows == "episode" and data.min_episodes < 2:
+        what = "disjoint inner and outer rows need two episodes of every training task"
+        raise SystemExit(f"{args.dataset}: {what}; collect more with --episodes, or use --inner-rows buffer")
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)
     agent = Agent(data, args).to(data.device)

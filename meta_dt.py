@@ -22,12 +22,12 @@ Deviations from the paper and from the official code:
       episode train it (official: independent transitions).
   D3  Prompts are dropped with a probability, so that one network serves zero- and few-shot (official: none in the first
       updates, then always), and drawn anew in every update (official: once), never from the window's own episode, but
-      from the best three others of its task (official: from three that are stored for the task).
+      from the best three others of its task, or from all others (official: from three that are stored for the task).
   D4  The prompt starts where the error of its k steps is largest, as in the paper; in training it is drawn in
       proportion to that error (official: drawn also at test, where the sum runs to the end of the episode, and errors
       of next observations mix raw and standardized ones).
-  D5  The return to aim at is known from the training tasks; `--target-return task_max` is the official one, the best in
-      the test task's own data, which no agent on a new task knows.
+  D5  The return to aim at is known from the training tasks, and one that their data often reach; `--target-return
+      task_max` is the official one, the best in the test task's own data, which no agent on a new task knows.
   D6  The learning rate is larger and falls to 0 in the second half, for trainings far shorter than the official ones.
   D7  Windows are those of a rollout: the K steps up to a uniform one, early on the first K (official: from a uniform
       step on, so that few show how an episode starts, and those at its end are short).
@@ -92,17 +92,21 @@ class Args:
     dropout: float = 0.1  # share of attention weights, residual updates and embedded tokens dropped in training
     window: int | None = None  # steps of an episode that the transformer sees (K) [steps]; None = ENV_ARGS
     return_scale: float | None = None  # divisor of the returns-to-go; None = ENV_ARGS
-    target_return: Literal["train_mean_max", "train_max", "task_max"] = "train_mean_max"
-    """return to aim at: the best one in a task's data, mean or maximum over the training tasks; task_max takes the
-    test task's own and thus uses knowledge about it (D5)"""
+    target_return: float | Literal["train_top", "train_mean_max", "train_max", "task_max"] = "train_top"
+    """return to aim at, unscaled: a number; train_top = mean return of a task's best quarter of episodes, mean over the
+    training tasks; train_mean_max, train_max = a task's best return, mean or maximum over them; task_max = the best in
+    the test task's own data, which is knowledge about it (D5)"""
     prompt_length: int | None = None  # steps of the prompt (k) [steps]; None = ENV_ARGS
+    prompt_episodes: Literal["best", "any"] = "best"
+    """which episodes give prompts, of the task's in training and of those that a protocol gives at test: the best
+    three, or any (D3)"""
     prompt_select: Literal["argmax", "sample", "random", "last"] = "argmax"
     """where the prompt starts in its episode: largest error of the world model (in training as sample: the same start
     every time would be learned by heart), drawn in proportion to the error, anywhere, or as late as possible (D4)"""
     prompt_dropout: float = 0.25
     """share of training windows without a prompt; 1 = purely zero-shot, no prompt at test either (D3)"""
     world_model_updates: int | None = None
-    """updates of the world model [gradient steps]; None = half of --total-updates, which at the default sizes means 512
+    """updates of the world model [gradient steps]; None = --total-updates, which at the default sizes means 1,024
     transitions per update of the transformer (official: 240 to 2,700)"""
     world_model_loss: Literal["reward", "state", "both"] | None = None
     """what the world model predicts; None = state where the dynamics differ between tasks, else reward"""
@@ -117,13 +121,13 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
     "point": dict(return_scale=10.0),
     "rand-params": dict(window=8, prompt_length=3),
 }
-MAY_BE_ZERO = {"world_model_updates", "warmup_updates", "weight_decay", "dropout", "prompt_dropout"}
-RANGES = {"dropout": (0, 1), "prompt_dropout": (0, 1)}
+MAY_BE_ZERO = {"world_model_updates", "warmup_updates", "weight_decay", "dropout", "prompt_dropout", "target_return"}
+RANGES = {"dropout": (0, 1), "prompt_dropout": (0, 1), "target_return": (-1_000_000, 1_000_000)}
 EVAL_ONLY = {"target_return"}  # not of the training: may differ when a run is resumed
 
 EMBED = 16  # size of an embedded observation, action or reward
 CLIP, WORLD_MODEL_CLIP = 0.25, 1.0  # largest norms of the gradient
-BEST = 3  # episodes of a task, best first, among which the prompt's is drawn
+BEST = 3  # episodes that give prompts with --prompt-episodes best
 
 # ---- sequences --------------------------------------------------------------
 #
@@ -416,16 +420,21 @@ def read_tasks(agent, episodes, lengths):
     return Sequences(*(torch.cat(part) for part in zip(*parts)))
 
 
-def best_episodes(sequences, lengths, count):
-    """Sequences of U * N episodes, lengths [U, N] -> [U, count], best first, numbered through all tasks."""
+def rank_episodes(sequences, lengths):
+    """Sequences of U * N episodes, lengths [U, N] -> [U, N], best first, numbered through all tasks."""
     returns = sequences.rows[:, 0, 0].view_as(lengths).masked_fill(lengths == 0, -math.inf)
     first = torch.arange(len(lengths), device=lengths.device) * lengths.shape[1]
-    return first[:, None] + returns.topk(count, 1).indices
+    return first[:, None] + returns.argsort(1, descending=True)
 
 
-def draw_windows(sequences, best, lengths, args, generator):
-    """Windows of random episodes, each with a prompt from one of the best others of its task: best [U, n] of
-    `best_episodes`, lengths [U, N] -> Windows of K and of k steps; a dropped prompt has no valid step."""
+def draw_rank(draw, count, args):
+    """draw [B] uniform in [0, 1), count [B] episodes at hand -> rank [B] of the one that gives the prompt, 0 = best."""
+    return (draw * (count.clamp(max=BEST) if args.prompt_episodes == "best" else count)).long()
+
+
+def draw_windows(sequences, ranked, lengths, args, generator):
+    """Windows of random episodes, each with a prompt from another episode of its task: ranked [U, N] of
+    `rank_episodes`, lengths [U, N] -> Windows of K and of k steps; a dropped prompt has no valid step."""
     count = args.meta_batch * math.ceil(args.batch_size / args.window)
     task, episode = draw_episodes(lengths, count, generator)
     draw = torch.rand(3, count, device=lengths.device, generator=generator)
@@ -433,10 +442,10 @@ def draw_windows(sequences, best, lengths, args, generator):
     last = (draw[0] * sequences.lengths[episode]).long()
     window = sequences.cut(episode, (last - args.window + 1).clamp(min=0), args.window)  # [ours: D7]
 
-    rank = (draw[1] * (best.shape[1] - 1)).long()  # one of n - 1; the window's own episode is skipped
-    is_own = best[task] == episode[:, None]  # [B, n]
-    rank += is_own.cumsum(1).gather(1, rank[:, None])[:, 0]
-    other = best[task, rank]
+    rank = draw_rank(draw[1], (lengths[task] > 0).sum(1) - 1, args)  # [ours: D3]
+    is_own = ranked[task] == episode[:, None]  # [B, N]
+    rank += is_own.cumsum(1).gather(1, rank[:, None])[:, 0]  # the window's own episode is skipped
+    other = ranked[task, rank]
     how = "sample" if args.prompt_select == "argmax" else args.prompt_select  # [ours: D4]
     prompt = sequences.cut(other, select(sequences.scores[other], how, generator), args.prompt_length)
     kept = draw[2] >= args.prompt_dropout  # [ours: D3]
@@ -464,17 +473,17 @@ def update(agent, window, prompt, args):
 
 
 def find_prompt(agent, context, mask):
-    """context [R, n * H, ctx_dim], n whole episodes, mask [R, n * H] -> Window of k steps: of one of the row's best
-    episodes the part that the world model predicts worst. A row without a transition gets no valid step."""
+    """context [R, n * H, ctx_dim], n whole episodes, mask [R, n * H] -> Window of k steps: of one of the row's episodes
+    the part that the world model predicts worst. A row without a transition gets no valid step."""
     args = agent.args
     # the same prompts at every evaluation, another draw in every round
     generator = torch.Generator(context.device).manual_seed(args.seed + context.shape[1])
     episodes = context.unflatten(1, (-1, agent.horizon))  # [R, n, H, ctx_dim]
     lengths = mask.unflatten(1, (-1, agent.horizon)).sum(-1).long()  # [R, n]
     sequences = read_episodes(agent, episodes.flatten(0, 1), lengths.flatten())
-    best = best_episodes(sequences, lengths, min(BEST, lengths.shape[1]))
-    rank = torch.randint(best.shape[1], (len(best), 1), device=context.device, generator=generator)
-    episode = best.gather(1, rank)[:, 0]
+    draw = torch.rand(len(context), device=context.device, generator=generator)
+    rank = draw_rank(draw, (lengths > 0).sum(1), args)
+    episode = rank_episodes(sequences, lengths).gather(1, rank[:, None])[:, 0]
     return sequences.cut(episode, select(sequences.scores[episode], args.prompt_select, generator), args.prompt_length)
 
 
@@ -512,19 +521,28 @@ def adapt(agent, context, mask, explore=False, *, targets):
 
 def target_returns(data, tasks, which):
     """Returns to aim at on `tasks` -> [1], the same for all, or [len(tasks)] with "task_max"; unscaled."""
-    returns = torch.as_tensor(data.episode_returns)  # [T, N]
-    best = returns.masked_fill(data.lengths.cpu() == 0, -math.inf).amax(1)
-    seen = best[data.train_ids]
-    targets = {"train_mean_max": seen.mean(0, keepdim=True), "train_max": seen.amax(0, keepdim=True)}
-    return targets.get(which, best[tasks]).float().to(data.device)  # [ours: D5]
+    if not isinstance(which, str):
+        return torch.tensor([which], dtype=torch.float, device=data.device)
+    present = data.lengths.cpu() > 0  # [T, N]
+    returns = torch.as_tensor(data.episode_returns).masked_fill(~present, -math.inf).sort(1, descending=True).values
+    quarter = present.sum(1, keepdim=True) / 4  # [T, 1]; of five episodes the best two
+    top = torch.where(torch.arange(present.shape[1]) < quarter, returns, 0).sum(1) / quarter[:, 0].ceil()
+    best, train = returns[:, 0], data.train_ids
+    targets = {"train_top": top[train].mean(), "train_mean_max": best[train].mean(), "train_max": best[train].max()}
+    return targets.get(which, best[tasks]).reshape(-1).float().to(data.device)  # [ours: D5]
 
 
 def embed(agent, context, mask):
-    """context [R, K, ctx_dim] of one episode, mask [R, K] -> z [R, z_dim] after its last transition."""
-    lengths = mask.sum(1).long()
-    every = torch.arange(len(context), device=context.device)
-    with torch.no_grad():
-        return agent.world_model.infer(context, lengths, every, lengths, agent.args.context_horizon)
+    """context [R, K, ctx_dim] of one episode, mask [R, K] -> z [R, z_dim]: the mean of z after each transition from the
+    h-th on, when a context is complete; of a shorter episode z after its last one."""
+    horizon, means = agent.args.context_horizon, []
+    step = torch.arange(context.shape[1] + 1, device=context.device)  # z before the last of them is after the episode
+    for episode, length in zip(context, mask.sum(1).long()):  # one after the other to save memory
+        with torch.no_grad():
+            z = agent.world_model.infer(episode[None], length[None], torch.zeros_like(step), step, horizon)
+        counts = (step >= length.clamp(max=horizon)) & (step <= length)
+        means.append(torch.where(counts[:, None], z, 0).sum(0) / counts.sum())
+    return torch.stack(means)
 
 
 def evaluate_all(agent, data, args, protocols, episodes):
@@ -556,9 +574,10 @@ def train(args):
     """Train and evaluate -> what dc.Run.finish returns."""
     if args.world_model_loss is None:
         args.world_model_loss = "state" if dc.FAMILIES[args.env].dynamics_vary else "reward"
-    half, tenth = args.total_updates // 2, args.total_updates // 10
-    args.world_model_updates = half if args.world_model_updates is None else args.world_model_updates
-    args.warmup_updates = tenth if args.warmup_updates is None else args.warmup_updates
+    if args.world_model_updates is None:
+        args.world_model_updates = args.total_updates
+    if args.warmup_updates is None:
+        args.warmup_updates = args.total_updates // 10
     args = dc.resolve(args, ENV_ARGS, MAY_BE_ZERO, RANGES)
     data = dc.load_dataset(args.env, args.dataset, args.device)
     check_sizes(args, data)
@@ -578,9 +597,9 @@ def train(args):
         agent.world_model.requires_grad_(False).zero_grad()  # frozen from here on
         if not run.stopping and not args.eval_only:
             sequences = read_tasks(agent, episodes, lengths)
-            best = best_episodes(sequences, lengths, min(BEST + 1, data.min_episodes))  # one may be the window's own
+            ranked = rank_episodes(sequences, lengths)
         while run.going():
-            window, prompt = draw_windows(sequences, best, lengths, args, generator)
+            window, prompt = draw_windows(sequences, ranked, lengths, args, generator)
             dc.set_lr(agent.opt, args.lr * warm_up(run.step, args.warmup_updates) * run.decay)  # [ours: D6]
             run.advance(step_fn(agent, window, prompt, args))
         return run.finish()

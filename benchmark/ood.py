@@ -40,12 +40,13 @@ def cosines(embed, data):
     z = read(data.episodes[train, ::4], data.lengths[train, ::4])  # [U, N, z_dim + 1]
     target = directions[train, None].expand(-1, z.shape[1], -1)
     probe = torch.linalg.lstsq(z.flatten(0, 1), target.flatten(0, 1), driver="gelsd").solution
-    own = read(data.episodes[test, :1], data.lengths[test, :1]) @ probe
+    recorded = int((data.lengths[test] > 0).sum(1).min())  # episodes of a test task, from all phases
+    own = read(data.episodes[test, :recorded], data.lengths[test, :recorded]) @ probe  # [V, N, 2]
     other = read(data.ood_episodes, data.ood_lengths) @ probe  # [V, C, 2]
     behavior = torch.as_tensor(data.ood_behavior_task)  # [V, C]
     foreign, task = behavior >= 0, directions[test, None].expand_as(other)
     values = (
-        F.cosine_similarity(own, directions[test, None], dim=-1),
+        F.cosine_similarity(own, directions[test, None].expand_as(own), dim=-1),
         F.cosine_similarity(other, task, dim=-1)[~foreign],
         F.cosine_similarity(other, task, dim=-1)[foreign],
         F.cosine_similarity(other, directions[behavior.clamp(min=0)], dim=-1)[foreign],

@@ -1,4 +1,4 @@
-"""Tables and learning curves of finished runs: mean and spread over seeds.
+"""Tables and learning curves of finished runs: mean and its standard error over seeds.
 
 Run:  python benchmark/report.py --env ant-dir --runs runs
 Prints markdown tables; the newest run of each experiment name and seed counts.
@@ -18,8 +18,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import data_collect as dc  # noqa: E402
 
-PROTOCOLS = ("iid", "ood", "ood_random", "online", "zero_shot", "train")
+PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "zero_shot", "train")
 STEPS = [f"adapt/return_{k}_steps" for k in (0, 1, 5, 20)]  # MACAW
+DISTANCES = [f"eval/ood/normalized_{third}" for third in ("near", "middle", "far")]
 EPISODES = [f"eval/online/return_ep_{k}" for k in range(1, 6)]
 
 
@@ -40,11 +41,13 @@ def curve(run_dir, tag):
 
 
 def cell(results, tag, normalized=None, digits=0):
-    """mean ± standard deviation over seeds; in brackets, if the tag `normalized` is given, its mean."""
+    """mean ± standard error over seeds, of a single seed's return over tasks and episodes; in brackets, if the tag
+    `normalized` is given, its mean."""
     if any(t not in r for r in results for t in (tag, normalized or tag)):
         return ""
     values = np.array([r[tag] for r in results])
-    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else results[0].get(f"{tag}_se")
+    spread = "" if error is None else f" ± {error:.{digits}f}"
     brackets = f" ({np.mean([r[normalized] for r in results]):.0f})" if normalized else ""
     return f"{values.mean():.{digits}f}{spread}{brackets}"
 
@@ -57,7 +60,8 @@ def print_table(header, rows):
 
 
 def print_tables(runs):
-    """Returns per protocol with cost and quality of z; then what happens over inner steps and own episodes."""
+    """Returns per protocol with the critic's error, quality of z and cost; then what happens over inner steps, own
+    episodes, and with the distance of the policy that acted in the context."""
     results = {
         name: [json.loads((d / "result.json").read_text()) for d in seeds.values()] for name, seeds in runs.items()
     }
@@ -66,23 +70,24 @@ def print_tables(runs):
     def cost(group):
         steps = "/".join(f"{s:,}" for s in sorted({r["step"] for r in group}))
         speed, minutes = (np.mean([r[tag] for r in group]) for tag in ("updates_per_sec", "wall_clock_s"))
-        quality = [cell(group, tag, digits=2) for tag in ("z/nearest_task_acc", "z/probe_r2")]
+        quality = [cell(group, tag, digits=2) for tag in ("eval/iid/q_relative", "z/nearest_task_acc", "z/probe_r2")]
         return [*quality, steps, f"{speed:.1f}", f"{minutes / 60:.0f}"]
 
     def returns(group):
         return [cell(group, f"eval/{p}/return", f"eval/{p}/normalized", digits) for p in PROTOCOLS]
 
-    header = ["method", "seeds", *PROTOCOLS, "z acc", "z R2", "updates", "updates/s", "minutes"]
+    header = ["method", "seeds", *PROTOCOLS, "Q error", "z acc", "z R2", "updates", "updates/s", "minutes"]
     print_table(header, [[n, str(len(g)), *returns(g), *cost(g)] for n, g in results.items()])
-    for what, tags in (("inner steps", STEPS), ("own episodes", EPISODES)):
+    names = {"inner steps": STEPS, "own episodes": EPISODES, "ood, normalized, by distance": DISTANCES}
+    for what, tags in names.items():
         groups = {name: group for name, group in results.items() if tags[0] in group[0]}
         if groups:
-            header = [f"method, {what}", *(re.search(r"\d+", tag)[0] for tag in tags)]
+            header = [f"method, {what}", *(re.search(r"\d+|[a-z]+$", tag)[0] for tag in tags)]
             print_table(header, [[n, *(cell(g, tag, digits=digits) for tag in tags)] for n, g in groups.items()])
 
 
 def draw(runs, data, path):
-    """Return on the test tasks, context from their own data, against updates; band: one standard deviation."""
+    """Return on the test tasks, context from their own data, against updates; band: one standard error."""
     import matplotlib  # only pictures need it
 
     matplotlib.use("Agg")
@@ -93,7 +98,10 @@ def draw(runs, data, path):
         curves = [curve(run_dir, "eval/iid/return") for run_dir in seeds.values()]
         length = min(len(values) for _, values in curves)
         steps, values = curves[0][0][:length], np.array([values[:length] for _, values in curves])
-        mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(length)
+        mean, spread = (
+            values.mean(0),
+            values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(length),
+        )
         (line,) = axes.plot(steps, mean, label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})")
         axes.fill_between(steps, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
     for label, level, style in (

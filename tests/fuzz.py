@@ -47,7 +47,7 @@ SCRIPTS = ["flora", "focal", "unicorn", "corro", "macaw", "meta_dt"]
 TINY = {"env": "point-robot", "train_tasks": 4, "test_tasks": 2, "total_updates": 200, "rows": 16, "width": 32}
 TINY |= {"updates_per_step": 10, "batch_size": 64, "episodes": 4, "test_episodes": 2, "ood_contexts": 2}
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 2, "log_every": 1, "eval_every": 1, "save_every": 1}
-SMALL |= {"eval_episodes": 1, "meta_batch": 3, "batch_size": 4, "context_size": 4, "width": 8}
+SMALL |= {"eval_episodes": 1, "final_episodes": 1, "meta_batch": 3, "batch_size": 4, "context_size": 4, "width": 8}
 MORE = {"corro": {"negatives": "generative"}, "macaw": {"latent": 6, "head_width": 8}, "focal": {"divergence": "dual"}}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MEMORY = 4 * 2**30  # bytes that a case may ask for
@@ -386,9 +386,11 @@ def use(path):
 
     results = dc.evaluate(data, adapt, dc.PROTOCOLS, 1) | dc.embedding_quality(data, lambda c, m: c.mean(1)[:, :3])
     source = torch.Generator().manual_seed(0)
-    batch = data.sample_batch(data.sample_tasks(4, source), 4, source)
+    batch = data.sample_batch(data.sample_tasks(4, source), 4, source, 0.25)
+    segment = data.sample_segments(data.sample_tasks(4, source), 4, 3, 0.9, source)
     context = data.sample_context(data.sample_tasks(4, source), 4, source)
-    assert all(np.isfinite(v) for v in results.values()) and all(x.isfinite().all() for x in (*batch, context))
+    assert all(np.isfinite(v) for v in results.values())
+    assert all(x.isfinite().all() for x in (*batch, *segment, context))
 
 
 @functools.cache
@@ -507,6 +509,7 @@ def random_words(name, rng):
             alone.append(flag if rng.random() < 0.5 else "--no" + flag[1:])
         elif float in options or int in options:
             values = FLOATS if float in options else INTS
+            values = values + [str(v) for option in options for v in typing.get_args(option)]  # names beside numbers
             settings[flag] = values[rng.integers(len(values))]
         elif str in options:
             settings[flag] = TEXTS[rng.integers(len(TEXTS))]

@@ -185,6 +185,81 @@ def main():
     return int(any(BAD & set(counts) for counts in tally.values()))
 
 
+BACKBONE = [  # what focal.py, unicorn.py and corro.py share
+    Mutant("the actor minimizes Q", "agent.brac_alpha * divergence - q_mean", "agent.brac_alpha * divergence + q_mean"),
+    Mutant(
+        "the target is the maximum of the twins",
+        "torch.tanh(next_pre), z_fixed).amin(0)",
+        "torch.tanh(next_pre), z_fixed).amax(0)",
+    ),
+    Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
+    Mutant("the value after a segment is ignored", "segment.bootstrap * next_q", "0 * next_q"),
+    Mutant(
+        "the value after a segment is discounted by one step",
+        "segment.bootstrap * next_q",
+        "args.gamma * (segment.bootstrap > 0) * next_q",
+    ),
+    Mutant("termination ignored", "segment.bootstrap * next_q", "args.gamma**args.n_step * next_q"),
+    Mutant("rewards are not discounted", "(segment.weight * segment.rew)", "((segment.weight > 0) * segment.rew)"),
+    Mutant(
+        "rewards after the episode's end count",
+        "(segment.weight * segment.rew)",
+        "(args.gamma ** torch.arange(args.n_step, device=obs.device) * segment.rew)",
+    ),
+    Mutant("the value is that after the first step", "segment.next_obs[:, :, -1]", "segment.next_obs[:, :, 0]"),
+    Mutant("the critics learn the last action", "segment.act[:, :, 0]", "segment.act[:, :, -1]"),
+    Mutant("reward scale ignored", "args.reward_scale * (segment", "(segment"),
+    Mutant("target noise ignored", "next_pre = mean + next_noise * log_std.exp()", "next_pre = mean + log_std.exp()"),
+    Mutant("next actions without noise", "next_pre = mean + next_noise *", "next_pre = mean + 0 *"),
+    Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
+    Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
+    Mutant(
+        "the behavior policy is fitted to all of the data",
+        "agent.fitted(best.obs, z_fixed), pre_tanh(best.act))",
+        "agent.fitted(obs, z_fixed), pre_tanh(act))",
+    ),
+    Mutant("the behavior policy is fitted to actions after their tanh", "pre_tanh(best.act))", "best.act)"),
+    Mutant("anchor-share without effect", "generator, args.anchor_share)", "generator)"),
+    Mutant(
+        "divergence from the behavior policy to the policy",
+        "divergence = gaussian_kl(mean, log_std, mean_b, log_std_b)",
+        "divergence = gaussian_kl(mean_b, log_std_b, mean, log_std)",
+    ),
+    Mutant("the policy does not start at the behavior policy", "return mean_b + mean,", "return mean,"),
+    Mutant("the clone is the policy", "torch.tanh(mean_b if clone else mean)", "torch.tanh(mean)"),
+    Mutant("the clone is not evaluated, but the policy", "partial(adapt, agent, clone=True)", "partial(adapt, agent)"),
+    Mutant(
+        "the clone's final evaluation plays as many episodes as in training",
+        '("iid",), episodes)',
+        '("iid",), args.eval_episodes)',
+    ),
+    Mutant(
+        "the final evaluation plays as many episodes as in training",
+        "protocols, episodes, traced)",
+        "protocols, args.eval_episodes, traced)",
+    ),
+    Mutant("the critic's error is that of the first protocol", 'traced[protocols.index("iid")]', "traced[0]"),
+    Mutant(
+        "the critic's error is that of scaled rewards", ".amin(0) / args.reward_scale", ".amin(0) * args.reward_scale"
+    ),
+    Mutant(
+        "the critic's error is that of the twins' mean",
+        "agent.q(obs, agent.act(obs, z), z).amin(0)",
+        "agent.q(obs, agent.act(obs, z), z).mean(0)",
+    ),
+    Mutant("the critic's error without discount", "value, agent, args), args.gamma)", "value, agent, args), 1.0)"),
+    Mutant("n-step without effect", "args.n_step, args.gamma, generator", "1, args.gamma, generator"),
+    Mutant("segments without discount", "args.n_step, args.gamma, generator", "args.n_step, 1.0, generator"),
+    Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
+    Mutant("segments of other tasks", "sample_segments(task_ids,", "sample_segments(task_ids.roll(1),"),
+    Mutant(
+        "the behavior policy is fitted to other tasks",
+        "best = data.sample_batch(task_ids,",
+        "best = data.sample_batch(task_ids.roll(1),",
+    ),
+    Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
+]
+
 MUTANTS = {
     "flora.py": [
         Mutant("the actor minimizes Q", "divergence - q.mean()", "divergence + q.mean()"),
@@ -249,8 +324,8 @@ MUTANTS = {
         Mutant("the feature loss is a mean over features", ".sum((0, -1)).mean()", ".mean(-1).sum(0).mean()"),
         Mutant(
             "no correction in the likelihood's target",
-            "next_q = (next_psi * weights).sum(-1)",
-            "next_q = (psi_mean * weights).sum(-1)",
+            "next_q = (next_psi * weights_fixed).sum(-1)",
+            "next_q = (psi_mean * weights_fixed).sum(-1)",
         ),
         Mutant("the KL term is maximized", "likelihood - args.kl_weight * kl", "likelihood + args.kl_weight * kl"),
         Mutant("the likelihood is minimized", "(loss_r + loss_psi) - elbo", "(loss_r + loss_psi) + elbo"),
@@ -352,34 +427,35 @@ MUTANTS = {
             equivalent="every backward pass names the parameters that it reaches",
         ),
         Mutant(
-            "z is not detached for the policy",
+            "policy and targets see a sample",
+            "z_fixed = agent.flows(z_mean)[0]",
             "z_fixed = z.detach()",
-            "z_fixed = z",
-            equivalent="every backward pass names the parameters that it reaches, and the targets are without gradient",
         ),
+        Mutant(
+            "policy and targets see the mean before the flows", "z_fixed = agent.flows(z_mean)[0]", "z_fixed = z_mean"
+        ),
+        Mutant("the policy's Q has the sample's weights", "z_fixed, weights_fixed)", "z_fixed, weights.detach())"),
+        Mutant("the targets have the sample's weights", "next_psi * weights_fixed", "next_psi * weights"),
+        Mutant(
+            "the errors' mean counts in the likelihood", "error.var((1, 2), correction=0)", "error.pow(2).mean((1, 2))"
+        ),
+        Mutant("both networks share the errors' spread", "error.var((1, 2), correction=0)", "error.var(correction=0)"),
+        Mutant("pi_beta without weight decay", '"weight_decay": args.behavior_decay', '"weight_decay": 0.0'),
+        Mutant("everything decays", '"params": rest, "weight_decay": 0.0', '"params": rest, "weight_decay": 0.3'),
     ],
     "focal.py": [
+        *BACKBONE,
+        Mutant("an entropy at the mean", "1.0 if args.entropy_weight else args.target_noise", "args.target_noise"),
         Mutant(
-            "the actor minimizes Q", "agent.brac_alpha * divergence - q_mean", "agent.brac_alpha * divergence + q_mean"
-        ),
-        Mutant(
-            "the target is the maximum of the twins",
-            "torch.tanh(next_pre), z_fixed).amin(0)",
-            "torch.tanh(next_pre), z_fixed).amax(0)",
+            "further steps of the dual critic on other tasks",
+            "more = [data.sample_batch(task_ids,",
+            "more = [data.sample_batch(task_ids.roll(1),",
         ),
         Mutant(
             "the policy's Q is the mean of the twins",
             "agent.q(obs, pi_act, z_fixed).amin(0)",
             "agent.q(obs, pi_act, z_fixed).mean(0)",
         ),
-        Mutant("termination ignored", "args.gamma * (1 - term) * next_q", "args.gamma * next_q"),
-        Mutant("gamma ignored", "args.gamma * (1 - term) * next_q", "(1 - term) * next_q"),
-        Mutant("reward scale ignored", "args.reward_scale * rew + ", "rew + "),
-        Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
-        Mutant(
-            "next actions without noise", "next_pre = mean + log_std.exp() * torch.randn_like(mean)", "next_pre = mean"
-        ),
-        Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
         Mutant(
             "entropy is a cost of the policy", "actor_loss + args.entropy_weight", "actor_loss - args.entropy_weight"
         ),
@@ -404,15 +480,6 @@ MUTANTS = {
         Mutant("z is averaged over the padding too", "mask.sum(1, keepdim=True).clamp(min=1)", "max(mask.shape[1], 1)"),
         Mutant(
             "embeddings without bound", "torch.tanh(self.net(context.flatten(0, 1)))", "self.net(context.flatten(0, 1))"
-        ),
-        Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
-        Mutant(
-            "the behavior policy is fitted to actions after their tanh", "log_std_b, pre_tanh(act))", "log_std_b, act)"
-        ),
-        Mutant(
-            "divergence from the behavior policy to the policy",
-            "gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach())",
-            "gaussian_kl(mean_b.detach(), log_std_b.detach(), mean, log_std)",
         ),
         Mutant(
             "the dual divergence has its sides exchanged",
@@ -445,33 +512,17 @@ MUTANTS = {
             "list(agent.q.parameters()), args.tau)",
             "list(agent.q.parameters()), 1.0)",
         ),
-        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
-        Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
-        Mutant("batches of other tasks", "sample_batch(task_ids,", "sample_batch(task_ids.roll(1),"),
         Mutant("z does not enter the networks", "(h + of_task[:, :, None])", "(h + self.b_1[:, :, None])"),
     ],
     "unicorn.py": [
-        Mutant(
-            "the actor minimizes Q (brac)",
-            "agent.brac_alpha * divergence - q_mean",
-            "agent.brac_alpha * divergence + q_mean",
-        ),
+        *BACKBONE,
+        Mutant("an entropy at the mean", '1.0 if args.backbone == "sac" else args.target_noise', "args.target_noise"),
         Mutant("the actor minimizes Q (sac)", "log_std, pi_pre).mean() - q_mean", "log_std, pi_pre).mean() + q_mean"),
-        Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
         Mutant(
             "entropy is a cost of the policy",
             "actor_loss = args.entropy_weight *",
             "actor_loss = -args.entropy_weight *",
         ),
-        Mutant(
-            "the target is the maximum of the twins",
-            "torch.tanh(next_pre), z_fixed).amin(0)",
-            "torch.tanh(next_pre), z_fixed).amax(0)",
-        ),
-        Mutant("termination ignored", "args.gamma * (1 - term) * next_q", "args.gamma * next_q"),
-        Mutant("gamma ignored", "args.gamma * (1 - term) * next_q", "(1 - term) * next_q"),
-        Mutant("reward scale ignored", "args.reward_scale * rew + ", "rew + "),
-        Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
         Mutant("the critics train the encoder too", "z_fixed = z.detach()", "z_fixed = z"),
         Mutant("the likelihood rewards large variances", "(-log_var).exp() + log_var", "(-log_var).exp() - log_var"),
         Mutant("errors are multiplied by the variance", "* (-log_var).exp()", "* log_var.exp()"),
@@ -524,50 +575,24 @@ MUTANTS = {
             "(agent.heads[0](z), labels.roll(1))",
         ),
         Mutant("labels are taken for task numbers", "task_ids = data.train_tasks[labels]", "task_ids = labels"),
-        Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
-        Mutant("batches of other tasks", "sample_batch(task_ids,", "sample_batch(task_ids.roll(1),"),
-        Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
-        Mutant(
-            "divergence from the behavior policy to the policy",
-            "gaussian_kl(mean, log_std, mean_b.detach(), log_std_b.detach())",
-            "gaussian_kl(mean_b.detach(), log_std_b.detach(), mean, log_std)",
-        ),
         Mutant(
             "the multiplier falls where it should grow", "args.brac_alpha_lr * excess", "-args.brac_alpha_lr * excess"
         ),
         Mutant("targets do not follow", "list(agent.q.parameters()), args.tau)", "list(agent.q.parameters()), 0.0)"),
-        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
         Mutant(
             "the policy may be nearly deterministic",
-            "(log_std_b.detach() + log_std).clamp(-5, 2)",
-            "(log_std_b.detach() + log_std).clamp(-20, 2)",
+            "(log_std_b + log_std).clamp(-5, 2)",
+            "(log_std_b + log_std).clamp(-20, 2)",
         ),
     ],
     "corro.py": [
-        Mutant(
-            "the actor minimizes Q (brac)",
-            "agent.brac_alpha * divergence - q_mean",
-            "agent.brac_alpha * divergence + q_mean",
-        ),
+        *BACKBONE,
+        Mutant("an entropy at the mean", '1.0 if args.backbone == "sac" else args.target_noise', "args.target_noise"),
         Mutant("the actor minimizes Q (sac)", "log_std, pi_pre).mean() - q_mean", "log_std, pi_pre).mean() + q_mean"),
-        Mutant("entropy is a cost in the target", "next_q - args.entropy_weight", "next_q + args.entropy_weight"),
-        Mutant(
-            "the target is the maximum of the twins",
-            "torch.tanh(next_pre), z_fixed).amin(0)",
-            "torch.tanh(next_pre), z_fixed).amax(0)",
-        ),
         Mutant(
             "the policy's Q is the maximum of the twins",
             "agent.q(obs, pi_act, z_fixed).amin(0)",
             "agent.q(obs, pi_act, z_fixed).amax(0)",
-        ),
-        Mutant("termination ignored", "args.gamma * (1 - term) * next_q", "args.gamma * next_q"),
-        Mutant("gamma ignored", "args.gamma * (1 - term) * next_q", "(1 - term) * next_q"),
-        Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
-        Mutant(
-            "reward scale on the next value",
-            "args.reward_scale * rew + args.gamma",
-            "rew + args.reward_scale * args.gamma",
         ),
         Mutant(
             "keys of other tasks",
@@ -637,8 +662,6 @@ MUTANTS = {
             "(score.softmax(1) * mask)",
             "(mask / mask.sum(1, keepdim=True).clamp(min=1))",
         ),
-        Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
-        Mutant("batches of other tasks", "sample_batch(task_ids,", "sample_batch(task_ids.roll(1),"),
         Mutant(
             "encoder-updates without effect",
             "args.total_updates if args.encoder_updates is None else args.encoder_updates",
@@ -654,7 +677,6 @@ MUTANTS = {
             "self.encoder.parameters(), args.encoder_lr,",
             "self.encoder.parameters(), args.lr,",
         ),
-        Mutant("the behavior policy is driven away from the data", "behavior_loss = -tanh", "behavior_loss = tanh"),
         Mutant(
             "the multiplier ignores its target", "excess = divergence - args.divergence_target", "excess = divergence"
         ),
@@ -663,7 +685,6 @@ MUTANTS = {
             "list(agent.q.parameters()), args.tau)",
             "list(agent.q.parameters()), 1 - args.tau)",
         ),
-        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
     ],
     "macaw.py": [
         Mutant("the policy flees good actions", "return -masked_mean(self.weigh(", "return masked_mean(self.weigh("),
@@ -741,8 +762,33 @@ MUTANTS = {
             "inner, outer = draw_rows(data, table, task_ids, args, generator)",
             "inner, _ = draw_rows(data, table, task_ids, args, generator)\n            outer = inner",
         ),
+        Mutant("the outer rows may be of the inner episode", "counts = counts.scatter(1, inner, 0.0)", "pass"),
         Mutant(
-            "the outer rows may be of the inner episode", "lengths.float().scatter(1, inner, 0.0)", "lengths.float()"
+            "rows of the buffer ignore the segment", "torch.multinomial(allowed * counts,", "torch.multinomial(counts,"
+        ),
+        Mutant(
+            "episodes of the buffer count alike", "torch.multinomial(allowed * counts,", "torch.multinomial(allowed,"
+        ),
+        Mutant("inner-rows without effect", 'if args.inner_rows == "episode":  # [ours', "if True:  # [ours"),
+        Mutant(
+            "rows of the buffer are spread over their episodes",
+            'if args.inner_rows == "episode":  # evenly',
+            "if True:  # evenly",
+        ),
+        Mutant(
+            "rows of the inner episode are not spread over it",
+            'if args.inner_rows == "episode":  # evenly',
+            "if False:  # evenly",
+        ),
+        Mutant(
+            "the outer rows follow the inner segment",
+            "torch.multinomial(counts, args.batch_size",
+            "torch.multinomial(counts * allowed, args.batch_size",
+        ),
+        Mutant(
+            "rows of the buffer need two episodes",
+            'if args.inner_rows == "episode" and data.min_episodes < 2:',
+            "if data.min_episodes < 2:",
         ),
         Mutant(
             "outer rows of other tasks",
@@ -864,8 +910,34 @@ MUTANTS = {
         ),
         Mutant("a purely zero-shot network gets prompts at test", " and args.prompt_dropout < 1", ""),
         Mutant("the prompt may be of the window's own episode", "rank += is_own", "rank += 0 * is_own"),
-        Mutant("prompts of other tasks", "other = best[task, rank]", "other = best[task.roll(1), rank]"),
-        Mutant("prompts of the worst episodes", "returns.topk(count, 1).indices", "(-returns).topk(count, 1).indices"),
+        Mutant("prompts of other tasks", "other = ranked[task, rank]", "other = ranked[task.roll(1), rank]"),
+        Mutant("prompts of the worst episodes", "returns.argsort(1, descending=True)", "returns.argsort(1)"),
+        Mutant(
+            "a missing episode may give the prompt",
+            ".view_as(lengths).masked_fill(lengths == 0, -math.inf)",
+            ".view_as(lengths)",
+        ),
+        Mutant("best and any are exchanged", 'if args.prompt_episodes == "best"', 'if args.prompt_episodes == "any"'),
+        Mutant(
+            "best is the very best in training",
+            "(lengths[task] > 0).sum(1) - 1, args)",
+            "(lengths[task] > 0).sum(1).clamp(max=1), args)",
+        ),
+        Mutant(
+            "the worst other episode gives no prompt",
+            "(lengths[task] > 0).sum(1) - 1, args)",
+            "(lengths[task] > 0).sum(1) - 2, args)",
+        ),
+        Mutant(
+            "at test the best episode gives the prompt",
+            "draw_rank(draw, (lengths > 0).sum(1), args)",
+            "draw_rank(0 * draw, (lengths > 0).sum(1), args)",
+        ),
+        Mutant(
+            "at test missing episodes give prompts",
+            "draw_rank(draw, (lengths > 0).sum(1), args)",
+            "draw_rank(draw, (lengths >= 0).sum(1), args)",
+        ),
         Mutant("windows from a uniform step on", "(last - args.window + 1).clamp(min=0)", "last"),
         Mutant("no warm-up", "min((step + 1) / max(updates, 1), 1.0)", "1.0"),
         Mutant("the warm-up starts at 0", "min((step + 1) / max(updates, 1), 1.0)", "min(step / max(updates, 1), 1.0)"),
@@ -900,11 +972,19 @@ MUTANTS = {
             '"state" if dc.FAMILIES[args.env].dynamics_vary else "reward"',
             '"reward" if dc.FAMILIES[args.env].dynamics_vary else "state"',
         ),
-        Mutant("train_max is the mean", "seen.amax(0, keepdim=True)", "seen.mean(0, keepdim=True)"),
+        Mutant("train_max is the mean", "best[train].max()", "best[train].mean()"),
         Mutant(
             "missing episodes count as returns of 0",
-            "returns.masked_fill(data.lengths.cpu() == 0, -math.inf).amax(1)",
-            "returns.amax(1)",
+            "(data.episode_returns).masked_fill(~present, -math.inf)",
+            "(data.episode_returns)",
+        ),
+        Mutant("train_top is the worst quarter", ".sort(1, descending=True)", ".sort(1)"),
+        Mutant("train_top is the best half", "keepdim=True) / 4", "keepdim=True) / 2"),
+        Mutant("train_top is a sum", ", 0).sum(1) / quarter[:, 0].ceil()", ", 0).sum(1)"),
+        Mutant("train_top is of all tasks", "top[train].mean()", "top.mean()"),
+        Mutant("a target as a number is scaled twice", "torch.tensor([which],", "torch.tensor([which / 500],"),
+        Mutant(
+            "targets must be positive", '"target_return": (-1_000_000, 1_000_000)', '"target_return": (0, 1_000_000)'
         ),
         Mutant(
             "targets are given to the wrong rows",
@@ -915,8 +995,19 @@ MUTANTS = {
         Mutant("a rollout's rewards lie one step late", "seen[:, t - 1, -1] = rew", "seen[:, t, -1] = rew"),
         Mutant(
             "the embedding leaves out the last transition",
-            "infer(context, lengths, every, lengths, agent",
-            "infer(context, lengths, every, lengths - 1, agent",
+            "& (step <= length)",
+            "& (step < length)",
+        ),
+        Mutant("the embedding counts incomplete contexts", "(step >= length.clamp(max=horizon)) & ", ""),
+        Mutant(
+            "the embedding of an episode shorter than a context is not finite", "length.clamp(max=horizon)", "horizon"
+        ),
+        Mutant("the embedding counts steps after the end", " & (step <= length)", ""),
+        Mutant("the embedding is a sum", ".sum(0) / counts.sum()", ".sum(0)"),
+        Mutant(
+            "half as many updates of the world model",
+            "args.world_model_updates = args.total_updates",
+            "args.world_model_updates = args.total_updates // 2",
         ),
         Mutant(
             "training on test tasks",
@@ -1026,9 +1117,96 @@ MUTANTS = {
         Mutant("training tasks are numbered from 0", "return self.train_tasks[draw]", "return draw"),
         Mutant(
             "batches hold padding",
-            "generator=generator) * self.counts[task_ids, None]",
-            "generator=generator) * self.valid.shape[1]",
+            "count = share * self.counts[task_ids, None]",
+            "count = share * self.valid.shape[1]",
         ),
+        Mutant("batches know no share", "count = share * self.counts", "count = self.counts"),
+        Mutant(
+            "the share is that of the worst episodes",
+            "returns.where(valid, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)",
+            "returns.where(valid, math.inf).flatten(1).argsort(dim=1, stable=True)",
+        ),
+        Mutant(
+            "the share is that of the first episodes",
+            "returns.where(valid, -math.inf)",
+            "(0 * returns).where(valid, -math.inf)",
+        ),
+        Mutant(
+            "transitions are ordered by the next task's returns",
+            "returns.where(valid, -math.inf)",
+            "returns.roll(1, 0).where(valid, -math.inf)",
+        ),
+        Mutant(
+            "padding counts among the transitions of a bad episode",
+            "returns.where(valid, -math.inf).flatten(1)",
+            "returns.flatten(1)",
+        ),
+        Mutant(
+            "batches draw from all transitions whatever the share",
+            "self.draw(task_ids, size, generator, share)]",
+            "self.draw(task_ids, size, generator)]",
+        ),
+        Mutant(
+            "sample_batch forgets the share",
+            "self.unpack(self.sample(task_ids, size, generator, share))",
+            "self.unpack(self.sample(task_ids, size, generator))",
+        ),
+        Mutant(
+            "segments start at the best transitions only",
+            "start = self.draw(task_ids, size, generator)[..., None]",
+            "start = self.draw(task_ids, size, generator, 0.5)[..., None]",
+        ),
+        Mutant(
+            "segments start with their second transition",
+            "k = torch.arange(steps, device=self.device)\n",
+            "k = torch.arange(1, steps + 1, device=self.device)\n",
+        ),
+        Mutant(
+            "segments go on into the next episode",
+            "start + torch.minimum(k, left - 1)",
+            "(start + k).clamp(max=self.valid.numel() - 1)",
+        ),
+        Mutant(
+            "segments go on into the padding",
+            "torch.minimum(k, left - 1)]",
+            "torch.minimum(k, horizon - 1 - start % horizon)]",
+        ),
+        Mutant(
+            "segments stop one transition early",
+            "torch.minimum(k, left - 1)]",
+            "torch.minimum(k, left - 2).clamp(min=0)]",
+        ),
+        Mutant(
+            "the end of a segment is that of another episode",
+            "self.lengths.flatten()[start // horizon]",
+            "self.lengths.flatten()[start // horizon - 1]",
+        ),
+        Mutant(
+            "all episodes have the full length for a segment",
+            "self.lengths.flatten()[start // horizon] - start % horizon",
+            "horizon - start % horizon",
+        ),
+        Mutant(
+            "the transitions left of an episode are counted from its start",
+            "self.lengths.flatten()[start // horizon] - start % horizon",
+            "self.lengths.flatten()[start // horizon]",
+        ),
+        Mutant("segments bootstrap where the task ended", " * (1 - term[..., -1])", ""),
+        Mutant("segments know a termination of their first step only", "(1 - term[..., -1])", "(1 - term[..., 0])"),
+        Mutant(
+            "the bootstrap has one discount for all segments",
+            "gamma ** left.clamp(max=steps)[..., 0]",
+            "gamma**steps",
+        ),
+        Mutant("the bootstrap is discounted as if no segment ended", "left.clamp(max=steps)[..., 0]", "left[..., 0]"),
+        Mutant(
+            "the bootstrap's discount is one step short",
+            "left.clamp(max=steps)[..., 0]",
+            "(left.clamp(max=steps)[..., 0] - 1)",
+        ),
+        Mutant("rewards past the end count", "gamma**k * (k < left)", "gamma**k * (k < left + steps)"),
+        Mutant("the last reward of an episode does not count", "gamma**k * (k < left)", "gamma**k * (k < left - 1)"),
+        Mutant("rewards of a segment are not discounted", "gamma**k * (k < left)", "1.0 * (k < left)"),
         Mutant(
             "all batches are of the first task",
             "self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]",
@@ -1098,9 +1276,84 @@ MUTANTS = {
         Mutant(
             "evaluation contexts of other tasks",
             "context, lengths = data.episodes[row_tasks, pick], data.lengths[row_tasks, pick]",
-            "context, lengths = (x[np.roll(row_tasks, repeats), pick] for x in (data.episodes, data.lengths))",
+            "context, lengths = (x[np.roll(row_tasks, episodes), pick] for x in (data.episodes, data.lengths))",
         ),
-        Mutant("every episode gets the same context", "[np.random.default_rng(seed).integers(n) for", "[0 for"),
+        Mutant("every episode gets the same context", "np.resize(order, episodes)", "order[:1].repeat(episodes)"),
+        Mutant("contexts repeat before all were used", ".permutation(n) for", ".integers(n, size=n) for"),
+        Mutant(
+            "contexts in the order of the file", "np.random.default_rng(10_000 + task).permutation(n)", "np.arange(n)"
+        ),
+        Mutant(
+            "all tasks have one order of contexts",
+            "np.random.default_rng(10_000 + task).permutation(n)",
+            "np.random.default_rng(10_000).permutation(n)",
+        ),
+        Mutant(
+            "other contexts at every call",
+            "np.random.default_rng(10_000 + task).permutation(n)",
+            "np.random.default_rng().permutation(n)",
+        ),
+        Mutant(
+            "rows of a task are not its own",
+            "row_tasks, number = tasks.repeat(episodes), np",
+            "row_tasks, number = np.tile(tasks, episodes), np",
+        ),
+        Mutant(
+            "all episodes of a task have one start",
+            "seeds = 10_000 + 97 * row_tasks + number",
+            "seeds = 10_000 + 97 * row_tasks",
+        ),
+        Mutant(
+            "foreign contexts of one column",
+            "(row + number) % columns.shape[1]",
+            "(0 * number)",
+        ),
+        Mutant(
+            "few foreign contexts are the nearest", "(row + number) % columns.shape[1]", "number % columns.shape[1]"
+        ),
+        Mutant(
+            "foreign contexts of other tasks' columns",
+            "columns[row, (row + number)",
+            "columns[row - 1, (row + number)",
+        ),
+        Mutant(
+            "foreign contexts of other test tasks",
+            "context, lengths = data.ood_episodes[row, column], data.ood_lengths[row, column]",
+            "context, lengths = data.ood_episodes[row - 1, column], data.ood_lengths[row - 1, column]",
+        ),
+        Mutant("distances of other rows", "data.ood_distance[row, column]", "data.ood_distance[row - 1, column]"),
+        Mutant("near and far are exchanged", "('near', 'middle', 'far')[k]", "('far', 'middle', 'near')[k]"),
+        Mutant(
+            "two halves instead of thirds", "np.quantile(distance, (1 / 3, 2 / 3))", "np.quantile(distance, (1 / 2, 1))"
+        ),
+        Mutant(
+            "thirds of the range of distances",
+            "np.quantile(distance, (1 / 3, 2 / 3))",
+            "np.linspace(distance.min(), distance.max(), 4)[1:3]",
+        ),
+        Mutant(
+            "equal distances are far",
+            "np.searchsorted(np.quantile(distance, (1 / 3, 2 / 3)), distance)",
+            "np.searchsorted(np.quantile(distance, (1 / 3, 2 / 3)), distance, side='right')",
+        ),
+        Mutant("thirds of returns", "normalized[third == k].mean()", "returns[third == k].mean()"),
+        Mutant("the standard error is the spread", "returns.std(ddof=1) / len(returns) ** 0.5", "returns.std(ddof=1)"),
+        Mutant("the standard error is that of a population", "returns.std(ddof=1)", "returns.std()"),
+        Mutant(
+            "the standard error is over tasks",
+            "returns.std(ddof=1) / len(returns) ** 0.5",
+            "returns.std(ddof=1) / len(tasks) ** 0.5",
+        ),
+        Mutant(
+            "a single episode has a standard error",
+            "        if len(returns) > 1:\n            results",
+            "        if True:\n            results",
+        ),
+        Mutant(
+            "rows are normalized by other tasks",
+            "normalize(data, row_tasks, returns)",
+            "normalize(data, np.sort(row_tasks)[::-1], returns)",
+        ),
         Mutant(
             "the contexts' mask is one step too long",
             "(torch.arange(context.shape[1], device=device) < lengths[:, None])",
@@ -1120,8 +1373,39 @@ MUTANTS = {
         Mutant("the online protocol repeats one start", "(seeds + 31 * k).tolist()", "seeds.tolist()"),
         Mutant(
             "returns are averaged over the wrong rows",
-            ".reshape(len(tasks), repeats).mean(1)",
-            ".reshape(repeats, len(tasks)).mean(0)",
+            "returns.reshape(len(tasks), episodes).mean(1)",
+            "returns.reshape(episodes, len(tasks)).mean(0)",
+        ),
+        Mutant(
+            "q_error's critic is asked at the start alone",
+            "last = obs[torch.arange(len(obs), device=mask.device), length]",
+            "last = obs[:, 0]",
+        ),
+        Mutant("q_error ends one step early", "device=mask.device), length]", "device=mask.device), length - 1]"),
+        Mutant("q_error does not go on past the time limit", " + gamma**length * ~terminated * last_q", ""),
+        Mutant("q_error goes on past a termination", "gamma**length * ~terminated * last_q", "gamma**length * last_q"),
+        Mutant("q_error goes on without discount", "gamma**length * ~terminated * last_q", "~terminated * last_q"),
+        Mutant(
+            "q_error goes on as from the time limit",
+            "gamma**length * ~terminated",
+            "gamma ** rew.shape[1] * ~terminated",
+        ),
+        Mutant("q_error's rewards have no discount", "(discounts * rew).sum(1)", "rew.sum(1)"),
+        Mutant("q_error has the other sign", "(first_q - monte_carlo).mean()", "(monte_carlo - first_q).mean()"),
+        Mutant("q_error is absolute", "(first_q - monte_carlo).mean()", "(first_q - monte_carlo).abs().mean()"),
+        Mutant("q_relative has the sign of the return", "abs(monte_carlo.mean().item())", "monte_carlo.mean().item()"),
+        Mutant(
+            "q_relative is a share of the rows' sizes",
+            "abs(monte_carlo.mean().item())",
+            "monte_carlo.abs().mean().item()",
+        ),
+        Mutant(
+            "q_relative of no return is infinite", "error / max(size, 1e-8)", "(error / size if size else float('inf'))"
+        ),
+        Mutant(
+            "q_error has a history of gradients",
+            "    with torch.no_grad():\n        first_q",
+            "    if True:\n        first_q",
         ),
         Mutant(
             "normalized with other tasks' scales",
@@ -1161,7 +1445,36 @@ MUTANTS = {
             "resumed runs may change every argument", 'if getattr(self.args, name) != saved["args"][name]:', "if False:"
         ),
         Mutant("resumed runs may change the data", 'if self.data.header != saved["data"]:', "if False:"),
-        Mutant("the last evaluation has two protocols", 'PROTOCOLS if last else ("iid", "train")', '("iid", "train")'),
+        Mutant(
+            "the last evaluation is as all others",
+            'self.evaluate() if last else self.evaluate(("iid", "train"), args.eval_episodes)',
+            'self.evaluate(("iid", "train"), args.eval_episodes)',
+        ),
+        Mutant(
+            "every evaluation is as the last",
+            'self.evaluate() if last else self.evaluate(("iid", "train"), args.eval_episodes)',
+            "self.evaluate()",
+        ),
+        Mutant(
+            "evaluations during the training have many episodes",
+            'self.evaluate(("iid", "train"), args.eval_episodes)',
+            'self.evaluate(("iid", "train"))',
+        ),
+        Mutant(
+            "the last evaluation has few episodes", "episodes or self.args.final_episodes", "self.args.eval_episodes"
+        ),
+        Mutant(
+            "a resumed run may not have other final episodes",
+            '"eval_episodes", "final_episodes", "device"}',
+            '"eval_episodes", "device"}',
+        ),
+        Mutant("the line has no standard errors", "return_se']:.1f}\" if f", "return_se']:.1f}\" if 0 and f"),
+        Mutant("the line leaves pi_beta's return out", 'for p in (*PROTOCOLS, "clone"):', "for p in PROTOCOLS:"),
+        Mutant("targets without noise are refused", '{"target_noise", "behavior_decay"}', '{"behavior_decay"}'),
+        Mutant("pi_beta without weight decay is refused", '{"target_noise", "behavior_decay"}', '{"target_noise"}'),
+        Mutant("a share above 1 passes", '"anchor_share": (0, 1), ', ""),
+        Mutant("no share passes", '    "target_noise",\n', '    "target_noise",\n    "anchor_share",\n'),
+        Mutant("segments of any length pass", ', "n_step": (1, 100)', ""),
         Mutant("infinite losses pass", "if not math.isfinite(value)]", "if math.isnan(value)]"),
         Mutant(
             "broken parameters are saved", "if all(p.isfinite().all() for p in self.agent.parameters()):", "if True:"

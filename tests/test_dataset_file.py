@@ -1,5 +1,6 @@
 """The dataset file (collecting, interrupting, continuing, refusing damaged files), Dataset and evaluate."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -7,6 +8,7 @@ import re
 import runpy
 import shutil
 import signal
+import statistics
 import sys
 
 import numpy as np
@@ -784,6 +786,51 @@ def test_sample_draws_all_transitions_of_the_tasks_equally_often(uneven):
     assert all(map(torch.equal, batch, expected)) and 0 < batch.term.mean() < 1
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5, 1e-6])
+def test_share_of_the_transitions_is_that_of_the_best_episodes(uneven, share):
+    data, arrays = uneven
+    tasks, size = torch.tensor([3, 0, 7]), 100 * int(data.counts.max())
+    rows = data.sample(tasks, size, generator(0), share)
+    for task, row in zip(tasks.tolist(), rows):
+        best_first = sorted(recorded(arrays, [task]), key=lambda place: -arrays["rewards"][place[:2]].sum())
+        count = max(share * len(best_first), 1)  # 22, 17.5 and 7 of task 0, 3 and 7 for the half
+        places = torch.stack(origin(row[:, 4]), -1)
+        hits = np.array([(places == torch.tensor(place)).all(-1).sum() for place in best_first])
+        expected = size * (count - np.arange(len(hits))).clip(0, 1) / count  # of the 18th half as often
+        assert (hits[expected == 0] == 0).all() and (abs(hits - expected) <= 6 * np.sqrt(expected)).all()
+    batch = data.sample_batch(tasks, size, generator(0), share)
+    assert torch.equal(batch.rew, rows[..., 4]) and torch.equal(batch.obs, rows[..., :2])
+
+
+@pytest.mark.parametrize("steps", [1, 4, 30])
+def test_segment_is_the_transitions_from_a_start_to_the_end_of_its_episode(uneven, steps):
+    data, arrays = uneven
+    tasks, gamma = torch.tensor([8, 5, 0, 3, 8]), 0.9
+    segment = data.sample_segments(tasks, 1500, steps, gamma, generator(0))
+    assert segment.obs.shape == segment.next_obs.shape == (5, 1500, steps, 2) and segment.bootstrap.shape == (5, 1500)
+    assert torch.equal(segment.rew[..., 0], data.sample_batch(tasks, 1500, generator(0)).rew)  # starts are as there
+    starts = torch.stack(origin(segment.rew[..., 0]), -1)
+    assert all(set(map(tuple, s.tolist())) == set(recorded(arrays, [t])) for t, s in zip(tasks.tolist(), starts))
+    kinds = set()
+    for place in {tuple(place) for place in starts.flatten(0, 1).tolist()}:
+        task, n, first = place
+        length, terminated = int(arrays["lengths"][task, n]), bool(arrays["terminated"][task, n])
+        real = min(steps, length - first)
+        obs, act, rew, next_obs, term = data.unpack(data.episodes[task, n, first : first + real])
+        assert term[-1] == (terminated and first + real == length)
+        drawn = [part[(starts == torch.tensor(place)).all(-1)] for part in segment]
+        for part, path in zip(drawn, (obs, act, rew, next_obs)):
+            path = torch.cat([path, path[-1:].repeat_interleave(steps - real, 0)])
+            assert torch.equal(part, path.expand_as(part))
+        weight = torch.tensor([gamma**k for k in range(real)] + [0.0] * (steps - real))
+        torch.testing.assert_close(drawn[4], weight.expand_as(drawn[4]))
+        bootstrap = torch.tensor(0.0 if term[-1] else gamma**real)
+        torch.testing.assert_close(drawn[5], bootstrap.expand_as(drawn[5]))
+        kinds.add((real == steps, first + real == length, terminated))
+    assert {(False, True, True), (False, True, False)} <= kinds or steps == 1  # an early end, terminated or not
+    assert steps == 30 or {(True, False, False), (True, True, True), (True, True, False)} <= kinds
+
+
 def test_sample_context_draws_one_episode_per_task_and_its_steps_with_replacement(uneven):
     data, arrays = uneven
     tasks = torch.tensor([5, 1, 6]).repeat(2000)
@@ -809,7 +856,8 @@ def test_sample_tasks_draws_training_tasks_with_replacement(tiny):
 def test_only_the_generator_decides_what_is_drawn(uneven):
     data, _ = uneven
     before = torch.get_rng_state()
-    for draw in (data.sample, data.sample_context, lambda tasks, size, g: data.sample_tasks(size, g)):
+    segments = lambda tasks, size, g: data.sample_segments(tasks, size, 2, 0.9, g).rew  # noqa: E731
+    for draw in (data.sample, segments, data.sample_context, lambda tasks, size, g: data.sample_tasks(size, g)):
         first, again, other = (draw(torch.tensor([1, 4]), 30, generator(seed)) for seed in (7, 7, 8))
         assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
@@ -820,7 +868,9 @@ def test_drawing_stays_on_the_device(uneven):
     with OnDevice():
         tasks = data.sample_tasks(5, None)
         assert data.sample(tasks, 7, None).shape == (5, 7, 8)
-        assert data.sample_batch(tasks, 7, None).rew.shape == (5, 7)
+        assert data.sample_batch(tasks, 7, None, 0.25).rew.shape == (5, 7)
+        segment = data.sample_segments(tasks, 7, 3, 0.9, None)
+        assert segment.weight.shape == (5, 7, 3) and segment.bootstrap.shape == (5, 7)
         assert data.sample_context(tasks, 7, None).shape == (5, 7, 7)
         assert data.standardize(torch.zeros(3, 2, device="meta")).shape == (3, 2)
 
@@ -869,13 +919,21 @@ class Watched:
         ]
 
 
-def check_results(watched, data, protocol, tasks, returns):
-    """returns: of each row of the episodes that count."""
-    per_task = {t: np.mean([r for r, own in zip(returns, watched.played[-1][0]) if own == t]) for t in tasks}
+def check_results(watched, data, protocol, tasks, returns, distances=()):
+    """returns and, of the protocol ood, distances: of each row of the episodes that count."""
+    row_tasks = watched.played[-1][0]
+    per_task = {t: np.mean([r for r, own in zip(returns, row_tasks) if own == t]) for t in tasks}
     expected = {f"eval/{protocol}/return_task_{t:02d}": value for t, value in per_task.items()}
-    scores = [100 * (value - (-20 - t)) / ((-5 + t / 2) - (-20 - t)) for t, value in per_task.items()]
-    expected[f"eval/{protocol}/normalized"] = np.mean(scores)
-    expected[f"eval/{protocol}/return"] = np.mean(list(per_task.values()))
+    scores = [100 * (value - (-20 - t)) / ((-5 + t / 2) - (-20 - t)) for t, value in zip(row_tasks, returns)]
+    expected[f"eval/{protocol}/normalized"] = statistics.mean(scores)
+    expected[f"eval/{protocol}/return"] = statistics.mean(returns)
+    expected[f"eval/{protocol}/return_se"] = statistics.stdev(returns) / math.sqrt(len(returns))
+    if distances:
+        one, two = statistics.quantiles(distances, n=3, method="inclusive")
+        thirds = {"near": [], "middle": [], "far": []}
+        for score, distance in zip(scores, distances):
+            thirds["near" if distance <= one else "middle" if distance <= two else "far"].append(score)
+        expected |= {f"eval/ood/normalized_{third}": np.mean(found) for third, found in thirds.items()}
     if protocol == "online":
         expected |= {f"eval/online/return_ep_{k + 1}": np.mean(watched.returns(data, k)) for k in range(5)}
     assert watched.results == pytest.approx(expected, abs=1e-3)
@@ -890,25 +948,24 @@ def test_context_is_one_recorded_episode_of_the_rows_task(uneven, monkeypatch, p
     row_tasks = [task for task in tasks for _ in range(40)]
     seeds = [10_000 + 97 * task + episode for task in tasks for episode in range(40)]
     assert watched.played == [(row_tasks, seeds)] and explore is False
-    picks = {task: [] for task in tasks}
-    for row, task in enumerate(row_tasks):
-        present = (arrays["lengths"][task] > 0).sum()
-        n = np.random.default_rng(seeds[row]).integers(present)
+    for row, task in enumerate(row_tasks):  # all recorded episodes in an order of the task's own, over and over
+        order = np.random.default_rng(10_000 + task).permutation((arrays["lengths"][task] > 0).sum())
+        n = order[row % 40 % len(order)]
         assert torch.equal(context[row], data.episodes[task, n, :, :-1])
         assert mask[row].tolist() == [float(step < arrays["lengths"][task, n]) for step in range(20)]
-        picks[task].append(n)
-    assert all(set(chosen) == set(range((arrays["lengths"][task] > 0).sum())) for task, chosen in picks.items())
     check_results(watched, data, protocol, tasks, watched.returns(data))
 
 
+@pytest.mark.parametrize("episodes", [7, 2])
 @pytest.mark.parametrize("protocol, columns", [("ood", [[1, 2, 3], *[[0, 1, 2]] * 2]), ("ood_random", [[0], [3], [3]])])
-def test_foreign_contexts_are_those_of_the_test_task(uneven, monkeypatch, protocol, columns):
+def test_foreign_contexts_are_those_of_the_test_task_in_turn(uneven, monkeypatch, protocol, columns, episodes):
     data, arrays = uneven
-    watched = Watched(monkeypatch, data, protocol, 7)
+    watched = Watched(monkeypatch, data, protocol, episodes)
     ((context, mask, explore),) = watched.given
-    places = [(v, c) for v in range(3) for c in columns[v]]
+    # each task begins with another column
+    places = [(v, columns[v][(v + i) % len(columns[v])]) for v in range(3) for i in range(episodes)]
     row_tasks = [6 + v for v, _ in places]
-    seeds = [10_000 + 97 * (6 + v) + i for v in range(3) for i in range(len(columns[v]))]
+    seeds = [10_000 + 97 * (6 + v) + i for v in range(3) for i in range(episodes)]
     assert watched.played == [(row_tasks, seeds)] and explore is False
     for row, place in enumerate(places):
         assert torch.equal(context[row], data.ood_episodes[place][:, :-1])
@@ -916,20 +973,41 @@ def test_foreign_contexts_are_those_of_the_test_task(uneven, monkeypatch, protoc
         assert mask[row].tolist() == [1.0] * length + [0.0] * (20 - length)
         foreign, _, _ = origin(context[row, :length, 4])
         assert (context[row, 1:length, 4] < 0).all() and (foreign == row_tasks[row]).all()
-    check_results(watched, data, protocol, [6, 7, 8], watched.returns(data))
+    goals = arrays["task_params"]
+    policies = [arrays["ood_behavior_task"][place] for place in places]
+    distances = [math.dist(goals[task], goals[i]) for task, i in zip(row_tasks, policies)] if protocol == "ood" else ()
+    check_results(watched, data, protocol, [6, 7, 8], watched.returns(data), distances)
+
+
+def test_single_row_has_no_standard_error_and_foreign_policies_equally_far_are_all_near(uneven):
+    data = copy.copy(uneven[0])
+    data.ood_distance = np.where(data.ood_behavior_task == dc.RANDOM, -1, 2.0)
+
+    def tags(episodes):
+        results = dc.evaluate(data, lambda *_: lambda obs, rew: torch.ones(len(obs), 2), dc.PROTOCOLS[:-1], episodes)
+        assert all(map(math.isfinite, results.values()))
+        assert results["eval/ood/normalized"] == results["eval/ood/normalized_near"]
+        return {tag.split("/")[2] for tag in results if "_task_" not in tag and "_ep_" not in tag}
+
+    assert tags(1) == {"return", "return_se", "normalized", "normalized_near"}
+    for name in ("test_ids", "ood_behavior_task", "ood_distance", "ood_episodes", "ood_lengths"):
+        setattr(data, name, getattr(data, name)[1:2])
+    assert tags(2) == {"return", "return_se", "normalized", "normalized_near"}
+    assert tags(1) == {"return", "normalized", "normalized_near"}
 
 
 def test_online_context_grows_by_the_rows_own_episodes(uneven, monkeypatch):
     data, arrays = uneven
     watched = Watched(monkeypatch, data, "online", 7)
     assert [explore for _, _, explore in watched.given] == [True, True, False, False, False]
-    goals = data.task_params[data.test_ids]
+    row_tasks = [6] * 7 + [7] * 7 + [8] * 7
+    goals = data.task_params[row_tasks]
     for k, (context, mask, _) in enumerate(watched.given):
-        seeds = [10_000 + 97 * task + 31 * k for task in (6, 7, 8)]
-        assert watched.played[k] == ([6, 7, 8], seeds)
-        assert context.shape == (3, 20 * k, 7) and mask.shape == (3, 20 * k) and (mask == 1).all()
+        seeds = [10_000 + 97 * task + i + 31 * k for task in (6, 7, 8) for i in range(7)]
+        assert watched.played[k] == (row_tasks, seeds)
+        assert context.shape == (21, 20 * k, 7) and mask.shape == (21, 20 * k) and (mask == 1).all()
         for past in range(k):
-            own, act = context[:, 20 * past : 20 * past + 20].numpy(), watched.acts(3, past).numpy()
+            own, act = context[:, 20 * past : 20 * past + 20].numpy(), watched.acts(21, past).numpy()
             position = 0.1 * act[:, None] * np.arange(21)[:, None]
             np.testing.assert_allclose(own[..., :2], as_seen(arrays, position[:, :-1]), atol=1e-4)
             np.testing.assert_allclose(own[..., 2:4], np.repeat(act[:, None], 20, 1), atol=1e-6)
@@ -947,7 +1025,7 @@ def test_online_mask_covers_episodes_of_different_length(walker):
         return lambda obs, rew: torch.sin(7 * obs[:, :6])
 
     dc.evaluate(walker, adapt, ("online",))
-    context, mask = (x.reshape(2, 4, 200, *x.shape[2:]) for x in given[-1])
+    context, mask = (x.reshape(4, 4, 200, *x.shape[2:]) for x in given[-1])  # [tasks x episodes, rounds before]
     lengths = mask.sum(-1, keepdim=True)
     assert torch.equal(mask, (torch.arange(200) < lengths).float()) and 1 < lengths.min() < lengths.max()
     assert torch.equal(mask, (context[..., 24] != 0).float())  # rewards of real transitions
@@ -1007,7 +1085,7 @@ def test_train_takes_ten_tasks_of_the_shipped_file_and_diverged_episodes_are_cou
         best.append(total)
     tags = [f"eval/train/return_task_{task:02d}" for task in data.train_ids[:10]]
     assert [results[tag] for tag in tags] == pytest.approx(best, abs=1e-4)
-    assert set(results) == {"eval/train/return", "eval/train/normalized", *tags}
+    assert set(results) == {"eval/train/return", "eval/train/return_se", "eval/train/normalized", *tags}
     simulate = dc.TaskEnv._simulate
     monkeypatch.setattr(dc.TaskEnv, "_simulate", lambda env, *x: (simulate(env, *x)[0], np.arange(len(x[0])) > 6))
     assert dc.evaluate(data, adapt, ("train",), episodes=1)["eval/train/diverged"] == 3
@@ -1018,6 +1096,43 @@ def test_normalized_is_0_where_random_and_expert_are_equal(uneven):
     data.random_returns, data.expert_returns = np.array([-20.0, -10, 3]), np.array([-5.0, -30, 3])
     scores = dc.normalize(data, np.array([2, 1, 0, 0, 0]), np.array([9.0, -20, -20, -5, -12.5]))
     assert scores.tolist() == [0, 50, 0, 100, 50]
+
+
+@pytest.mark.parametrize("continued", [True, False])
+def test_q_error_is_that_of_a_plain_loop(continued):
+    """Rows: to the time limit, a fall before it, a fall in the last step, a simulation that broke in its third step."""
+    rng, lengths, gamma = np.random.default_rng(0), np.array([5, 3, 5, 2], np.int32), 0.8
+    terminated = np.array([False, True, True, False]) | (not continued)
+    episodes = {"observations": rng.normal(size=(4, 6, 3)).astype(np.float32), "lengths": lengths}
+    episodes |= {"rewards": rng.normal(size=(4, 5)).astype(np.float32), "terminated": terminated}
+    episodes["rewards"][np.arange(5) >= lengths[:, None]] = 0.0
+    context, mask = torch.as_tensor(rng.normal(size=(4, 7, 2))), torch.as_tensor(rng.integers(2, size=(4, 7)))
+    episodes |= {"context": context, "mask": mask}
+    weights, given = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), []
+
+    def value(*inputs):
+        *of_task, obs = inputs
+        given.append((*of_task, torch.is_grad_enabled()))
+        return obs @ weights + torch.arange(4.0)[:, None]
+
+    def slow_value(row, step):
+        return float(episodes["observations"][row, step] @ [1.0, -2.0, 3.0]) + row
+
+    found, errors, returns = dc.q_error(episodes, value, gamma), [], []
+    for row, length in enumerate(lengths):
+        returns.append(sum(gamma**t * float(episodes["rewards"][row, t]) for t in range(length)))
+        if not terminated[row]:
+            returns[-1] += gamma**length * slow_value(row, length)
+        errors.append(slow_value(row, 0) - returns[-1])
+    assert min(returns) < 0 < max(returns)
+    relative = np.mean(errors) / abs(np.mean(returns))
+    expected = {"eval/iid/q_error": np.mean(errors), "eval/iid/q_relative": relative}
+    assert found == pytest.approx(expected, abs=1e-5) and all(type(number) is float for number in found.values())
+    assert len(given) == 1 and given[0][0] is context and given[0][1] is mask and not given[0][2]
+    negative = dc.q_error(episodes | {"rewards": -episodes["rewards"]}, lambda *inputs: -value(*inputs), gamma)
+    assert negative["eval/iid/q_relative"] == pytest.approx(-relative, abs=1e-5)
+    nothing = episodes | {"rewards": 0 * episodes["rewards"]}
+    assert dc.q_error(nothing, lambda *_: torch.zeros(4, 2), gamma) == {"eval/iid/q_error": 0, "eval/iid/q_relative": 0}
 
 
 # ---- how well z tells the tasks apart ---------------------------------------

@@ -5,6 +5,7 @@ The slow update goes through tasks and transitions one by one in float64; of the
 
 import copy
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,14 +24,14 @@ TASK_IDS = torch.tensor([4, 7, 4, 2])
 # float32, in which the optimizers keep them, holds these learning rates exactly
 METHOD = {"width": 16, "encoder_width": 16, "z_dim": 3, "lr": 2**-7, "tau": 0.1, "gamma": 0.9, "reward_scale": 3.0}
 METHOD |= {"metric_weight": 7.0, "gp_weight": 2.5, "dual_lr": 2**-5, "brac_alpha": 1.75, "brac_alpha_lr": 0.3}
-METHOD |= {"divergence_target": 0.2, "brac_alpha_max": 100.0}
+METHOD |= {"divergence_target": 0.2, "brac_alpha_max": 100.0, "n_step": 3}
 
 
-def make_agent(**changes):
+def make_agent(data=DATA, **changes):
     """Agent with parameters large enough that nothing is near zero -> agent, args."""
     args = focal.Args(**METHOD | changes)
     torch.manual_seed(0)
-    agent = focal.Agent(DATA, args).double()
+    agent = focal.Agent(data, args).double()
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.normal_(0, 0.4)
@@ -53,6 +54,22 @@ def make_batch(seed, tasks=len(TASK_IDS), size=4):
     act[0, 0], act[1, 2, 1] = torch.tensor([1.0, -0.9995]), -1.0
     term = (torch.arange(tasks * size).reshape(tasks, size) % 3 == 0).double()
     return dc.Batch(normal(DATA.obs_dim), act, normal(), normal(DATA.obs_dim), term)
+
+
+def make_segment(seed, args, tasks=len(TASK_IDS), size=4):
+    """Segments of 1 to n_step transitions, every other one of which the task itself ended; the last one is repeated."""
+    number, step = torch.arange(tasks * size).reshape(tasks, size), torch.arange(args.n_step)
+    length = 1 + number % args.n_step
+    pick = number[..., None] * args.n_step + torch.minimum(step, length[..., None] - 1)
+    batch = make_batch(seed, tasks, size * args.n_step)
+    parts = (x.flatten(0, 1)[pick] for x in batch[:4])
+    weight = args.gamma ** step.double() * (step < length[..., None])
+    return dc.Segment(*parts, weight, args.gamma ** length.double() * (number % 2))
+
+
+def start(segment):
+    """The first transitions -> Batch without `term`."""
+    return dc.Batch(*(x[:, :, 0] for x in segment[:4]), None)
 
 
 def make_context(seed):
@@ -144,20 +161,31 @@ def step(opt, loss, module):
     opt.step()
 
 
-def slow_actor_critic(agent, z, batch, args, entropy_weight, divergence_of=None):
+def slow_target(agent, z, obs, rewards, terminated, args, entropy_weight, noise):
+    """The rewards of a segment [n], then the value at the obs after them -> scalar. With an entropy, the next action is
+    a sample whatever target_noise says."""
+    policy, _ = slow_policy(agent, obs, z)
+    act = torch.tanh(policy.mean + policy.stddev * noise * (1.0 if entropy_weight else args.target_noise))
+    value = min(slow_net(agent.q_target, obs, act, z, member=e)[0] for e in range(2))
+    if entropy_weight:
+        value = value - entropy_weight * slow_logp(policy, act)
+    target = 0.0 if terminated else value.detach()
+    for rew in reversed(rewards):
+        target = args.reward_scale * rew + args.gamma * target
+    return target
+
+
+def slow_actor_critic(agent, z, segment, best, args, entropy_weight, divergence_of=None):
     """Losses of critics, behavior policy and policy at fixed z [M, z_dim] -> dict of sums with graph. divergence_of:
     (m, b, action of the policy) -> estimate in place of the closed form."""
-    tasks, size = batch.rew.shape
-    noise, sums = pattern(batch.act.shape), dict.fromkeys(("q", "behavior", "divergence", "value", "logp"), 0.0)
+    tasks, size, _ = segment.rew.shape
+    noise, sums = pattern(best.act.shape), dict.fromkeys(("q", "behavior", "divergence", "value", "logp"), 0.0)
     for m in range(tasks):
         for b in range(size):
-            obs, act, rew, next_obs, term = (x[m, b] for x in batch)
-            policy, _ = slow_policy(agent, next_obs, z[m])
-            next_act = torch.tanh(policy.mean + policy.stddev * noise[m, b])
-            next_q = min(slow_net(agent.q_target, next_obs, next_act, z[m], member=e)[0] for e in range(2))
-            if entropy_weight:
-                next_q = next_q - entropy_weight * slow_logp(policy, next_act)
-            target = args.reward_scale * rew + (0.0 if term else args.gamma * next_q.detach())
+            obs, act, _, _, _ = (x if x is None else x[m, b] for x in start(segment))
+            end = int((segment.weight[m, b] > 0).sum())
+            way = segment.next_obs[m, b, end - 1], list(segment.rew[m, b, :end]), segment.bootstrap[m, b] == 0
+            target = slow_target(agent, z[m], *way, args, entropy_weight, noise[m, b])
             for e in range(2):
                 sums["q"] += (slow_net(agent.q, obs, act, z[m], member=e)[0] - target) ** 2
             policy, behavior = slow_policy(agent, obs, z[m])
@@ -166,7 +194,8 @@ def slow_actor_critic(agent, z, batch, args, entropy_weight, divergence_of=None)
             if entropy_weight:
                 sums["logp"] += slow_logp(policy, pi_act)
             if behavior is not None:
-                sums["behavior"] -= slow_logp(behavior, act.clamp(-0.999, 0.999))
+                _, fitted = slow_policy(agent, best.obs[m, b], z[m])
+                sums["behavior"] -= slow_logp(fitted, best.act[m, b].clamp(-0.999, 0.999))
                 fixed = Normal(behavior.mean.detach(), behavior.stddev.detach())
                 sums["divergence"] += kl_divergence(policy, fixed).sum()
             elif divergence_of:
@@ -183,21 +212,21 @@ def slow_multiplier_and_targets(agent, divergence, args):
             target.copy_((1 - args.tau) * target + args.tau * source)
 
 
-def slow_update(agent, opts, context, batches, args):
+def slow_update(agent, opts, context, segment, best, more, args):
     """One update of a copy of the agent by optimizers of its own -> metrics."""
-    batch, noise = batches[0], pattern(batches[0].act.shape)
+    batch, noise = start(segment), pattern(best.act.shape)
     z = torch.stack([slow_embedding(agent.encoder, rows) for rows in context])
     metric = args.metric_weight * slow_metric(z, TASK_IDS.tolist())
     fixed, divergence_of, dual_loss = z.detach(), None, None
     if args.divergence == "dual":
         share = uniform(batch.rew[..., None].shape)
-        for other in batches:
+        for other in (batch, *more):
             dual_loss, c_data = slow_dual_step(agent, opts[1], other, fixed, args, noise, share)
 
         def divergence_of(m, b, pi_act):
             return slow_fenchel(c_data[m, b], slow_net(agent.dual, batch.obs[m, b], pi_act, fixed[m])[0])
 
-    sums = slow_actor_critic(agent, fixed, batch, args, args.entropy_weight, divergence_of)
+    sums = slow_actor_critic(agent, fixed, segment, best, args, args.entropy_weight, divergence_of)
     actor = agent.brac_alpha.item() * sums["divergence"] - sums["value"] + args.entropy_weight * sums["logp"]
     gradients(metric, agent.encoder)
     gradients(sums["q"], agent.q)
@@ -241,7 +270,7 @@ def assert_same_update(agent, twin, metrics, expected):
         torch.testing.assert_close(buffer, twin.get_buffer(name), rtol=1e-9, atol=0, msg=lambda m: f"{name}: {m}")
 
 
-CASES = [{}, {"entropy_weight": 0.3}]
+CASES = [{}, {"target_noise": 0.5}, {"target_noise": 1.0, "n_step": 1}, {"entropy_weight": 0.3}]
 CASES += [{"divergence": "dual", "gp_mode": mode} for mode in ("gradient", "output")]
 CASES += [{"divergence": "dual", "dual_iters": 1, "entropy_weight": 0.3}]
 
@@ -257,23 +286,28 @@ def test_two_updates_are_those_of_a_slow_recomputation(case, known_noise, monkey
     if args.divergence == "dual":
         opts.append(torch.optim.Adam(twin.dual.parameters(), args.dual_lr))
     for k in range(2):
-        context, batches = make_context(k), [make_batch(3 * k + i) for i in range(draws)]
-        expected = slow_update(twin, opts, context, batches, args)
-        metrics = focal.update(agent, TASK_IDS, context, batches[0], batches[1:], args)
+        more = [make_batch(10 * k + i) for i in range(draws - 1)]
+        inputs = make_context(k), make_segment(100 + k, args), make_batch(200 + k), more
+        fitted = list(twin.behavior.parameters()) if twin.behavior else []
+        decayed = [args.lr * args.behavior_decay * p.detach() for p in fitted]
+        expected = slow_update(twin, opts, *inputs, args)
+        for parameter, decay in zip(fitted, decayed):
+            parameter.data -= decay
+        metrics = focal.update(agent, TASK_IDS, *inputs, args)
         assert_same_update(agent, twin, metrics, expected)
 
 
 def test_inputs_of_the_slow_recomputation_tell_alternatives_apart():
     """Twins differ in both directions, slopes lie on both sides of 1."""
-    agent, _ = make_agent()
+    agent, args = make_agent()
     dual, _ = make_agent(divergence="dual")
-    batch = make_batch(0)
+    batch, other = start(make_segment(100, args)), make_batch(0)
     z = torch.stack([slow_embedding(agent.encoder, rows) for rows in make_context(0)])
     with torch.no_grad():
         for q in (agent.q, agent.q_target):
             assert 0 < (q(batch.obs, batch.act, z)[0] < q(batch.obs, batch.act, z)[1]).double().mean() < 1
-    act = batch.act.clone().requires_grad_()
-    c = dual.dual(batch.obs, act, z)[0]
+    act = other.act.requires_grad_()
+    c = dual.dual(other.obs, act, z)[0]
     (gradient,) = torch.autograd.grad(c.sum(), act)
     for slope in (c, -c, gradient.norm(dim=-1)):
         assert 0 < (slope > 1).double().mean() < 1
@@ -282,7 +316,7 @@ def test_inputs_of_the_slow_recomputation_tell_alternatives_apart():
 @pytest.mark.parametrize("target, expected", [(1e6, 0.0), (0.0, 3.0)])
 def test_multiplier_keeps_to_its_bounds(target, expected):
     agent, args = make_agent(brac_alpha_lr=1e4, brac_alpha_max=3.0, divergence_target=target)
-    focal.update(agent, TASK_IDS, make_context(0), make_batch(0), [], args)
+    focal.update(agent, TASK_IDS, make_context(0), make_segment(0, args), make_batch(0), [], args)
     assert agent.brac_alpha == expected
 
 
@@ -418,8 +452,34 @@ def test_tanh_gaussian_logp_vector_and_bounds():
 # ---- training ---------------------------------------------------------------------------
 
 FAST = {"env": "point-robot", "device": "cpu", "width": 16, "encoder_width": 16, "z_dim": 3, "total_updates": 20}
-FAST |= {"log_every": 20, "eval_every": 20, "save_every": 20, "eval_episodes": 3, "meta_batch": 5, "batch_size": 8}
-FAST |= {"context_size": 6, "lr": 1e-3, "dual_lr": 2e-3, "run_dir": "runs"}
+FAST |= {"log_every": 20, "eval_every": 20, "save_every": 20, "final_episodes": 3, "meta_batch": 5, "batch_size": 8}
+FAST |= {"context_size": 6, "lr": 1e-3, "dual_lr": 2e-3, "run_dir": "runs", "gamma": 0.5, "n_step": 3}
+FAST |= {"anchor_share": 0.4}
+
+
+def check_segments(segment, task_ids, args):
+    """Of the rows' own tasks, those of a row of several episodes; as long and as discounted as asked."""
+    assert segment.rew.shape == (*segment.bootstrap.shape, args["n_step"])
+    task, episode, _ = origin(segment.rew)
+    assert (task == task_ids[:, None, None]).all() and (episode != episode[:, :1]).any()
+    powers = [args["gamma"] ** k for k in range(args["n_step"] + 1)]
+    assert set(segment.weight.flatten().tolist()) <= {0, *powers[:-1]} and (segment.weight[..., 0] == 1).all()
+    assert set(segment.bootstrap.flatten().tolist()) <= {0, *powers[1:]} and (segment.bootstrap == powers[-1]).any()
+
+
+def check_best(batches, tasks, data, share):
+    """batches of the tasks [M] of each update: all of their share of each task's transitions, those of its episodes of
+    highest return."""
+    seen, wanted = set(), set()
+    for rew, task_ids in zip(batches, tasks):
+        task, episode, step = origin(rew)
+        assert (task == task_ids[:, None]).all()
+        seen |= set(zip(*(x.flatten().tolist() for x in (task, episode, step))))
+    for task in range(6):
+        order = sorted(range(4), key=lambda episode: -data.episode_returns[task, episode])
+        ranked = [(task, episode, step) for episode in order for step in range(data.lengths[task, episode])]
+        wanted |= set(ranked[: math.ceil(share * len(ranked))])
+    assert seen <= wanted and len(seen) > 0.9 * len(wanted)
 
 
 def watched(monkeypatch, folder, path, **changes):
@@ -427,15 +487,16 @@ def watched(monkeypatch, folder, path, **changes):
     monkeypatch.chdir(folder)
     updates, contexts, update, adapt = [], [], focal.update, focal.adapt
 
-    def watch(agent, task_ids, context, batch, more, args):
+    def watch(agent, task_ids, context, segment, best, more, args):
         assert context.shape == (5, 6, 7) and len(more) == (args.dual_iters - 1 if args.divergence == "dual" else 0)
         rates = [float(opt.param_groups[0]["lr"]) for opt in (agent.opt, getattr(agent, "dual_opt", None)) if opt]
-        updates.append(SimpleNamespace(task_ids=task_ids, context=context, batches=[batch, *more], rates=rates))
-        return update(agent, task_ids, context, batch, more, args)
+        given = {"task_ids": task_ids, "context": context, "segment": segment, "best": best, "more": more}
+        updates.append(SimpleNamespace(**given, rates=rates))
+        return update(agent, task_ids, context, segment, best, more, args)
 
-    def watch_adapt(agent, context, mask, explore=False):
+    def watch_adapt(agent, context, mask, explore, clone=False):
         contexts.append(context[..., 4][mask == 1])  # rewards
-        return adapt(agent, context, mask, explore)
+        return adapt(agent, context, mask, explore, clone)
 
     monkeypatch.setattr(focal, "update", watch)
     monkeypatch.setattr(focal, "adapt", watch_adapt)
@@ -444,7 +505,9 @@ def watched(monkeypatch, folder, path, **changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"divergence": "dual", "dual_iters": 3, "total_updates": 10}])
-def test_training_sees_training_tasks_and_every_row_its_own_task(changes, numbered_path, tmp_path, monkeypatch):
+def test_training_sees_training_tasks_and_every_row_its_own_task(
+    changes, numbered, numbered_path, tmp_path, monkeypatch
+):
     updates, contexts, _ = watched(monkeypatch, tmp_path, numbered_path, **changes)
     assert len(updates) == changes.get("total_updates", 20)
     drawn, episodes = torch.cat([u.task_ids for u in updates]), set()
@@ -455,25 +518,58 @@ def test_training_sees_training_tasks_and_every_row_its_own_task(changes, number
         task, episode, _ = origin(u.context[..., 4])
         assert (task == u.task_ids[:, None]).all() and (episode == episode[:, :1]).all()
         episodes |= set(episode[:, 0].tolist())
-        for batch in u.batches:
-            assert batch.rew.shape == (5, 8)
-            task, episode, _ = origin(batch.rew)
-            assert (task == u.task_ids[:, None]).all() and (episode != episode[:, :1]).any()
-        for one, other in zip(u.batches, u.batches[1:]):
+        check_segments(u.segment, u.task_ids, FAST)
+        for rew in (batch.rew for batch in u.more):
+            task, episode, _ = origin(rew)
+            assert rew.shape == (5, 8) and (task == u.task_ids[:, None]).all() and (episode != episode[:, :1]).any()
+        for one, other in zip([start(u.segment), *u.more], u.more):
             assert not torch.equal(one.rew, other.rew)
     assert episodes == {0, 1, 2, 3}
-    of_test, foreign, *_, of_training = contexts
+    if not changes:
+        check_best([u.best.rew for u in updates], [u.task_ids for u in updates], numbered, FAST["anchor_share"])
+    of_test, foreign, *_, of_training = contexts[:10]  # one of each protocol, but five of online; then of pi_beta
     assert set(origin(of_test)[0].tolist()) == {6, 7, 8} and (of_test > 0).all() and (foreign < 0).all()
     assert set(origin(of_training)[0].tolist()) == set(range(6))
 
 
-def test_evaluation_plays_the_asked_number_of_episodes(numbered, monkeypatch):
-    agent, args = make_agent(eval_episodes=3)
-    played = []
-    monkeypatch.setattr(dc, "evaluate", lambda *given: played.append(given[2:]) or {"eval/iid/return": -1.0})
-    monkeypatch.setattr(dc, "embedding_quality", lambda data, embed: {"z/probe_r2": 0.5})
-    assert focal.evaluate_all(agent, numbered, args, ("iid",)) == {"eval/iid/return": -1.0, "z/probe_r2": 0.5}
-    assert played == [(("iid",), 3)]
+def check_evaluation(script, agent, args, data, infer):
+    """Returns of policy and behavior policy, and the critic's error, against those of slow policies and critics at
+    z = infer(transitions of a context)."""
+    agent = agent.float()  # as the data
+
+    def latents(context, mask):
+        return [infer(rows[real == 1]) for rows, real in zip(context, mask)]
+
+    def slow_adapt(which, context, mask, explore):
+        z = latents(context, mask)
+        means = lambda obs: [slow_policy(agent, *row)[which].mean for row in zip(obs, z)]  # noqa: E731
+        return lambda obs, rew: torch.tanh(torch.stack(means(obs))).detach()
+
+    def slow_value(context, mask, obs):
+        def of(obs, z):
+            act = torch.tanh(slow_policy(agent, obs, z)[0].mean)
+            return min(slow_net(agent.q, obs, act, z, member=e)[0] for e in range(2)) / args.reward_scale
+
+        return torch.stack([torch.stack([of(o, z) for o in pair]) for pair, z in zip(obs, latents(context, mask))])
+
+    traced = []
+    expected = dc.evaluate(data, partial(slow_adapt, 0), ("train", "iid"), 2, traced)
+    expected |= dc.q_error(traced[1], slow_value, args.gamma)
+    if agent.behavior is not None:
+        clone = dc.evaluate(data, partial(slow_adapt, 1), ("iid",), 2)
+        assert abs(clone["eval/iid/return"] - expected["eval/iid/return"]) > 0.1
+        expected |= {tag.replace("iid", "clone"): value for tag, value in clone.items()}
+    found = script.evaluate_all(agent, data, args, ("train", "iid"), 2)
+    assert {"z/nearest_task_acc", "z/probe_r2"} <= {tag for tag in found if tag.startswith("z/")}
+    assert {tag: value for tag, value in found.items() if tag[:2] != "z/"} == pytest.approx(
+        expected, rel=1e-4, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("divergence", ["primal", "dual"])
+def test_evaluation_is_that_of_slow_policies_and_critics(divergence, numbered):
+    agent, args = make_agent(numbered, divergence=divergence)
+    check_evaluation(focal, agent, args, numbered, partial(slow_embedding, agent.encoder))
 
 
 @pytest.mark.parametrize("decay", [True, False])
@@ -500,7 +596,7 @@ def test_compiled_dual_update_has_the_losses_of_the_plain_one():
     for update in (focal.update, torch.compile(focal.update, backend="aot_eager")):
         agent, args = make_agent(divergence="dual")
         torch.manual_seed(1)
-        inputs = TASK_IDS, make_context(0), make_batch(0), [make_batch(1)]
+        inputs = TASK_IDS, make_context(0), make_segment(0, args), make_batch(0), [make_batch(1)]
         found.append([update(agent, *inputs, args) for _ in range(2)][1])
     plain, compiled = found
     for tag, value in plain.items():
@@ -508,7 +604,7 @@ def test_compiled_dual_update_has_the_losses_of_the_plain_one():
 
 
 # GFLOP at the official sizes; the agent lies on "meta", where arithmetic costs nothing
-COSTS = [({"encoder_width": 200, "z_dim": 20}, 13.2)]
+COSTS = [({"encoder_width": 200, "z_dim": 20}, 13.8)]
 COSTS += [({"divergence": "dual", "gp_mode": "output", "encoder_width": 64, "z_dim": 5}, 28.2)]
 COSTS += [({"divergence": "dual", "gp_mode": "gradient", "encoder_width": 64, "z_dim": 5}, 33.8)]
 
@@ -528,22 +624,33 @@ def test_update_stays_on_the_device_at_a_bounded_cost(case, most_gflop):
     agent = to_meta(focal.Agent(SimpleNamespace(obs_dim=27, act_dim=8, ctx_dim=63), args))
     rows = lambda *shape: torch.zeros(16, *shape, device="meta")
     batch = dc.Batch(rows(256, 27), rows(256, 8), rows(256), rows(256, 27), rows(256))
+    segment = dc.Segment(*(x.unsqueeze(2) for x in batch[:4]), rows(256, 1), rows(256))
     more = [batch] * (args.dual_iters - 1) if args.divergence == "dual" else []
     with Counted() as cost:
-        focal.update(agent, rows().long(), rows(200, 63), batch, more, args)
+        focal.update(agent, rows().long(), rows(200, 63), segment, batch, more, args)
     assert 0.8 * most_gflop < cost.flops / 1e9 <= most_gflop
 
 
-def test_learns_point_robot_on_the_shipped_data(tmp_path):
+def train_on_point_robot(script, folder, **changes):
+    """On the shipped data: random -20.3, data -6.8, expert -4.7."""
     path = ROOT / "datasets" / "point-robot.npz"
     if not path.is_file():
         pytest.skip("datasets/point-robot.npz is not there: python data_collect.py --env point-robot makes it")
-    settings = {"env": "point-robot", "dataset": str(path), "device": "cpu", "run_dir": str(tmp_path)}
+    settings = {"env": "point-robot", "dataset": str(path), "device": "cpu", "run_dir": str(folder)}
     settings |= {"width": 64, "encoder_width": 64, "batch_size": 16, "context_size": 20, "total_updates": 400}
-    settings |= {"brac_alpha": 0.3}  # so that the critics lead the policy away from the data
-    result = focal.train(focal.Args(**settings | {"log_every": 200, "eval_every": 400, "save_every": 400}))
-    assert (
-        result["eval/iid/return"] > -7.5
-    )  # random -20.3, data -6.8, expert -4.7; with a flipped sign in the policy loss below -11
-    assert result["z/nearest_task_acc"] > 0.3  # chance 0.03
-    assert result["z/probe_r2"] > 0.8
+    settings |= {"log_every": 200, "eval_every": 400, "save_every": 400, "lr": 3e-3, "reward_scale": 1.0, "n_step": 5}
+    return script.train(script.Args(**settings | changes))
+
+
+def check_learning(script, folder, **changes):
+    """brac_alpha is so small that the critics could lead the policy away from the data. Four seeds of three scripts:
+    policy -5.6 to -5.8, behavior policy -5.3 to -5.6, error of the critic -0.1 to -0.2."""
+    result = train_on_point_robot(script, folder, brac_alpha=0.1, **changes)
+    assert result["eval/iid/return"] > -6.2  # batches of other tasks -6.4, a flipped sign in the policy loss -19
+    assert result["eval/clone/return"] > -5.8  # fitted to all of the data -6.1
+    assert abs(result["eval/iid/q_error"]) < 0.5  # rewards of the segment alone 0.8, value at its first next_obs -1.7
+    assert result["z/nearest_task_acc"] > 0.2 and result["z/probe_r2"] > 0.8  # chance 0.03, 0
+
+
+def test_learns_point_robot_on_the_shipped_data(tmp_path):
+    check_learning(focal, tmp_path)

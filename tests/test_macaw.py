@@ -248,15 +248,21 @@ def test_update_and_adaptation_leave_no_tensor_on_the_cpu_and_read_nothing(chang
     assert all(value.device.type == "meta" for value in metrics.values()) and z.shape == (3, 16)
 
 
-def test_drawing_leaves_no_tensor_on_the_cpu_and_reads_nothing(numbered, monkeypatch):
-    agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_segment="middle")
+@pytest.mark.parametrize("kind, ends", [("episode", 1), ("buffer", 64)])
+def test_drawing_leaves_no_tensor_on_the_cpu_and_reads_nothing(kind, ends, numbered, monkeypatch):
+    agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_segment="middle", inner_rows=kind)
     table = macaw.Rows(*(x.to("meta") for x in macaw.label_data(agent, numbered)))
-    shape = (3, args.batch_size)  # with replacement CUDA's multinomial does not read, only that of "meta" is refused
-    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.zeros(shape, dtype=torch.long, device="meta"))
+
+    def multinomial(weights, count, *_, **__):  # with replacement CUDA's does not read, only that of "meta" is refused
+        assert weights.device.type == "meta" and weights.shape == (3, 4)
+        return torch.zeros(3, count, dtype=torch.long, device="meta")
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
     task_ids = torch.tensor([0, 2, 5]).to("meta")
     with OnDevice():
         inner, outer = macaw.draw_rows(dataset_on_meta(numbered), table, task_ids, args, None)
-    assert inner.obs.shape == (3, args.context_size, 2) and outer.last_obs.shape == (*shape, 2)
+    assert inner.obs.shape == (3, args.context_size, 2) and outer.last_obs.shape == (3, args.batch_size, 2)
+    assert inner.last_obs.shape == (3, ends, 2)
 
 
 # ---- returns ----------------------------------------------------------------------------
@@ -487,24 +493,29 @@ def batches(numbered, numbered_path, tmp_path, monkeypatch):
     return collect
 
 
+@pytest.mark.parametrize("kind", ["episode", "buffer"])
 @pytest.mark.parametrize("part, allowed", [("all", {0, 1, 2, 3}), ("start", {0}), ("middle", {1}), ("end", {3})])
-def test_training_rows_are_labelled_and_of_the_right_tasks_and_episodes(part, allowed, numbered, batches):
+def test_training_rows_are_labelled_and_of_the_right_tasks_and_episodes(part, allowed, kind, numbered, batches):
+    """Inner rows of one episode and outer ones of the others, or both of all; the inner ones of the segment."""
     expected, _ = slow_table(numbered)
     origin = {tuple(numbered.episodes[t, e, s, :2].tolist()): (t, e, s) for t, e in expected for s in range(20)}
-    seen, tasks, inner_episodes, outer_episodes = batches(inner_segment=part)[0], set(), set(), set()
+    seen, tasks, inner_episodes, outer_episodes = batches(inner_segment=part, inner_rows=kind)[0], set(), set(), set()
+    shared = 0  # transitions that are both inner and outer
     # several tasks in an update
     assert any(len({origin[tuple(row[0].tolist())][0] for row in inner.obs}) > 2 for inner, _ in seen)
     for inner, outer in seen:
-        assert inner.obs.shape == (4, 12, 2) and outer.obs.shape == (4, 8, 2) and inner.last_obs.shape == (4, 1, 2)
+        assert inner.obs.shape == (4, 12, 2) and outer.obs.shape == (4, 8, 2)
         for k in range(4):
             places = [[origin[tuple(obs)] for obs in rows.obs[k].tolist()] for rows in (inner, outer)]
-            assert len({task for both in places for task, _, _ in both}) == 1  # both of one task
-            ((task, episode),) = {place[:2] for place in places[0]}  # the inner rows of one episode
-            others = {place[1] for place in places[1]}
-            assert episode not in others
-            length = len(expected[task, episode][0])
-            for i, (_, _, step) in enumerate(places[0]):  # one in every twelfth of the episode
-                assert i * length // 12 <= step <= (i + 1) * length / 12
+            ((task,),) = {tuple({task for task, _, _ in found}) for found in places}  # both of one task
+            mine, others = ({episode for _, episode, _ in found} for found in places)
+            shared += len(set(places[0]) & set(places[1]))
+            if kind == "episode":
+                (episode,) = mine
+                assert episode not in others
+                length = len(expected[task, episode][0])
+                for i, (_, _, step) in enumerate(places[0]):  # one in every twelfth of the episode
+                    assert i * length // 12 <= step <= (i + 1) * length / 12
             for rows, found in zip((inner, outer), places):
                 for i, at in enumerate(found):
                     _, act, ret, tail, last = (x[at[2]] for x in expected[at[:2]])
@@ -512,11 +523,12 @@ def test_training_rows_are_labelled_and_of_the_right_tasks_and_episodes(part, al
                     for x, y in zip([*row, rows.ret[k, i], rows.tail[k, i]], [act, last, ret, tail]):
                         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
             tasks.add(task)
-            inner_episodes.add(episode)
+            inner_episodes |= mine
             outer_episodes |= others
         assert (inner.mask == 1).all() and (outer.mask == 1).all()
     assert tasks == set(numbered.train_ids) and inner_episodes == allowed
-    assert outer_episodes == ({0, 1, 2, 3} if part == "all" else {0, 1, 2, 3} - allowed)
+    assert outer_episodes == ({0, 1, 2, 3} if part == "all" or kind == "buffer" else {0, 1, 2, 3} - allowed)
+    assert (shared > 0) == (kind == "buffer")
 
 
 def test_the_seed_decides_initialization_and_batches(batches, tmp_path):
@@ -546,6 +558,24 @@ def test_inner_episodes_and_outer_transitions_are_uniform(numbered):
     np.testing.assert_allclose(share, real / real.sum(), atol=0.005)
 
 
+@pytest.mark.parametrize("part, first, count", [("all", 0, 4), ("end", 3, 1)])
+def test_rows_of_the_buffer_are_uniform_and_drawn_apart(part, first, count, numbered):
+    agent, args = make_agent(numbered, torch.float32, batch_size=100, context_size=100, env="point-robot")
+    args = replace(args, inner_rows="buffer", inner_segment=part)
+    steps = torch.arange(80.0).reshape(4, 20).expand(9, -1, -1)  # in place of the returns
+    table, task_ids = macaw.label_data(agent, numbered)._replace(ret=steps), torch.full((4000,), 2)
+    inner, outer = macaw.draw_rows(numbered, table, task_ids, args, torch.Generator().manual_seed(0))
+    real = torch.arange(20) < numbered.lengths[2][:, None]
+    for rows, (start, number) in ((inner, (first, count)), (outer, (0, 4))):
+        chosen = real.clone()
+        chosen[:start], chosen[start + number :] = False, False
+        share = torch.bincount(rows.ret.long().flatten(), minlength=80).reshape(4, 20) / rows.ret.numel()
+        np.testing.assert_allclose(share, chosen / chosen.sum(), atol=0.003)
+    drawn = [rows.ret[:, :99].flatten() for rows in (inner, outer)] + [inner.ret[:, 1:].flatten()]
+    for other in drawn[1:]:
+        assert abs(torch.corrcoef(torch.stack([drawn[0], other]))[0, 1]) < 0.01
+
+
 def test_segments_are_quarters_of_the_recorded_episodes():
     lengths = torch.tensor([[5] * 8 + [0] * 2, [5] * 10, [5] * 3 + [0] * 7])
     found = {p: [x.nonzero()[:, 0].tolist() for x in macaw.segment(lengths, p)] for p in ("start", "middle", "end")}
@@ -557,9 +587,14 @@ def test_segments_are_quarters_of_the_recorded_episodes():
     assert torch.equal(macaw.segment(lengths, "all"), (lengths > 0).float())
 
 
-def test_a_task_with_one_episode_is_refused(numbered, monkeypatch):
-    monkeypatch.setattr(dc, "load_dataset", lambda *_: SimpleNamespace(min_episodes=1))
-    assert "two episodes of every training task" in stop_message(macaw.train, macaw.Args(env="point-robot"))
+def test_a_task_with_one_episode_is_refused_but_for_rows_of_the_buffer(numbered, numbered_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(macaw, "evaluate_all", lambda *_: {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0})
+    data = copy.copy(numbered)
+    data.lengths, data.min_episodes = data.lengths * (torch.arange(4) < 1), 1
+    monkeypatch.setattr(dc, "load_dataset", lambda *_: data)
+    args = macaw.Args(**SMALL | {"dataset": str(numbered_path), "run_dir": str(tmp_path)})
+    assert "two episodes of every training task" in stop_message(macaw.train, args)
+    assert macaw.train(replace(args, inner_rows="buffer"))["step"] == 20
 
 
 # ---- schedules and switches -------------------------------------------------------------
@@ -595,7 +630,7 @@ def test_compile_compiles_the_update(numbered_path, tmp_path, monkeypatch):
 def test_a_finished_run_can_be_evaluated_with_other_settings_of_the_fine_tuning(numbered_path, tmp_path, monkeypatch):
     tuned = []
     quality = {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0}
-    monkeypatch.setattr(macaw, "evaluate_all", lambda agent, data, args, _: tuned.append(vars(args)) or dict(quality))
+    monkeypatch.setattr(macaw, "evaluate_all", lambda agent, data, args, *_: tuned.append(vars(args)) or dict(quality))
     args = macaw.Args(**SMALL | {"dataset": str(numbered_path), "run_dir": str(tmp_path)})
     args = replace(args, resume=macaw.train(args)["run_dir"], eval_only=True)
     changes = {"online_ft": 3, "ft_lr": 0.5, "ft_batch_size": 7, "ft_value_steps": 8, "ft_policy_steps": 9}
@@ -608,7 +643,13 @@ def test_defaults_are_those_of_the_official_code():
     official = {"inner_lr": 1e-3, "rate_lr": 1e-3, "inner_steps": 1, "width": 100, "head_width": 32, "latent": 100}
     official |= {"policy_std": 0.2, "temperature": 1.0, "max_weight": 20.0, "adv_weight": 0.01, "tau": 0.1}
     official |= {"terminal_bootstrap": True, "weight_transform": True, "adv_head": True, "first_order": False}
-    official |= {"inner_segment": "all", "online_ft": 0, "ft_batch_size": 256, "ft_value_steps": 100}
+    official |= {
+        "inner_segment": "all",
+        "inner_rows": "episode",
+        "online_ft": 0,
+        "ft_batch_size": 256,
+        "ft_value_steps": 100,
+    }
     assert official.items() <= vars(macaw.Args()).items() and macaw.Args().ft_policy_steps == 200
 
 
@@ -705,7 +746,7 @@ def test_actions_stay_within_the_bounds_and_noise_differs_by_step_but_not_by_cal
 
 
 def test_evaluation_reports_returns_by_number_of_steps_and_tunes_only_at_the_end(numbered, monkeypatch):
-    agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_steps=5, eval_episodes=3, online_ft=4)
+    agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_steps=5, online_ft=4)
 
     def evaluate(data, adapt, protocols, episodes):
         assert data is numbered and adapt.func is macaw.adapt and adapt.args == (agent,) and episodes == 3
@@ -717,12 +758,12 @@ def test_evaluation_reports_returns_by_number_of_steps_and_tunes_only_at_the_end
     monkeypatch.setattr(dc, "embedding_quality", lambda data, embed: {"z": (embed.func, embed.args)})
     monkeypatch.setattr(macaw, "fine_tune", lambda *given: {"tuned": given})
     quality = {"z": (macaw.embed, (agent,))}
-    found = macaw.evaluate_all(agent, numbered, args, ("iid", "train"))
+    found = macaw.evaluate_all(agent, numbered, args, ("iid", "train"), 3)
     assert found == {"eval/iid/return": 5, "eval/train/return": 5} | quality
-    found = macaw.evaluate_all(agent, numbered, args, dc.PROTOCOLS)
+    found = macaw.evaluate_all(agent, numbered, args, dc.PROTOCOLS, 3)
     assert [found[f"adapt/return_{k}_steps"] for k in (0, 1, 5, 20)] == [105, 1, 5, 20]
     assert found["tuned"] == (agent, numbered, args) and found["z"] == quality["z"]
-    assert "tuned" not in macaw.evaluate_all(agent, numbered, replace(args, online_ft=0), dc.PROTOCOLS)
+    assert "tuned" not in macaw.evaluate_all(agent, numbered, replace(args, online_ft=0), dc.PROTOCOLS, 3)
 
 
 # ---- online fine-tuning -----------------------------------------------------------------
@@ -855,8 +896,8 @@ def test_learns_to_reach_goals_on_new_tasks(seed, tmp_path, monkeypatch):
     """point-robot: random -20, expert -4.7; the best policy that knows nothing of the task about -15.5."""
     rows = []
 
-    def evaluate(agent, data, args, protocols):
-        tested = dc.evaluate(data, partial(macaw.adapt, agent), ("iid", "zero_shot"), 1)
+    def evaluate(agent, data, args, protocols, episodes):
+        tested = dc.evaluate(data, partial(macaw.adapt, agent), ("iid", "zero_shot"), 5)
         return tested | {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0}
 
     update = macaw.update

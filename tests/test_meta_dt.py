@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, OnDevice, read_rows, stop_message, to_meta
+from conftest import ROOT, OnDevice, flags, load, read_rows, stop_message, to_meta
 from torch.utils.flop_counter import FlopCounterMode
 
 import data_collect as dc
@@ -285,9 +285,10 @@ def test_nothing_needs_the_host(monkeypatch):
         flat = episodes.flatten(0, 1), lengths.flatten()
         metrics = [meta_dt.update_world_model(agent, *flat, episode, step, args)]
         sequences = meta_dt.read_tasks(agent, episodes, lengths)
-        best = meta_dt.best_episodes(sequences, lengths, 4)
-        for how in ("argmax", "random", "last"):
-            drawn = meta_dt.draw_windows(sequences, best, lengths, replace(args, prompt_select=how), None)
+        ranked = meta_dt.rank_episodes(sequences, lengths)
+        for how, which in (("argmax", "best"), ("random", "any"), ("last", "best")):
+            changed = replace(args, prompt_select=how, prompt_episodes=which)
+            drawn = meta_dt.draw_windows(sequences, ranked, lengths, changed, None)
             metrics.append(meta_dt.update(agent, *drawn, args))
         mask = torch.ones(15, HORIZON, device="meta")
         policy = meta_dt.adapt(agent, flat[0], mask, targets=torch.zeros(3, device="meta"))
@@ -341,8 +342,8 @@ def test_networks_start_as_the_official_ones():
 def test_cost_of_an_update_at_the_default_sizes():
     agent, args = make_agent(27, 8, 200, spread=None, **DEFAULTS | {"env": "ant-dir"})
     sequences = meta_dt.read_episodes(agent, *make_episodes([200] * 4, 27, 8, 200))
-    best, lengths = torch.arange(4)[None], sequences.lengths[None]
-    window, prompt = meta_dt.draw_windows(sequences, best, lengths, args, torch.Generator().manual_seed(0))
+    ranked, lengths = torch.arange(4)[None], sequences.lengths[None]
+    window, prompt = meta_dt.draw_windows(sequences, ranked, lengths, args, torch.Generator().manual_seed(0))
     assert window.rows.shape[:2] == (32, 20) and prompt.rows.shape[:2] == (32, 5)
     with FlopCounterMode(display=False) as flops:
         meta_dt.update(agent, window, prompt, args)
@@ -404,12 +405,17 @@ def test_sequences_of_the_frozen_world_model(loss, horizon, length, double):
             torch.testing.assert_close(row, torch.cat(parts))
 
 
-def test_embed_is_z_after_the_last_transition(double):
-    agent, args = make_agent()
-    episodes, lengths = make_episodes([12, 9, 2])
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_embed_is_the_mean_of_z_after_all_transitions_with_a_whole_context(horizon, double):
+    """Where there is no such transition it is z after the last one, or of nothing."""
+    agent, args = make_agent(context_horizon=horizon)
+    episodes, lengths = make_episodes([12, 9, 5, 4, 2, 0])
     found = meta_dt.embed(agent, episodes, (torch.arange(HORIZON) < lengths[:, None]).double())
-    for z, episode, length in zip(found, episodes, lengths):
-        torch.testing.assert_close(z, slow_z(agent.world_model.encoder, episode[:length, :KNOWN], args).detach())
+    for z, episode, length in zip(found, episodes, lengths.tolist()):
+        known = episode[:, :KNOWN]
+        whole = [slow_z(agent.world_model.encoder, known[: t + 1], args) for t in range(horizon - 1, length)]
+        expected = sum(whole) / len(whole) if whole else slow_z(agent.world_model.encoder, known[:length], args)
+        torch.testing.assert_close(z, expected.detach())
     assert not found.requires_grad
 
 
@@ -438,25 +444,27 @@ def test_steps_of_the_world_model_are_uniform():
     assert_shares(in_rows(pairs), {(a, b): 1 for a in range(3) for b in range(3)})
 
 
+@pytest.mark.parametrize("which", ["best", "any"])
 @pytest.mark.parametrize("how", ["argmax", "sample", "random", "last"])
-def test_windows_and_prompts_are_drawn_as_stated(how):
+def test_windows_and_prompts_are_drawn_as_stated(how, which):
     """Windows: uniform over tasks, their episodes and the last step. Prompts: of the best three other episodes of the
-    task, uniform; the start by its score, also with argmax; dropped or not independently of all that."""
-    lengths = torch.tensor([[12, 12, 12, 12, 10], [12, 12, 9, 12, 0]])
-    sequences, best = numbered_sequences(lengths), torch.tensor([[3, 0, 4, 2], [6, 5, 8, 7]])
-    _, args = make_agent(meta_batch=10_000, batch_size=13, prompt_select=how, prompt_dropout=0.3)
-    window, prompt = meta_dt.draw_windows(sequences, best, lengths, args, torch.Generator().manual_seed(0))
+    task or of all others, uniform; the start by its score, also with argmax; dropped or not independently of all
+    that."""
+    lengths = torch.tensor([[12, 12, 12, 12, 10], [12, 12, 9, 0, 0]])
+    sequences, ranked = numbered_sequences(lengths), torch.tensor([[3, 0, 4, 2, 1], [6, 5, 7, 9, 8]])
+    _, args = make_agent(meta_batch=10_000, batch_size=13, prompt_select=how, prompt_dropout=0.3, prompt_episodes=which)
+    window, prompt = meta_dt.draw_windows(sequences, ranked, lengths, args, torch.Generator().manual_seed(0))
     count = lengths.flatten().tolist()
     assert window.rows.shape == (30_000, 6, 2) and prompt.rows.shape == (30_000, 3, 2)  # 13 steps: 3 windows of 6
     own, first = window.rows[:, 0, 0].long(), window.steps[:, 0]
     other, start = prompt.rows[:, 0, 0].long(), prompt.steps[:, 0]
     expected, pairs = Counter(), {}
-    for n in range(9):
-        task = best[n // 5].tolist()
-        others = [m for m in task if m != n][:3]
-        pairs |= {(n, m): 1 / (10 if n < 5 else 8) / len(others) for m in others}
+    for n in range(8):
+        others = [m for m in ranked[n // 5].tolist() if m != n and count[m] > 0]
+        others = others[:3] if which == "best" else others
+        pairs |= {(n, m): 1 / (10 if n < 5 else 6) / len(others) for m in others}
         for last in range(count[n]):
-            expected[n, max(last - 5, 0)] += 1 / (10 if n < 5 else 8) / count[n]
+            expected[n, max(last - 5, 0)] += 1 / (10 if n < 5 else 6) / count[n]
     assert_shares(in_rows(own, first), expected)
     assert_shares(in_rows(own, other), pairs)
     for m in set(other.tolist()):
@@ -466,24 +474,27 @@ def test_windows_and_prompts_are_drawn_as_stated(how):
     kept, early, mine = prompt.valid.any(1), first == 0, own == 0
     assert torch.equal(kept, prompt.valid.all(1))
     found = in_rows(early[mine], other[mine], kept[mine])  # three draws that know nothing of each other
-    kept = {True: 0.7 / 6, False: 0.3 / 6}
-    assert_shares(found, {(e, m, k): kept[k] for e in (True, False) for m in (2, 3, 4) for k in kept})
+    kept, others = {True: 0.7, False: 0.3}, (2, 3, 4) if which == "best" else (1, 2, 3, 4)
+    assert_shares(found, {(e, m, k): kept[k] for e in (True, False) for m in others for k in kept})
 
 
-def test_best_episodes_are_those_of_the_highest_return(double):
+def test_episodes_are_ranked_by_their_returns(double):
     agent, _ = make_agent()
     lengths = torch.tensor([[12, 12, 9, 12], [12, 12, 12, 0]])
     episodes, _ = make_episodes(lengths.flatten())
+    episodes[4:7, :, KNOWN - 1] -= 9  # a missing one, whose return is 0, is not simply the worst
     returns = [sum(episode[:, KNOWN - 1].tolist()) for episode in episodes]
-    found = meta_dt.best_episodes(meta_dt.read_tasks(agent, episodes.view(2, 4, HORIZON, -1), lengths), lengths, 3)
+    found = meta_dt.rank_episodes(meta_dt.read_tasks(agent, episodes.view(2, 4, HORIZON, -1), lengths), lengths)
     for task, numbers in enumerate(([0, 1, 2, 3], [4, 5, 6])):
-        assert found[task].tolist() == sorted(numbers, key=lambda n: -returns[n])[:3]
+        expected = sorted(numbers, key=lambda n: -returns[n])
+        assert found[task].tolist() == expected + [7] * (task == 1)
 
 
+@pytest.mark.parametrize("which", ["best", "any"])
 @pytest.mark.parametrize("source", ["numbered", "tiny", "walker"])
-def test_training_reads_the_training_tasks(source, request, tmp_path, monkeypatch, unevaluated):
+def test_training_reads_the_training_tasks(source, which, request, tmp_path, monkeypatch, unevaluated):
     """Every step of the world model and every window and prompt of the transformer, traced to task, episode and step;
-    prompts are of the best other episodes of the task, z of the trained world model."""
+    prompts are of the best, or of any, other episodes of the task, z of the trained world model."""
     data, path = request.getfixturevalue(source), request.getfixturevalue(source + "_path")
     obs_dim, known = data.obs_dim, data.obs_dim + data.act_dim
     learn, update, seen, origin, ranks = meta_dt.update_world_model, meta_dt.update, [], {}, set()
@@ -530,8 +541,10 @@ def test_training_reads_the_training_tasks(source, request, tmp_path, monkeypatc
 
     monkeypatch.setattr(meta_dt, "update_world_model", learn_spy)
     monkeypatch.setattr(meta_dt, "update", update_spy)
-    run(path, tmp_path, env=data.env, total_updates=8, batch_size=20, world_model_lr=0.02)
-    assert seen == [("world model", 0.02)] * 4 + ["transformer"] * 8 and ranks == {0, 1, 2}
+    run(path, tmp_path, env=data.env, total_updates=8, batch_size=20, world_model_lr=0.02, prompt_episodes=which)
+    assert seen == [("world model", 0.02)] * 8 + ["transformer"] * 8
+    others = (data.lengths[data.train_tasks] > 0).sum(1).max().item() - 1
+    assert ranks == {0, 1, 2} if which == "best" else 3 <= len(ranks) and max(ranks) == others - 1
 
 
 # ---- rollouts ---------------------------------------------------------------------------
@@ -591,15 +604,16 @@ def test_return_to_go_falls_by_the_rewards(monkeypatch):
     torch.testing.assert_close(windows[-1].rows[0, :, 0], torch.tensor([0.5, 0.6, 0.8]))
 
 
-@pytest.mark.parametrize("how", ["argmax", "sample", "random", "last"])
-def test_prompt_of_several_episodes(how, double):
-    """One of the row's best three, each as often, from the start that is asked for."""
-    agent, args = make_agent(prompt_select=how)
+@pytest.mark.parametrize("how, kind", [("argmax", "best"), ("sample", "any"), ("random", "best"), ("last", "any")])
+def test_prompt_of_several_episodes(how, kind, double):
+    """One of the row's best three, or of all, each as often, from the start that is asked for; never an empty one."""
+    agent, args = make_agent(prompt_select=how, prompt_episodes=kind)
     episodes, _ = make_episodes([HORIZON] * 4)
     slow = [slow_sequence(agent, episode, args) for episode in episodes]
-    best = sorted(range(4), key=lambda n: -slow[n][0][0][0].item())[:3]
+    best = sorted(range(4), key=lambda n: -slow[n][0][0][0].item())[: 3 if kind == "best" else 4]
     order = [np.random.default_rng(row).permutation(4) for row in range(800)]
-    context, mask = torch.stack([episodes[numbers].flatten(0, 1) for numbers in order]), torch.ones(800, 4 * HORIZON)
+    context, mask = torch.stack([episodes[numbers].flatten(0, 1) for numbers in order]), torch.ones(800, 5 * HORIZON)
+    context, mask[:, 4 * HORIZON :] = torch.nn.functional.pad(context, (0, 0, 0, HORIZON)), 0
     rows, steps, valid = meta_dt.find_prompt(agent, context, mask)
     origin = {tuple(step[1].tolist()): n for n in range(4) for step in slow[n][0]}
     which, starts = [origin[row] for row in in_rows(rows[:, 0, 1 : 1 + OBS_DIM])], steps[:, 0].tolist()
@@ -637,7 +651,7 @@ def test_point_robot_vector():
     assert sum(rewards) == pytest.approx(-1)
 
 
-@pytest.mark.parametrize("which", ["train_mean_max", "train_max", "task_max"])
+@pytest.mark.parametrize("which", ["train_top", "train_mean_max", "train_max", "task_max", -7.5, 0.0])
 def test_every_protocol_aims_at_its_own_tasks_return(which, tiny, monkeypatch):
     seen = {}
 
@@ -648,16 +662,29 @@ def test_every_protocol_aims_at_its_own_tasks_return(which, tiny, monkeypatch):
 
     monkeypatch.setattr(dc, "evaluate", evaluate)
     monkeypatch.setattr(dc, "embedding_quality", lambda data, embed: {"embed": (data, embed.func, embed.args)})
-    args = meta_dt.Args(target_return=which, eval_episodes=3)
-    results = meta_dt.evaluate_all("agent", tiny, args, dc.PROTOCOLS)
+    args = meta_dt.Args(target_return=which)
+    results = meta_dt.evaluate_all("agent", tiny, args, dc.PROTOCOLS, 3)
     assert results == dict.fromkeys(dc.PROTOCOLS, 1.0) | {"embed": (tiny, meta_dt.embed, ("agent",))}
-    best = np.array([returns[count > 0].max() for returns, count in zip(tiny.episode_returns, tiny.lengths.numpy())])
+    returns = [returns[count > 0] for returns, count in zip(tiny.episode_returns, tiny.lengths.numpy())]
+    best = np.array([each.max() for each in returns])
     shared = {"train_mean_max": best[tiny.train_ids].mean(), "train_max": best[tiny.train_ids].max()}
+    assert len(returns[tiny.train_ids[0]]) == 8
+    shared["train_top"] = np.mean([np.sort(returns[task])[-2:].mean() for task in tiny.train_ids])
+    shared |= {which: which} if isinstance(which, float) else {}
     for protocol in dc.PROTOCOLS:
         tasks = tiny.train_ids if protocol == "train" else tiny.test_ids
         assert seen[protocol] == pytest.approx([shared[which]] if which in shared else best[tasks])
     elsewhere = SimpleNamespace(**vars(tiny) | {"device": "meta"})
-    assert meta_dt.target_returns(elsewhere, tiny.test_ids, which).device.type == "meta"
+    target = meta_dt.target_returns(elsewhere, tiny.test_ids, which)
+    assert target.device.type == "meta" and target.dtype == torch.float
+
+
+def test_top_of_tasks_with_different_numbers_of_episodes():
+    """The best quarter, rounded up: two of five, one of three, one of one; test tasks do not count."""
+    returns = np.array([[1.0, 4, 2, 3, 5], [-8, -7, -9, 0, 0], [100, 0, 0, 0, 0], [-6, 0, 0, 0, 0]])
+    lengths = torch.tensor([[9] * 5, [9] * 3 + [0] * 2, [9] + [0] * 4, [9] + [0] * 4])
+    data = SimpleNamespace(episode_returns=returns, lengths=lengths, train_ids=np.array([0, 1, 3]), device="cpu")
+    assert meta_dt.target_returns(data, np.array([2]), "train_top").tolist() == pytest.approx([(4.5 - 7 - 6) / 3])
 
 
 # ---- runs -------------------------------------------------------------------------------
@@ -751,14 +778,20 @@ def resolved(monkeypatch, **changes):
 def test_defaults_follow_the_family(env, loss, window, prompt_length, scale, monkeypatch):
     args = resolved(monkeypatch, env=env, total_updates=100)
     assert (args.world_model_loss, args.window, args.prompt_length) == (loss, window, prompt_length)
-    assert (args.return_scale, args.world_model_updates, args.warmup_updates) == (scale, 50, 10)
+    assert (args.return_scale, args.world_model_updates, args.warmup_updates) == (scale, 100, 10)
 
 
 def test_defaults_of_the_official_code():
     official = {"context_horizon": 4, "z_dim": 16, "encoder_width": 128, "world_model_lr": 1e-3, "weight_decay": 1e-4}
     official |= {"width": 128, "layers": 3, "heads": 1, "dropout": 0.1}
     ours = {"lr": 5e-4, "lr_decay": True, "prompt_dropout": 0.25, "prompt_select": "argmax", "meta_batch": 16}
-    ours |= {"target_return": "train_mean_max", "batch_size": 32, "context_size": 64, "total_updates": 8_000}
+    ours |= {
+        "target_return": "train_top",
+        "prompt_episodes": "best",
+        "batch_size": 32,
+        "context_size": 64,
+        "total_updates": 8_000,
+    }
     assert asdict(meta_dt.Args()).items() >= (official | ours).items()
 
 
@@ -766,6 +799,35 @@ def test_given_values_stay(monkeypatch):
     given = dict.fromkeys(("world_model_updates", "warmup_updates", "weight_decay", "dropout", "prompt_dropout"), 0)
     given |= {"world_model_loss": "both", "window": 7, "prompt_length": 2, "return_scale": 3.0}
     assert asdict(resolved(monkeypatch, **given)).items() >= given.items()
+
+
+def command(*arguments):
+    return dc.command_line(meta_dt.Args, meta_dt.train, meta_dt.__doc__, list(arguments))
+
+
+def test_target_return_of_the_command_line(tiny_path, tmp_path, capsys, unevaluated):
+    """A number, also a negative one, or a name; a resumed run keeps it or takes another one."""
+    settings = flags(SMALL | {"total_updates": 4, "dataset": tiny_path, "run_dir": tmp_path})
+    run_dir = command(*settings, "--target-return", "-5.5")["run_dir"]
+    assert load(run_dir)["args"]["target_return"] == -5.5
+    for more, expected in (([], "(-5.5): -5.5"), (["--target-return", "0"], "(0.0): 0.0")):
+        capsys.readouterr()
+        command("--resume", run_dir, "--eval-only", *more)
+        assert f"target return {expected}" in capsys.readouterr().out
+    command("--resume", run_dir, "--total-updates", "8", "--target-return", "task_max")
+    assert load(run_dir)["args"]["target_return"] == "task_max"
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1e7", "expert"])
+def test_bad_target_return(text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command("--target-return", text)
+    printed = capsys.readouterr()
+    if text == "expert":  # tyro's message, as of every unknown choice
+        assert stop.value.code == 2 and not printed.out
+        assert all(word in printed.err for word in ("--target-return", "FLOAT", "train_top", "expert"))
+    else:
+        assert re.match(r"--target-return \S+: must be at least -1000000 and at most 1000000$", stop.value.code)
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ import flora
 
 SCRIPTS = ["flora", "focal", "unicorn", "corro", "macaw", "meta_dt"]
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 40, "log_every": 10, "eval_every": 20}
-SMALL |= {"save_every": 10, "eval_episodes": 1, "meta_batch": 4, "batch_size": 8, "context_size": 8}
-SMALL |= {"width": 16}
+SMALL |= {"save_every": 10, "eval_episodes": 1, "final_episodes": 2, "meta_batch": 4, "batch_size": 8}
+SMALL |= {"context_size": 8, "width": 16}
 CASES = {  # case: script, its arguments
     "flora": ("flora", {"bandit_every": 15}),
     "focal": ("focal", {}),
@@ -146,12 +146,41 @@ def test_run_moves_every_parameter_and_reports_every_protocol(case, straight):
     assert set(still) <= {"aggregator.score.bias"}  # a softmax is blind to a common shift
     result, rows = done.result, read_rows(done.run_dir)
     for protocol in dc.PROTOCOLS:
-        assert math.isfinite(result[f"eval/{protocol}/return"]) and math.isfinite(result[f"eval/{protocol}/normalized"])
+        assert {f"eval/{protocol}/{figure}" for figure in ("return", "return_se", "normalized")} <= result.keys()
+    assert ("eval/iid/q_error" in result) == (CASES[case][0] not in ("macaw", "meta_dt"))
+    fitted = case in ("flora", "focal", "unicorn", "unicorn-ss-0", "corro", "corro-generative")  # those with pi_beta
+    assert ("eval/clone/return_se" in result) == fitted
+    assert all(math.isfinite(value) for tag, value in result.items() if tag != "run_dir")
     assert result["step"] == 40 and result["wall_clock_s"] > 0
     assert json.loads((done.run_dir / "result.json").read_text()) == result
     assert all(math.isfinite(float(value)) for _, _, value in rows)
     last = {tag: float(value) for step, tag, value in rows if step == 40}
     assert all(last[tag] == value for tag, value in result.items() if tag.startswith(("eval/", "z/")))
+
+
+def test_last_evaluation_has_all_protocols_and_more_episodes(tiny_path, tmp_path, monkeypatch):
+    evaluate_all, asked = flora.evaluate_all, []
+
+    def spy(agent, data, args, protocols, episodes):
+        asked.append((protocols, episodes))
+        return evaluate_all(agent, data, args, protocols, episodes)
+
+    monkeypatch.setattr(flora, "evaluate_all", spy)
+    run_dir = Path(run("flora", tiny_path, tmp_path, eval_episodes=3)["run_dir"])
+    assert asked == [(("iid", "train"), 3), (dc.PROTOCOLS, 2)]
+    (run_dir / "result.json").unlink()
+    resume("flora", run_dir)  # as after an evaluation that was cut off
+    resume("flora", run_dir, eval_only=True, final_episodes=1)
+    assert asked[2:] == [(dc.PROTOCOLS, 2), (dc.PROTOCOLS, 1)]
+
+
+def test_evaluation_in_one_line():
+    results = {"eval/clone/return": -1.26, "eval/clone/return_se": 0.04, "eval/clone/normalized": 12.4}
+    results |= {"eval/iid/return": 349.04, "eval/iid/return_se": 12.36, "eval/iid/normalized": 72.6}
+    results |= {"eval/ood/return": 3, "eval/ood/normalized": -0.6}  # of a single episode
+    results |= {"eval/iid/return_task_02": 5.0, "z/nearest_task_acc": 0.456, "z/probe_r2": -0.5, "eval/iid/q_error": 3}
+    expected = "eval  iid 349.0 ± 12.4 (73)  ood 3.0 (-1)  clone -1.3 ± 0.0 (12)  z acc 0.46  z R2 -0.50"
+    assert dc.eval_line(results) == expected
 
 
 @every_script
@@ -691,6 +720,24 @@ def test_name_of_an_experiment_that_is_no_folder_is_refused(name, tiny_path, tmp
 def test_impossible_discount_is_refused_with_its_true_limits(tiny_path, tmp_path):
     message = stop_message(lambda: run("flora", tiny_path, tmp_path, gamma=0.0))
     assert message == "--gamma 0.0: must be above 0 and at most 1"
+
+
+@pytest.mark.parametrize(
+    "name, value, limits",
+    [("n_step", 0, "at least 1 and at most 100"), ("n_step", 101, "at least 1 and at most 100")]
+    + [("anchor_share", value, "above 0 and at most 1") for value in (0.0, 1.01)]
+    + [(name, -0.1, "at least 0 and at most 1000000") for name in ("target_noise", "behavior_decay")]
+    + [("final_episodes", 0, "above 0 and at most 1048576")],
+)
+def test_value_beyond_its_limits_is_refused_and_the_limits_are_named(name, value, limits, tiny_path, tmp_path):
+    message = stop_message(lambda: run("flora", tiny_path, tmp_path, **{name: value}))
+    assert message == f"--{name.replace('_', '-')} {value}: must be {limits}"
+
+
+@pytest.mark.parametrize("changes", [{"n_step": 1, "anchor_share": 1.0}, {"n_step": 100, "behavior_decay": 0.0}])
+def test_values_at_their_limits_pass(changes):
+    args = dc.resolve(flora.Args(target_noise=0.0, **changes), flora.ENV_ARGS, flora.MAY_BE_ZERO, flora.RANGES)
+    assert asdict(args).items() >= changes.items()
 
 
 def test_dataset_of_another_family_is_refused(tiny_path, tmp_path):

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, OnDevice, origin, pattern, slow_net, to_meta
-from test_focal import assert_same_update, check_clamps, gradients, make_batch
-from test_focal import slow_actor_critic, slow_metric, slow_policy
-from test_focal import slow_multiplier_and_targets
+from conftest import OnDevice, origin, pattern, slow_net, to_meta
+from test_focal import assert_same_update, check_best, check_clamps, check_evaluation, check_learning, check_segments
+from test_focal import gradients, make_batch, make_segment, slow_actor_critic, slow_metric, slow_multiplier_and_targets
+from test_focal import slow_policy, start
 
 import data_collect as dc
 import unicorn
@@ -23,14 +23,14 @@ LABELS = torch.tensor([4, 1, 4, 2])
 # float32, in which the optimizer keeps it, holds this learning rate exactly
 METHOD = {"width": 16, "encoder_width": 16, "decoder_width": 8, "z_dim": 3, "lr": 2**-7, "tau": 0.1, "gamma": 0.9}
 METHOD |= {"reward_scale": 3.0, "metric_weight": 0.7, "entropy_weight": 0.3, "brac_alpha": 1.75, "brac_alpha_lr": 0.3}
-METHOD |= {"divergence_target": 0.2, "brac_alpha_max": 100.0}
+METHOD |= {"divergence_target": 0.2, "brac_alpha_max": 100.0, "n_step": 3}
 
 
-def make_agent(**changes):
+def make_agent(data=DATA, **changes):
     """Agent with parameters large enough that nothing is near zero -> agent, args."""
     args = unicorn.Args(**METHOD | changes)
     torch.manual_seed(0)
-    agent = unicorn.Agent(DATA, args).double()
+    agent = unicorn.Agent(data, args).double()
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.normal_(0, 0.4)
@@ -98,13 +98,14 @@ def slow_task_losses(agent, z, context, args):
     return {"reconstruction": loss, "metric": args.metric_weight * slow_metric(z, LABELS.tolist())}
 
 
-def slow_update(agent, opt, context, batch, args):
+def slow_update(agent, opt, context, segment, best, args):
     """One update of a copy of the agent by an optimizer of its own -> metrics."""
     noise = pattern((*context.shape[:2], args.z_dim)) * (1.0 if args.enc_noise else 0.0)
     z = torch.stack([slow_embedding(agent.encoder, *rows) for rows in zip(context, noise)])
     parts, fixed = slow_task_losses(agent, z, context, args), z.detach()
     total = sum(parts.values())
-    sums = slow_actor_critic(agent, fixed, batch, args, args.entropy_weight if args.backbone == "sac" else 0.0)
+    entropy_weight = args.entropy_weight if args.backbone == "sac" else 0.0
+    sums = slow_actor_critic(agent, fixed, segment, best, args, entropy_weight)
     if args.backbone == "brac":
         actor = agent.brac_alpha.item() * sums["divergence"] - sums["value"]
         gradients(sums["behavior"], agent.behavior)
@@ -132,8 +133,9 @@ def slow_update(agent, opt, context, batch, args):
     }
 
 
-CASES = [{}, {"variant": "ss-0", "recon_state": False}, {"variant": "sup"}]
-CASES += [{"enc_noise": False}, {"backbone": "sac"}, {"backbone": "sac", "variant": "ss-0"}]
+CASES = [{}, {"variant": "ss-0", "recon_state": False, "target_noise": 0.5}]
+CASES += [{"variant": "sup", "target_noise": 1.0, "n_step": 1}, {"enc_noise": False}]
+CASES += [{"backbone": "sac"}, {"backbone": "sac", "variant": "ss-0"}]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -142,16 +144,20 @@ def test_two_updates_are_those_of_a_slow_recomputation(case, known_noise):
     twin = copy.deepcopy(agent)
     opt = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], args.lr)
     for k in range(2):
-        context, batch = make_context(k), make_batch(k)
-        expected = slow_update(twin, opt, context, batch, args)
-        metrics = unicorn.update(agent, LABELS, context, batch, args)
+        inputs = make_context(k), make_segment(k, args), make_batch(2 + k)
+        fitted = list(twin.behavior.parameters()) if twin.behavior else []
+        decayed = [args.lr * args.behavior_decay * p.detach() for p in fitted]
+        expected = slow_update(twin, opt, *inputs, args)
+        for parameter, decay in zip(fitted, decayed):
+            parameter.data -= decay
+        metrics = unicorn.update(agent, LABELS, *inputs, args)
         assert_same_update(agent, twin, metrics, expected)
 
 
 def test_inputs_of_the_slow_recomputation_tell_alternatives_apart():
     """The twins differ in both directions."""
-    agent, _ = make_agent()
-    batch, z = make_batch(0), torch.tanh(make_context(0)[:, 0, :3])
+    agent, args = make_agent()
+    batch, z = start(make_segment(0, args)), torch.tanh(make_context(0)[:, 0, :3])
     with torch.no_grad():
         for q in (agent.q, agent.q_target):
             values = q(batch.obs, batch.act, z)
@@ -161,7 +167,7 @@ def test_inputs_of_the_slow_recomputation_tell_alternatives_apart():
 @pytest.mark.parametrize("target, expected", [(1e6, 0.0), (0.0, 3.0)])
 def test_multiplier_keeps_to_its_bounds(target, expected):
     agent, args = make_agent(brac_alpha_lr=1e4, brac_alpha_max=3.0, divergence_target=target)
-    unicorn.update(agent, LABELS, make_context(0), make_batch(0), args)
+    unicorn.update(agent, LABELS, make_context(0), make_segment(0, args), make_batch(0), args)
     assert agent.brac_alpha == expected
 
 
@@ -267,8 +273,9 @@ def test_default_weight_is_that_of_the_paper_for_the_family():
 # ---- training ---------------------------------------------------------------------------
 
 FAST = {"env": "point-robot", "device": "cpu", "width": 16, "encoder_width": 16, "decoder_width": 8, "z_dim": 3}
-FAST |= {"total_updates": 20, "log_every": 20, "eval_every": 20, "save_every": 20, "eval_episodes": 3, "meta_batch": 5}
-FAST |= {"batch_size": 8, "context_size": 6, "lr": 1e-3, "run_dir": "runs"}
+FAST |= {"total_updates": 20, "log_every": 20, "eval_every": 20, "save_every": 20, "final_episodes": 3}
+FAST |= {"meta_batch": 5, "batch_size": 8, "context_size": 6, "lr": 1e-3, "run_dir": "runs", "gamma": 0.5, "n_step": 3}
+FAST |= {"anchor_share": 0.4}
 
 
 def watched(monkeypatch, folder, path, **changes):
@@ -280,14 +287,14 @@ def watched(monkeypatch, folder, path, **changes):
     np.savez("numbered.npz", **arrays | {"train_ids": arrays["train_ids"][::-1]})
     updates, contexts, update, adapt = [], [], unicorn.update, unicorn.adapt
 
-    def watch(agent, labels, context, batch, args):
+    def watch(agent, labels, context, segment, best, args):
         rate = float(agent.opt.param_groups[0]["lr"])
-        updates.append(SimpleNamespace(labels=labels, context=context, batch=batch, rate=rate))
-        return update(agent, labels, context, batch, args)
+        updates.append(SimpleNamespace(labels=labels, context=context, segment=segment, best=best, rate=rate))
+        return update(agent, labels, context, segment, best, args)
 
-    def watch_adapt(agent, context, mask, explore=False):
+    def watch_adapt(agent, context, mask, explore, clone=False):
         contexts.append(context[..., 4][mask == 1])  # rewards
-        return adapt(agent, context, mask, explore)
+        return adapt(agent, context, mask, explore, clone)
 
     monkeypatch.setattr(unicorn, "update", watch)
     monkeypatch.setattr(unicorn, "adapt", watch_adapt)
@@ -296,29 +303,29 @@ def watched(monkeypatch, folder, path, **changes):
 
 
 @pytest.mark.parametrize("variant", ["ss", "sup"])
-def test_training_sees_training_tasks_and_every_row_its_own_task(variant, numbered_path, tmp_path, monkeypatch):
+def test_training_sees_training_tasks_and_every_row_its_own_task(
+    variant, numbered, numbered_path, tmp_path, monkeypatch
+):
     updates, contexts = watched(monkeypatch, tmp_path, numbered_path, variant=variant)
     assert len(updates) == 20 and set(torch.cat([u.labels for u in updates]).tolist()) == set(range(6))
     assert any(len(set(u.labels.tolist())) < 5 for u in updates)  # with replacement
     for u in updates:
-        assert u.context.shape == (5, 6, 7) and u.batch.rew.shape == (5, 8)
+        assert u.context.shape == (5, 6, 7) and u.segment.rew.shape == (5, 8, 3)
         task, episode, _ = origin(u.context[..., 4])
         assert (u.context[..., 4] >= 0).all()
         assert (task == 5 - u.labels[:, None]).all() and (episode == episode[:, :1]).all()
-        task, episode, _ = origin(u.batch.rew)
-        assert (task == 5 - u.labels[:, None]).all() and (episode != episode[:, :1]).any()
-    of_test, foreign, *_, of_training = contexts
+        check_segments(u.segment, 5 - u.labels, FAST)
+    check_best([u.best.rew for u in updates], [5 - u.labels for u in updates], numbered, FAST["anchor_share"])
+    of_test, foreign, *_, of_training = contexts[:10]  # one of each protocol, but five of online; then of pi_beta
     assert set(origin(of_test)[0].tolist()) == {6, 7, 8} and (of_test > 0).all() and (foreign < 0).all()
     assert set(origin(of_training)[0].tolist()) == set(range(6))
 
 
-def test_evaluation_plays_the_asked_number_of_episodes(numbered, monkeypatch):
-    agent, args = make_agent(eval_episodes=3)
-    played = []
-    monkeypatch.setattr(dc, "evaluate", lambda *given: played.append(given[2:]) or {"eval/iid/return": -1.0})
-    monkeypatch.setattr(dc, "embedding_quality", lambda data, embed: {"z/probe_r2": 0.5})
-    assert unicorn.evaluate_all(agent, numbered, args, ("iid",)) == {"eval/iid/return": -1.0, "z/probe_r2": 0.5}
-    assert played == [(("iid",), 3)]
+@pytest.mark.parametrize("backbone", ["brac", "sac"])
+def test_evaluation_is_that_of_slow_policies_and_critics(backbone, numbered):
+    agent, args = make_agent(numbered, backbone=backbone)
+    infer = lambda rows: slow_embedding(agent.encoder, rows, torch.zeros(len(rows), 3))  # noqa: E731
+    check_evaluation(unicorn, agent, args, numbered, infer)
 
 
 @pytest.mark.parametrize("decay", [True, False])
@@ -341,22 +348,12 @@ def test_update_stays_on_the_device(case):
     args = unicorn.Args(**METHOD | case)
     agent = to_meta(unicorn.Agent(DATA, args))
     rows = lambda *shape: torch.zeros(4, *shape, device="meta")
-    batch = dc.Batch(rows(5, 3), rows(5, 2), rows(5), rows(5, 3), rows(5))
+    best = dc.Batch(rows(5, 3), rows(5, 2), rows(5), rows(5, 3), rows(5))
+    segment = dc.Segment(rows(5, 3, 3), rows(5, 3, 2), rows(5, 3), rows(5, 3, 3), rows(5, 3), rows(5))
     with OnDevice():
-        metrics = unicorn.update(agent, rows().long(), rows(6, 9), batch, args)
+        metrics = unicorn.update(agent, rows().long(), rows(6, 9), segment, best, args)
     assert all(value.device.type == "meta" for value in metrics.values())
 
 
 def test_learns_point_robot_on_the_shipped_data(tmp_path):
-    path = ROOT / "datasets" / "point-robot.npz"
-    if not path.is_file():
-        pytest.skip("datasets/point-robot.npz is not there: python data_collect.py --env point-robot makes it")
-    settings = {"env": "point-robot", "dataset": str(path), "device": "cpu", "run_dir": str(tmp_path)}
-    settings |= {"width": 64, "encoder_width": 64, "batch_size": 16, "context_size": 20, "total_updates": 400}
-    settings |= {"brac_alpha": 0.3}  # so that the critics lead the policy away from the data
-    result = unicorn.train(unicorn.Args(**settings | {"log_every": 200, "eval_every": 400, "save_every": 400}))
-    assert (
-        result["eval/iid/return"] > -7.5
-    )  # random -20.3, data -6.8, expert -4.7; with a flipped sign in the policy loss below -11
-    assert result["z/nearest_task_acc"] > 0.3  # chance 0.03
-    assert result["z/probe_r2"] > 0.8
+    check_learning(unicorn, tmp_path)
