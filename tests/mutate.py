@@ -1473,7 +1473,11 @@ MUTANTS = {
         Mutant("targets without noise are refused", '{"target_noise", "behavior_decay"}', '{"behavior_decay"}'),
         Mutant("pi_beta without weight decay is refused", '{"target_noise", "behavior_decay"}', '{"target_noise"}'),
         Mutant("a share above 1 passes", '"anchor_share": (0, 1), ', ""),
-        Mutant("no share passes", '    "target_noise",\n', '    "target_noise",\n    "anchor_share",\n'),
+        Mutant(
+            "no share passes",
+            '{"target_noise", "behavior_decay"}',
+            '{"anchor_share", "target_noise", "behavior_decay"}',
+        ),
         Mutant("segments of any length pass", ', "n_step": (1, 100)', ""),
         Mutant("infinite losses pass", "if not math.isfinite(value)]", "if math.isnan(value)]"),
         Mutant(
