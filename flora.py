@@ -33,8 +33,8 @@ Deviations and choices where the paper's main text is silent:
       +-0.999 where pi_beta is fitted to them. A training context is drawn with replacement from one episode.
   D10 The targets of (11) and (17) take rewards and features of n steps as the data have them, then the policy's mean
       as the next action: with one step, samples and tau 0.005, the critic of ant-dir ended at half of its value.
-      pi_beta is fitted to the quarter of each task's transitions that its best episodes hold, which alone lifted the
-      return of ant-dir from 349 to 394 (one seed). The paper's: --n-step 1 --target-noise 1 --anchor-share 1.
+      pi_beta is fitted, with weight decay, to the quarter of each task's transitions that its best episodes hold.
+      The paper's: --n-step 1 --target-noise 1 --anchor-share 1 --behavior-decay 0.
   D11 Policy, pi_beta and targets see the posterior's mean through the flows, as at test; a sample trains features,
       weights and encoder. With samples the policy blurs where the posterior is wider than the tasks lie apart.
 
