@@ -65,7 +65,7 @@ def print_tables(runs):
     results = {
         name: [json.loads((d / "result.json").read_text()) for d in seeds.values()] for name, seeds in runs.items()
     }
-    digits = 1 if max(abs(r["eval/iid/return"]) for group in results.values() for r in group) < 50 else 0
+    digits = 2 if max(abs(r["eval/iid/return"]) for group in results.values() for r in group) < 50 else 0
 
     def cost(group):
         steps = "/".join(f"{s:,}" for s in sorted({r["step"] for r in group}))
