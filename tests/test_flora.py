@@ -773,15 +773,15 @@ def test_values_at_the_limits_are_accepted():
 def test_learns_point_robot_wind_on_the_shipped_data(tmp_path):
     settings = {"width": 64, "encoder_width": 64, "feature_dim": 16, "meta_batch": 8, "context_size": 20, "lr": 3e-3}
     settings |= {"brac_alpha": 0.7, "bandit_every": 200, "total_updates": 400, "log_every": 400, "final_episodes": 3}
-    settings |= {"env": "point-robot-wind", "dataset": str(ROOT / "datasets" / "point-robot-wind.npz")}
+    settings |= {"n_step": 5, "env": "point-robot-wind", "dataset": str(ROOT / "datasets" / "point-robot-wind.npz")}
     args = flora.Args(**settings | {"run_dir": str(tmp_path), "device": "cpu"})
     result = flora.train(args)
-    # random -28.2, data -9.4, expert -6.2; seeds 0 to 3 reach -6.9; sign of the actor's loss flipped -12.1, z ignored
-    # -8.6, rewards of other tasks -7.5, pi_beta of all data -7.9
-    assert result["eval/iid/return"] > -7.2
-    assert result["eval/iid/return"] > result["eval/clone/return"] + 0.2  # seeds 0 to 3: by 0.5 to 1
+    # random -28.2, data -9.4, expert -6.2; seeds 0 to 3 reach -6.5 to -6.2; sign of the actor's loss flipped -15.9,
+    # rewards of other tasks -7.7, z ignored -6.9, on the training tasks -8.3 instead of -6.8 to -6.6
+    assert result["eval/iid/return"] > -6.8 and result["eval/train/return"] > -7.2
+    assert result["eval/iid/return"] > result["eval/clone/return"] + 0.2  # seeds 0 to 3: by 0.9 to 1.1
     last = {tag: float(value) for step, tag, value in read_rows(result["run_dir"]) if step == 400}
-    assert last["losses/reward"] < 0.1 and last["losses/behavior"] < 0.4
+    assert last["losses/reward"] < 0.1 and last["losses/behavior"] < 0.4  # pi_beta of all data: 0.5
     assert last["losses/kl"] > 5  # no likelihood: 0.1
     data = dc.load_dataset(args.env, args.dataset)
     agent, generator = flora.Agent(data, args), torch.Generator().manual_seed(0)
