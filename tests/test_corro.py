@@ -640,7 +640,7 @@ def test_brac_learns_unseen_tasks(tmp_path):
 
 def test_sac_learns_the_training_tasks(tmp_path):
     result = train_on_point_robot(corro, tmp_path, backbone="sac", **FIRST_PHASE)
-    assert result["eval/train/return"] > -8  # batches of other tasks -16
+    assert result["eval/train/return"] > -8  # -5.7 to -6.1; batches of other tasks -13
     assert abs(result["eval/iid/q_error"]) < 1
 
 

@@ -553,13 +553,13 @@ def check_evaluation(script, agent, args, data, infer):
         return torch.stack([torch.stack([of(o, z) for o in pair]) for pair, z in zip(obs, latents(context, mask))])
 
     traced = []
-    expected = dc.evaluate(data, partial(slow_adapt, 0), ("train", "iid"), 2, traced)
+    expected = dc.evaluate(data, partial(slow_adapt, 0), ("train", "iid"), 3, traced)
     expected |= dc.q_error(traced[1], slow_value, args.gamma)
     if agent.behavior is not None:
-        clone = dc.evaluate(data, partial(slow_adapt, 1), ("iid",), 2)
+        clone = dc.evaluate(data, partial(slow_adapt, 1), ("iid",), 3)
         assert abs(clone["eval/iid/return"] - expected["eval/iid/return"]) > 0.1
         expected |= {tag.replace("iid", "clone"): value for tag, value in clone.items()}
-    found = script.evaluate_all(agent, data, args, ("train", "iid"), 2)
+    found = script.evaluate_all(agent, data, args, ("train", "iid"), 3)
     assert {"z/nearest_task_acc", "z/probe_r2"} <= {tag for tag in found if tag.startswith("z/")}
     assert {tag: value for tag, value in found.items() if tag[:2] != "z/"} == pytest.approx(
         expected, rel=1e-4, abs=1e-4
@@ -644,7 +644,7 @@ def train_on_point_robot(script, folder, **changes):
 
 def check_learning(script, folder, **changes):
     """brac_alpha is so small that the critics could lead the policy away from the data. Four seeds of three scripts:
-    policy -5.6 to -5.8, behavior policy -5.3 to -5.6, error of the critic -0.1 to -0.2."""
+    policy -5.6 to -5.9, behavior policy -5.3 to -5.6, error of the critic -0.1 to -0.2."""
     result = train_on_point_robot(script, folder, brac_alpha=0.1, **changes)
     assert result["eval/iid/return"] > -6.2  # batches of other tasks -6.4, a flipped sign in the policy loss -19
     assert result["eval/clone/return"] > -5.8  # fitted to all of the data -6.1
