@@ -893,6 +893,19 @@ def q_error(episodes, value, gamma):
     return {"eval/iid/q_error": error, "eval/iid/q_relative": error / max(size, 1e-8)}
 
 
+def evaluate_actor_critic(data, adapt, value, gamma, protocols, episodes, clone=None):
+    """`evaluate`, with the critic's error on iid by `q_error` (value, gamma), and with the returns of `clone`, as
+    adapt, on the contexts of iid: the policy that the actor is kept close to acts alone, "eval/clone/return" ..
+    -> dict tag -> float."""
+    traced = []
+    results = evaluate(data, adapt, protocols, episodes, traced)
+    results |= q_error(traced[protocols.index("iid")], value, gamma)
+    if clone is not None:
+        alone = evaluate(data, clone, ("iid",), episodes)
+        results |= {tag.replace("iid", "clone"): found for tag, found in alone.items()}
+    return results
+
+
 def label_contexts(data, embed, tasks=None, limit=10):
     """Embed up to `limit` episodes per task, evenly over the recorded ones: embed(context [R, K, ctx_dim],
     mask [R, K]) -> z [R, z_dim]. -> z [R, z_dim] on the CPU, task of each row (list of int)."""

@@ -446,7 +446,8 @@ def embed(agent, context, mask):
 
 def adapt(agent, context, mask, explore=False, clone=False):
     """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get the
-    prior N(0, I); explore: a sample instead of the mean -> policy(obs [R, obs_dim], rew [R]) -> act."""
+    prior N(0, I); explore: a sample instead of the mean; clone: pi_beta acts -> policy(obs [R, obs_dim], rew [R])
+    -> act."""
     z_dim = agent.encoder.net[-1].out_features // 2
     generator = torch.Generator(context.device).manual_seed(0)  # evaluation leaves training's noise alone
     noise = explore * torch.randn(len(context), z_dim, device=context.device, generator=generator)
@@ -469,7 +470,7 @@ def bandit_return(agent, data, args, generator):
     context = data.sample_context(data.train_tasks, args.context_size, generator)
     obs = data.episodes[data.train_tasks][:, : data.min_episodes, 0, : data.obs_dim]  # [U, N, obs_dim] initial states
     with torch.no_grad():
-        z = agent.infer(context, torch.ones_like(context[..., 0]), 0.0)[0]
+        z = embed(agent, context, torch.ones_like(context[..., 0]))
         psi = agent.q(obs, agent.act(obs, z), z, agent.weights(z)[:, None])[1]
         value = (psi.mean(0) * agent.weights(z)[:, None]).sum(-1).mean()
     return value / (args.reward_scale * data.return_spread)
@@ -477,11 +478,8 @@ def bandit_return(agent, data, args, generator):
 
 def evaluate_all(agent, data, args, protocols, episodes):
     """Returns, also of pi_beta alone ("clone"), the critic's error and the quality of z -> dict tag -> float."""
-    traced = []
-    results = dc.evaluate(data, partial(adapt, agent), protocols, episodes, traced)
-    results |= dc.q_error(traced[protocols.index("iid")], partial(value, agent, args), args.gamma)
-    clone = dc.evaluate(data, partial(adapt, agent, clone=True), ("iid",), episodes)
-    results |= {tag.replace("iid", "clone"): found for tag, found in clone.items()}
+    q, clone = partial(value, agent, args), partial(adapt, agent, clone=True)
+    results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, clone)
     return results | dc.embedding_quality(data, partial(embed, agent))
 
 

@@ -373,7 +373,8 @@ def embed(agent, context, mask):
 
 def adapt(agent, context, mask, explore=False, clone=False):
     """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0 (never
-    trained); explore changes nothing, z has no spread -> policy(obs [R, obs_dim], rew [R]) -> act."""
+    trained); explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R, obs_dim], rew [R])
+    -> act."""
     z = embed(agent, context, mask)
     return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
 
@@ -386,12 +387,9 @@ def value(agent, args, context, mask, obs):
 
 def evaluate_all(agent, data, args, protocols, episodes):
     """Returns, also of pi_beta alone ("clone"), the critic's error and the quality of z -> dict tag -> float."""
-    traced = []
-    results = dc.evaluate(data, partial(adapt, agent), protocols, episodes, traced)
-    results |= dc.q_error(traced[protocols.index("iid")], partial(value, agent, args), args.gamma)
-    if agent.behavior:
-        clone = dc.evaluate(data, partial(adapt, agent, clone=True), ("iid",), episodes)
-        results |= {tag.replace("iid", "clone"): found for tag, found in clone.items()}
+    q = partial(value, agent, args)
+    clone = partial(adapt, agent, clone=True) if agent.behavior else None
+    results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, clone)
     return results | dc.embedding_quality(data, partial(embed, agent))
 
 

@@ -59,6 +59,8 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
     rows = []
     for name, seeds in finished_runs(parser.parse_args().runs / "ant-dir").items():
+        if name.startswith("known-task"):  # references.py: no z of a context
+            continue
         script, found = importlib.import_module(name.split("-")[0]), []
 
         def probe(agent, data, *_, script=script, found=found):

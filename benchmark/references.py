@@ -50,18 +50,16 @@ def known_tasks(env, path=None, device="cpu"):
 
 def evaluate_all(agent, data, args, protocols, episodes):
     """Returns with known tasks, which need no context: of iid and train alone."""
-    adapt, value, results = focal.adapt, focal.value, {}
-    for protocol in ("iid", "train"):
-        tasks = torch.as_tensor(data.train_ids[:10] if protocol == "train" else data.test_ids)
-        told = data.told[tasks.repeat_interleave(episodes)]
-        known = told, torch.ones_like(told[..., 0])
-        policy, traced = (lambda *_, known=known: adapt(agent, *known)), []
-        results |= dc.evaluate(data, policy, (protocol,), episodes, traced)
-        if protocol == "iid":
-            results |= dc.q_error(traced[0], lambda *given: value(agent, args, *known, given[-1]), args.gamma)
-            clone = dc.evaluate(data, lambda *_: adapt(agent, *known, clone=True), ("iid",), episodes)
-            results |= {tag.replace("iid", "clone"): found for tag, found in clone.items()}
-    return results
+
+    def know(tasks):
+        told = data.told[torch.as_tensor(tasks).repeat_interleave(episodes)]
+        return told, torch.ones_like(told[..., 0])
+
+    train, test = know(data.train_ids[:10]), know(data.test_ids)
+    pi, pi_beta = (lambda *_, clone=clone: focal.adapt(agent, *test, clone=clone) for clone in (False, True))
+    q = lambda context, mask, obs: focal.value(agent, args, *test, obs)  # noqa: E731
+    results = dc.evaluate_actor_critic(data, pi, q, args.gamma, ("iid",), episodes, pi_beta)
+    return results | dc.evaluate(data, lambda *_: focal.adapt(agent, *train), ("train",), episodes)
 
 
 def train(args):

@@ -229,16 +229,10 @@ BACKBONE = [  # what focal.py, unicorn.py and corro.py share
     Mutant("the clone is the policy", "torch.tanh(mean_b if clone else mean)", "torch.tanh(mean)"),
     Mutant("the clone is not evaluated, but the policy", "partial(adapt, agent, clone=True)", "partial(adapt, agent)"),
     Mutant(
-        "the clone's final evaluation plays as many episodes as in training",
-        '("iid",), episodes)',
-        '("iid",), args.eval_episodes)',
-    ),
-    Mutant(
         "the final evaluation plays as many episodes as in training",
-        "protocols, episodes, traced)",
-        "protocols, args.eval_episodes, traced)",
+        "protocols, episodes, clone)",
+        "protocols, args.eval_episodes, clone)",
     ),
-    Mutant("the critic's error is that of the first protocol", 'traced[protocols.index("iid")]', "traced[0]"),
     Mutant(
         "the critic's error is that of scaled rewards", ".amin(0) / args.reward_scale", ".amin(0) * args.reward_scale"
     ),
@@ -247,7 +241,7 @@ BACKBONE = [  # what focal.py, unicorn.py and corro.py share
         "agent.q(obs, agent.act(obs, z), z).amin(0)",
         "agent.q(obs, agent.act(obs, z), z).mean(0)",
     ),
-    Mutant("the critic's error without discount", "value, agent, args), args.gamma)", "value, agent, args), 1.0)"),
+    Mutant("the critic's error without discount", "q, args.gamma, protocols", "q, 1.0, protocols"),
     Mutant("n-step without effect", "args.n_step, args.gamma, generator", "1, args.gamma, generator"),
     Mutant("segments without discount", "args.n_step, args.gamma, generator", "args.n_step, 1.0, generator"),
     Mutant("contexts of other tasks", "sample_context(task_ids,", "sample_context(task_ids.roll(1),"),
@@ -407,18 +401,17 @@ MUTANTS = {
         Mutant("the clone is the policy", "mean_b if clone else mean", "mean"),
         Mutant("the clone is not adapted", "agent.act(obs[:, None], z, clone)", "agent.act(obs[:, None], z)"),
         Mutant("the clone is not evaluated", "partial(adapt, agent, clone=True)", "partial(adapt, agent)"),
-        Mutant("the clone's return for the policy's", 'tag.replace("iid", "clone")', "tag"),
         Mutant("the value has the scale of the losses", ")[0] / args.reward_scale", ")[0]"),
         Mutant(
             "the value is of the clone's action",
             "agent.act(obs, z), z, agent.weights(z)[:, None])[0]",
             "agent.act(obs, z, True), z, agent.weights(z)[:, None])[0]",
         ),
-        Mutant("the critic's error in another protocol", 'traced[protocols.index("iid")]', "traced[0]"),
+        Mutant("the critic's error without discount", "q, args.gamma, protocols", "q, 1.0, protocols"),
         Mutant(
             "every evaluation has the episodes of the training's",
-            "protocols, episodes, traced)",
-            "protocols, args.eval_episodes, traced)",
+            "protocols, episodes, clone)",
+            "protocols, args.eval_episodes, clone)",
         ),
         Mutant(
             "the behavior policy is not detached for the policy",
@@ -1376,6 +1369,15 @@ MUTANTS = {
             "returns.reshape(len(tasks), episodes).mean(1)",
             "returns.reshape(episodes, len(tasks)).mean(0)",
         ),
+        Mutant("the critic's error in another protocol", 'traced[protocols.index("iid")]', "traced[0]"),
+        Mutant("the critic's error without discount", 'index("iid")], value, gamma)', 'index("iid")], value, 1.0)'),
+        Mutant("the clone's return for the policy's", 'tag.replace("iid", "clone")', "tag"),
+        Mutant(
+            "the clone plays once", 'evaluate(data, clone, ("iid",), episodes)', 'evaluate(data, clone, ("iid",), 1)'
+        ),
+        Mutant("the policy plays as its clone", "evaluate(data, clone,", "evaluate(data, adapt,"),
+        Mutant("no clone is evaluated", "if clone is not None:", "if False:"),
+        Mutant("the policy plays once", "adapt, protocols, episodes, traced)", "adapt, protocols, 1, traced)"),
         Mutant(
             "q_error's critic is asked at the start alone",
             "last = obs[torch.arange(len(obs), device=mask.device), length]",

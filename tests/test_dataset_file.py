@@ -1098,6 +1098,27 @@ def test_normalized_is_0_where_random_and_expert_are_equal(uneven):
     assert scores.tolist() == [0, 50, 0, 100, 50]
 
 
+@pytest.mark.parametrize("with_clone", [True, False])
+def test_an_actor_critic_is_evaluated_with_its_clone_and_the_error_of_its_critic(with_clone, numbered):
+    def act(speed):
+        return lambda context, mask, explore: lambda obs, rew: torch.full((len(obs), 2), speed)
+
+    def value(context, mask, obs):
+        return obs.sum(-1) + context.sum((1, 2))[:, None]
+
+    found = dc.evaluate_actor_critic(
+        numbered, act(0.3), value, 0.8, ("train", "iid"), 3, act(-0.4) if with_clone else None
+    )
+    traced = []
+    expected = dc.evaluate(numbered, act(0.3), ("train", "iid"), 3, traced)
+    errors = dc.q_error(traced[1], value, 0.8)
+    assert abs(errors["eval/iid/q_error"] - dc.q_error(traced[0], value, 0.8)["eval/iid/q_error"]) > 0.1
+    alone = dc.evaluate(numbered, act(-0.4), ("iid",), 3)
+    clone = {"eval/clone/" + tag.split("/")[2]: result for tag, result in alone.items()}
+    assert abs(clone["eval/clone/return"] - expected["eval/iid/return"]) > 0.1
+    assert found == expected | errors | (clone if with_clone else {})
+
+
 @pytest.mark.parametrize("continued", [True, False])
 def test_q_error_is_that_of_a_plain_loop(continued):
     """Rows: to the time limit, a fall before it, a fall in the last step, a simulation that broke in its third step."""

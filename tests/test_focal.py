@@ -3,6 +3,7 @@
 The slow update goes through tasks and transitions one by one in float64; of the script it uses the parameters alone.
 """
 
+import contextlib
 import copy
 import math
 from functools import partial
@@ -270,6 +271,16 @@ def assert_same_update(agent, twin, metrics, expected):
         torch.testing.assert_close(buffer, twin.get_buffer(name), rtol=1e-9, atol=0, msg=lambda m: f"{name}: {m}")
 
 
+@contextlib.contextmanager
+def decaying(behavior, args):
+    """In its block pi_beta (or None) takes a step of Adam; after it, the weight decay of the weights from before."""
+    params = [] if behavior is None else list(behavior.parameters())
+    decay = [args.lr * args.behavior_decay * p.detach() for p in params]
+    yield
+    for parameter, amount in zip(params, decay):
+        parameter.data -= amount
+
+
 CASES = [{}, {"target_noise": 0.5}, {"target_noise": 1.0, "n_step": 1}, {"entropy_weight": 0.3}]
 CASES += [{"divergence": "dual", "gp_mode": mode} for mode in ("gradient", "output")]
 CASES += [{"divergence": "dual", "dual_iters": 1, "entropy_weight": 0.3}]
@@ -288,11 +299,8 @@ def test_two_updates_are_those_of_a_slow_recomputation(case, known_noise, monkey
     for k in range(2):
         more = [make_batch(10 * k + i) for i in range(draws - 1)]
         inputs = make_context(k), make_segment(100 + k, args), make_batch(200 + k), more
-        fitted = list(twin.behavior.parameters()) if twin.behavior else []
-        decayed = [args.lr * args.behavior_decay * p.detach() for p in fitted]
-        expected = slow_update(twin, opts, *inputs, args)
-        for parameter, decay in zip(fitted, decayed):
-            parameter.data -= decay
+        with decaying(twin.behavior, args):
+            expected = slow_update(twin, opts, *inputs, args)
         metrics = focal.update(agent, TASK_IDS, *inputs, args)
         assert_same_update(agent, twin, metrics, expected)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import OnDevice, origin, pattern, slow_net, to_meta
 from test_focal import assert_same_update, check_best, check_clamps, check_evaluation, check_learning, check_segments
-from test_focal import gradients, make_batch, make_segment, slow_actor_critic, slow_metric, slow_multiplier_and_targets
-from test_focal import slow_policy, start
+from test_focal import decaying, gradients, make_batch, make_segment, slow_actor_critic, slow_metric
+from test_focal import slow_multiplier_and_targets, slow_policy, start
 
 import data_collect as dc
 import unicorn
@@ -145,11 +145,8 @@ def test_two_updates_are_those_of_a_slow_recomputation(case, known_noise):
     opt = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], args.lr)
     for k in range(2):
         inputs = make_context(k), make_segment(k, args), make_batch(2 + k)
-        fitted = list(twin.behavior.parameters()) if twin.behavior else []
-        decayed = [args.lr * args.behavior_decay * p.detach() for p in fitted]
-        expected = slow_update(twin, opt, *inputs, args)
-        for parameter, decay in zip(fitted, decayed):
-            parameter.data -= decay
+        with decaying(twin.behavior, args):
+            expected = slow_update(twin, opt, *inputs, args)
         metrics = unicorn.update(agent, LABELS, *inputs, args)
         assert_same_update(agent, twin, metrics, expected)
 
