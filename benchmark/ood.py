@@ -72,8 +72,10 @@ def main():
             with contextlib.redirect_stdout(io.StringIO()):
                 arguments = ["--resume", str(run_dir), "--eval-only"]
                 dc.command_line(script.Args, script.train, script.__doc__, arguments)
-        mean, spread = np.mean(found, 0), np.std(found, 0, ddof=1) if len(found) > 1 else [0.0] * len(COLUMNS)
-        rows.append([name, str(len(found)), *(f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, spread))])
+        cells = [f"{mean:.2f}" for mean in np.mean(found, 0)]
+        if len(found) > 1:
+            cells = [f"{cell} ± {spread:.2f}" for cell, spread in zip(cells, np.std(found, 0, ddof=1))]
+        rows.append([name, str(len(found)), *cells])
     print_table(["cosine", "seeds", *COLUMNS], rows)
 
 
