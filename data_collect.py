@@ -23,6 +23,7 @@ import os
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -1167,7 +1168,7 @@ class Run:
         self.evaluate_agent = functools.partial(evaluate, agent, data, args)
         self.embed = functools.partial(embed, agent)
         self.steps, self.phase = dict.fromkeys(phases, 0), "policy"  # updates done per phase
-        self.results, self.timed, self.born, self.rows = {}, 0.0, time.time(), 1
+        self.results, self.timed, self.born, self.rows = {}, 0.0, time.process_time(), 1
         self.stopping, self.closing = [], contextlib.ExitStack()
         if args.resume:
             self.dir = Path(args.resume)
@@ -1238,7 +1239,8 @@ class Run:
         args, data = self.args, self.data
         self.lock()
         stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
-        about = {"args": stored, "versions": versions(), "command": sys.argv, "dataset": data.header}
+        about = {"args": stored, "versions": versions() | {"commit": commit()}, "command": sys.argv}
+        about |= {"dataset": data.header}
         write_json(self.dir / "args.json", about)
         self.writer = SummaryWriter(str(self.dir), purge_step=self.updates + 1 if args.resume else None)
         self.closing.callback(self.writer.close)
@@ -1349,7 +1351,7 @@ class Run:
         done, elapsed = self.step - self.start_step, time.time() - self.start
         if self.phase == "policy":
             self.writer.add_scalar("charts/updates_per_sec", done / self.timed, self.updates)
-            self.writer.add_scalar("charts/wall_clock_s", time.time() - self.born, self.updates)
+            self.writer.add_scalar("charts/cpu_s", time.process_time() - self.born, self.updates)
         eta = duration(elapsed / done * (self.total - self.step))
         share = f"{self.phase} {self.step:>7}/{self.total} {100 * self.step // self.total:>3}%"
         losses = "  ".join(f"{tag[7:]} {value:.3g}" for tag, value in values.items() if tag.startswith("losses/"))
@@ -1360,12 +1362,13 @@ class Run:
         self.writer.flush()  # what a resumed run builds on is on the disk, should this one be killed
         state = training_state(self.agent) | {"generator": self.generator.get_state(), "steps": self.steps}
         state |= {"version": RUN_VERSION, "args": asdict(self.args), "data": self.data.header}
-        state |= {"rows": self.rows, "seconds": time.time() - self.born}
+        state |= {"rows": self.rows, "seconds": time.process_time() - self.born}
         if all(p.isfinite().all() for p in self.agent.parameters()):
             atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
     def finish(self):
-        """-> dict: the last evaluation, run_dir, step, updates_per_sec, wall_clock_s; also in result.json."""
+        """-> dict: the last evaluation, run_dir, step, updates_per_sec, cpu_s (of all threads, resumed runs
+        together); also in result.json."""
         if self.args.eval_only:
             results = self.evaluate()
             print(f"{self.dir} after {self.step} updates, in full in eval.json\n  " + eval_line(results))
@@ -1386,7 +1389,7 @@ class Run:
         self.writer.add_embedding(z, metadata=labels, global_step=self.updates, tag="z")
         speed = (self.step - self.start_step) / self.timed if self.timed else 0.0
         self.results |= {"run_dir": str(self.dir), "step": self.step}
-        self.results |= {"updates_per_sec": speed, "wall_clock_s": time.time() - self.born}
+        self.results |= {"updates_per_sec": speed, "cpu_s": time.process_time() - self.born}
         write_json(self.dir / "result.json", self.results)
         return self.results
 
@@ -1394,6 +1397,15 @@ class Run:
 def versions():
     """{name: version} of Python and of the packages that the results depend on."""
     return {m.__name__: m.__version__ for m in (torch, np, gym, mujoco)} | {"python": sys.version.split()[0]}
+
+
+def commit():
+    """The commit that this code is at, with "-dirty" if tracked files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def duration(seconds):

@@ -69,7 +69,7 @@ def print_tables(runs):
 
     def cost(group):
         steps = "/".join(f"{s:,}" for s in sorted({r["step"] for r in group}))
-        speed, minutes = (np.mean([r[tag] for r in group]) for tag in ("updates_per_sec", "wall_clock_s"))
+        speed, minutes = (np.mean([r[tag] for r in group]) for tag in ("updates_per_sec", "cpu_s"))
         quality = [cell(group, tag, digits=2) for tag in ("eval/iid/q_relative", "z/nearest_task_acc", "z/probe_r2")]
         return [*quality, steps, f"{speed:.1f}", f"{minutes / 60:.0f}"]
 

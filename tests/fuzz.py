@@ -166,7 +166,7 @@ def outcome_of(run_dir):
     """What a run left that must not depend on interruptions."""
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     result = json.loads((run_dir / "result.json").read_text())
-    result = {k: v for k, v in result.items() if k not in ("run_dir", "updates_per_sec", "wall_clock_s")}
+    result = {k: v for k, v in result.items() if k not in ("run_dir", "updates_per_sec", "cpu_s")}
     state = {k: saved[k] for k in ("agent", "opts", "generator", "rng", "steps", "rows")}
     return {"metrics": (run_dir / "metrics.csv").read_bytes(), "result": result} | state
 

@@ -48,7 +48,7 @@ CASES = {  # case: script, its arguments
     "meta_dt-sample": ("meta_dt", {"world_model_updates": 20, "prompt_select": "sample"}),
 }
 FIRST = ["flora", "focal", "unicorn", "corro-none", "macaw", "meta_dt"]  # one case of every script
-TIMING = {"run_dir", "updates_per_sec", "wall_clock_s"}  # what differs between two equal runs
+TIMING = {"run_dir", "updates_per_sec", "cpu_s"}  # what differs between two equal runs
 scripts = pytest.mark.parametrize("name", SCRIPTS)
 every_script = pytest.mark.parametrize("case", FIRST)
 
@@ -151,7 +151,7 @@ def test_run_moves_every_parameter_and_reports_every_protocol(case, straight):
     fitted = case in ("flora", "focal", "unicorn", "unicorn-ss-0", "corro", "corro-generative")  # those with pi_beta
     assert ("eval/clone/return_se" in result) == fitted
     assert all(math.isfinite(value) for tag, value in result.items() if tag != "run_dir")
-    assert result["step"] == 40 and result["wall_clock_s"] > 0
+    assert result["step"] == 40 and result["cpu_s"] > 0
     assert json.loads((done.run_dir / "result.json").read_text()) == result
     assert all(math.isfinite(float(value)) for _, _, value in rows)
     last = {tag: float(value) for step, tag, value in rows if step == 40}
@@ -753,3 +753,29 @@ def test_cuda_without_a_gpu_is_refused(tiny_path, tmp_path):
 def test_run_directory_that_cannot_be_made_is_refused(tiny_path, tmp_path):
     (tmp_path / "file").write_text("")
     assert "--run-dir" in stop_message(lambda: run("flora", tiny_path, tmp_path / "file" / "runs"))
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_of_a_run_is_that_of_its_checkout(tmp_path):
+    shutil.copy(dc.__file__, tmp_path)
+
+    def git(*words):
+        person = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *person, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    def found():
+        code = "import json, data_collect; print(json.dumps(data_collect.commit()))"
+        env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+        run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+        return json.loads(run.stdout)
+
+    assert found() is None
+    git("init")
+    git("add", "data_collect.py")
+    git("commit", "-m", "first")
+    git("tag", "-a", "v1", "-m", "a tag is no commit")
+    head = git("rev-parse", "--short", "HEAD").strip()
+    assert found() == head
+    with open(tmp_path / "data_collect.py", "a") as file:
+        file.write("# changed\n")
+    assert found() == f"{head}-dirty"
