@@ -7,21 +7,13 @@ for another direction (ood); for the last also the cosine to that other directio
 """
 
 import argparse
-import contextlib
-import importlib
-import io
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from report import finished_runs, print_table
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
-import data_collect as dc  # noqa: E402
+from report import finished_runs, print_table, revisit
 
 COLUMNS = ("iid, to task", "random, to task", "ood, to task", "ood, to behavior")
 
@@ -61,17 +53,10 @@ def main():
     for name, seeds in finished_runs(parser.parse_args().runs / "ant-dir").items():
         if name.startswith("known-task"):  # references.py: no z of a context
             continue
-        script, found = importlib.import_module(name.split("-")[0]), []
-
-        def probe(agent, data, *_, script=script, found=found):
-            found.append(cosines(partial(script.embed, agent), data))
-            return {}
-
-        script.evaluate_all, dc.write_json = probe, (lambda *_: None)
-        for run_dir in seeds.values():
-            with contextlib.redirect_stdout(io.StringIO()):
-                arguments = ["--resume", str(run_dir), "--eval-only"]
-                dc.command_line(script.Args, script.train, script.__doc__, arguments)
+        found = [
+            revisit(run_dir, lambda script, agent, data, args: cosines(partial(script.embed, agent), data))
+            for run_dir in seeds.values()
+        ]
         cells = [f"{mean:.2f}" for mean in np.mean(found, 0)]
         if len(found) > 1:
             cells = [f"{cell} ± {spread:.2f}" for cell, spread in zip(cells, np.std(found, 0, ddof=1))]

@@ -1,16 +1,22 @@
-"""Tables and learning curves of finished runs: mean and its standard error over seeds.
+"""Raw numbers, tables and learning curves of the benchmark.
 
-Run:  python benchmark/report.py --env ant-dir --runs runs
-Prints markdown tables; the newest run of each experiment name and seed counts.
+Run:  python benchmark/report.py --add runs         # copy what is finished below runs/ into results.csv and curves.csv
+      python benchmark/report.py --env ant-dir      # tables of results.csv: mean and its standard error over seeds
+results.csv has a row per run and protocol, curves.csv a row per run and evaluation during the training. A run that is
+there already, by family, data, experiment name and seed, is replaced, so that the files grow over many sittings.
 """
 
 import argparse
+import contextlib
 import csv
+import importlib
+import io
 import json
 import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -18,14 +24,40 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import data_collect as dc  # noqa: E402
 
+HERE = Path(__file__).resolve().parent
+KEY = ("env", "quality", "name", "seed")  # of a run
+RESULTS = (
+    *KEY,
+    "protocol",
+    "updates",
+    "return",
+    "return_se",
+    "normalized",
+    "q_relative",
+    "nearest_task_acc",
+    "probe_r2",
+)
+RESULTS += (
+    "updates_per_sec",
+    "cpu_s",
+    "commit",
+    "torch",
+    "by_task",
+)  # by_task: returns of the tasks, one after another
+CURVES = (*KEY, "updates", "iid", "train", "q_error", "divergence")
 PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "zero_shot", "train")
-STEPS = [f"adapt/return_{k}_steps" for k in (0, 1, 5, 20)]  # MACAW
-DISTANCES = [f"eval/ood/normalized_{third}" for third in ("near", "middle", "far")]
-EPISODES = [f"eval/online/return_ep_{k}" for k in range(1, 6)]
+PARTS = {  # further tables: title -> protocols
+    "inner steps": [f"steps_{k}" for k in (0, 1, 5, 20)],  # MACAW
+    "own episodes": [f"ep_{k}" for k in range(1, 6)],
+    "ood, normalized, by distance": ["near", "middle", "far"],
+}
+
+
+# ---- from run directories to the files ----------------------------------------
 
 
 def finished_runs(folder):
-    """-> {experiment name: {seed: run directory}} of the runs that wrote result.json."""
+    """-> {experiment name: {seed: run directory}} of the runs that wrote result.json; the newest of each counts."""
     runs = defaultdict(dict)
     for path in sorted(folder.glob("*/seed*/result.json"), key=lambda p: p.stat().st_mtime):
         args = json.loads((path.parent / "args.json").read_text())["args"]
@@ -37,18 +69,117 @@ def curve(run_dir, tag):
     """-> steps, values of one tag of metrics.csv."""
     with open(run_dir / "metrics.csv", newline="") as file:
         points = [(int(row["step"]), float(row["value"])) for row in csv.DictReader(file) if row["tag"] == tag]
-    return tuple(np.array(column) for column in zip(*points))
+    return tuple(np.array(column) for column in zip(*points)) or (np.array([]), np.array([]))
 
 
-def cell(results, tag, normalized=None, digits=0):
-    """mean ± standard error over seeds, of a single seed's return over tasks and episodes; in brackets, if the tag
-    `normalized` is given, its mean."""
-    if any(t not in r for r in results for t in (tag, normalized or tag)):
+def rows_of(run_dir):
+    """-> rows of results.csv, rows of curves.csv."""
+    about, result = (json.loads((run_dir / name).read_text()) for name in ("args.json", "result.json"))
+    args, versions = about["args"], about["versions"]
+    quality = about["dataset"]["settings"]["quality"]
+    run = dict(zip(KEY, (args["env"], quality, args["exp_name"], args["seed"])))
+    made = {"updates": result["step"], "commit": versions.get("commit"), "torch": versions["torch"]}
+    made |= {tag: result.get(tag) for tag in ("updates_per_sec", "cpu_s")}
+    rows = []
+    for protocol in PROTOCOLS:
+        tag = f"eval/{protocol}/"
+        if f"{tag}return" not in result:
+            continue
+        tasks = sorted(t for t in result if t.startswith(f"{tag}return_task_"))
+        row = run | made | {"protocol": protocol, "by_task": " ".join(f"{result[t]:.5g}" for t in tasks)}
+        row |= {name: result.get(tag + name) for name in ("return", "return_se", "normalized", "q_relative")}
+        if protocol == "iid":
+            row |= {name: result.get(f"z/{name}") for name in ("nearest_task_acc", "probe_r2")}
+        rows.append(row)
+    for part, of_part in (("adapt/return_{}_steps", "inner steps"), ("eval/online/return_ep_{}", "own episodes")):
+        for protocol in PARTS[of_part]:
+            tag = part.format(protocol.split("_")[1])
+            if tag in result:
+                rows.append(run | made | {"protocol": protocol, "return": result[tag]})
+    for third in PARTS["ood, normalized, by distance"]:
+        if f"eval/ood/normalized_{third}" in result:
+            rows.append(run | made | {"protocol": third, "normalized": result[f"eval/ood/normalized_{third}"]})
+    tags = dict(zip(CURVES[-4:], ("eval/iid/return", "eval/train/return", "eval/iid/q_error", "stats/divergence")))
+    found = {name: dict(zip(*curve(run_dir, tag))) for name, tag in tags.items()}
+    points = [run | {"updates": k} | {name: found[name].get(k) for name in tags} for k in found["iid"]]
+    return rows, points
+
+
+def read(path):
+    """-> list of dicts of a file; [] if there is none."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def merge(path, columns, rows):
+    """Put rows into the file; rows of the same run that were there go."""
+
+    def run(row):
+        return tuple(str(row[k]) for k in KEY)
+
+    def short(value):
+        return f"{value:.6g}" if isinstance(value, float) else value
+
+    new = {run(row) for row in rows}
+    kept = [row for row in read(path) if run(row) not in new]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    for row in sorted(kept + rows, key=run):
+        writer.writerow({k: short(v) for k, v in row.items()})
+    dc.atomic_save(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def add(folder, directory):
+    """Copy all finished runs below folder into the files of directory."""
+    runs = [d for env in sorted(folder.glob("*/")) for seeds in finished_runs(env).values() for d in seeds.values()]
+    if not runs:
+        raise SystemExit(f"no finished run below {folder}; make them: see benchmark/README.md")
+    both = [rows_of(run_dir) for run_dir in runs]
+    for name, columns, part in (("results.csv", RESULTS, 0), ("curves.csv", CURVES, 1)):
+        merge(directory / name, columns, [row for rows in both for row in rows[part]])
+    print(f"{len(runs)} runs in {directory / 'results.csv'} and curves.csv")
+
+
+def revisit(run_dir, look):
+    """Load a finished run -> what look(script, agent, data, args) returns; nothing is written."""
+    name = Path(json.loads((run_dir / "args.json").read_text())["command"][0]).stem
+    script, found = importlib.import_module(name), []
+
+    def evaluate_all(agent, data, args, *_):
+        found.append(look(script, agent, data, args))
+        return {}
+
+    arguments = ["--resume", str(run_dir), "--eval-only"]
+    with mock.patch.object(script, "evaluate_all", evaluate_all), mock.patch.object(dc, "write_json"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            dc.command_line(script.Args, script.train, script.__doc__, arguments)
+    return found[0]
+
+
+# ---- from the files to tables and figures -------------------------------------
+
+
+def chosen(path, env, only, quality="mixed"):
+    """Rows of one family -> {experiment name: {seed: [rows]}}."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for row in read(path):
+        if (row["env"], row["quality"]) == (env, quality) and (not only or row["name"] in only):
+            groups[row["name"]][int(row["seed"])].append(row)
+    return {name: dict(sorted(seeds.items())) for name, seeds in groups.items()}
+
+
+def cell(rows, column, normalized=False, digits=0):
+    """mean ± standard error over the rows, one per seed, of a single row that of its tasks and episodes; in brackets,
+    if wanted, the mean of the normalized returns."""
+    values = np.array([float(row[column]) for row in rows if row[column]])
+    if not len(values):
         return ""
-    values = np.array([r[tag] for r in results])
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else results[0].get(f"{tag}_se")
-    spread = "" if error is None else f" ± {error:.{digits}f}"
-    brackets = f" ({np.mean([r[normalized] for r in results]):.0f})" if normalized else ""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else rows[0].get(f"{column}_se")
+    spread = f" ± {float(error):.{digits}f}" if error not in (None, "") else ""
+    brackets = f" ({np.mean([float(row['normalized']) for row in rows]):.0f})" if normalized else ""
     return f"{values.mean():.{digits}f}{spread}{brackets}"
 
 
@@ -59,34 +190,39 @@ def print_table(header, rows):
     print()
 
 
-def print_tables(runs):
+def print_tables(groups):
     """Returns per protocol with the critic's error, quality of z and cost; then what happens over inner steps, own
     episodes, and with the distance of the policy that acted in the context."""
-    results = {
-        name: [json.loads((d / "result.json").read_text()) for d in seeds.values()] for name, seeds in runs.items()
-    }
-    digits = 2 if max(abs(r["eval/iid/return"]) for group in results.values() for r in group) < 50 else 0
 
-    def cost(group):
-        steps = "/".join(f"{s:,}" for s in sorted({r["step"] for r in group}))
-        speed, minutes = (np.mean([r[tag] for r in group]) for tag in ("updates_per_sec", "cpu_s"))
-        quality = [cell(group, tag, digits=2) for tag in ("eval/iid/q_relative", "z/nearest_task_acc", "z/probe_r2")]
-        return [*quality, steps, f"{speed:.1f}", f"{minutes / 60:.0f}"]
+    def of(seeds, protocol):
+        return [row for rows in seeds.values() for row in rows if row["protocol"] == protocol]
 
-    def returns(group):
-        return [cell(group, f"eval/{p}/return", f"eval/{p}/normalized", digits) for p in PROTOCOLS]
+    sizes = [abs(float(row["return"])) for seeds in groups.values() for row in of(seeds, "iid")]
+    digits, table = 2 if max(sizes) < 50 else 0, []
+    for name, seeds in groups.items():
+        iid = of(seeds, "iid")
+        quality = [cell(iid, column, digits=2) for column in ("q_relative", "nearest_task_acc", "probe_r2")]
+        minutes = [float(row["cpu_s"]) / 60 for row in iid if row["cpu_s"]]
+        cost = [
+            "/".join(sorted({row["updates"] for row in iid}, key=int)),
+            f"{np.mean(minutes):.0f}" if minutes else "",
+        ]
+        returns = [cell(of(seeds, protocol), "return", True, digits) for protocol in PROTOCOLS]
+        table.append([name, str(len(iid)), *returns, *quality, *cost])
+    print_table(["method", "seeds", *PROTOCOLS, "Q error", "z acc", "z R2", "updates", "CPU minutes"], table)
+    for what, protocols in PARTS.items():
+        column = "normalized" if "normalized" in what else "return"
+        places = digits if column == "return" else 0
+        table = [
+            [name, *(cell(of(seeds, protocol), column, digits=places) for protocol in protocols)]
+            for name, seeds in groups.items()
+            if of(seeds, protocols[0])
+        ]
+        if table:
+            print_table([f"method, {what}", *(re.search(r"\d+|[a-z]+$", p)[0] for p in protocols)], table)
 
-    header = ["method", "seeds", *PROTOCOLS, "Q error", "z acc", "z R2", "updates", "updates/s", "minutes"]
-    print_table(header, [[n, str(len(g)), *returns(g), *cost(g)] for n, g in results.items()])
-    names = {"inner steps": STEPS, "own episodes": EPISODES, "ood, normalized, by distance": DISTANCES}
-    for what, tags in names.items():
-        groups = {name: group for name, group in results.items() if tags[0] in group[0]}
-        if groups:
-            header = [f"method, {what}", *(re.search(r"\d+|[a-z]+$", tag)[0] for tag in tags)]
-            print_table(header, [[n, *(cell(g, tag, digits=digits) for tag in tags)] for n, g in groups.items()])
 
-
-def draw(runs, data, path):
+def draw(groups, data, path):
     """Return on the test tasks, context from their own data, against updates; band: one standard error."""
     import matplotlib  # only pictures need it
 
@@ -94,16 +230,12 @@ def draw(runs, data, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for name, seeds in runs.items():
-        curves = [curve(run_dir, "eval/iid/return") for run_dir in seeds.values()]
-        length = min(len(values) for _, values in curves)
-        steps, values = curves[0][0][:length], np.array([values[:length] for _, values in curves])
-        mean, spread = (
-            values.mean(0),
-            values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(length),
-        )
+    for name, seeds in groups.items():
+        steps = [int(row["updates"]) for row in next(iter(seeds.values()))]
+        values = np.array([[float(row["iid"]) for row in rows] for rows in seeds.values()])
+        mean, error = values.mean(0), values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
         (line,) = axes.plot(steps, mean, label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})")
-        axes.fill_between(steps, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.fill_between(steps, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
     for label, level, style in (
         ("expert", data.expert_returns[data.test_ids].mean(), "--"),
         ("mean return of the training data", data.behavior_return, ":"),
@@ -118,19 +250,22 @@ def draw(runs, data, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--add", type=Path, metavar="RUNS", help="copy the finished runs of this --run-dir into the files"
+    )
     parser.add_argument("--env", default="ant-dir")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
-    parser.add_argument("--dataset", type=Path, help="their dataset file; by default datasets/{env}.npz")
+    parser.add_argument("--files", type=Path, default=HERE, help="folder of results.csv and curves.csv")
     parser.add_argument("--figure", type=Path, help="where to write the learning curves (png)")
     parser.add_argument("--only", nargs="+", help="experiment names; by default all that are there")
     args = parser.parse_args()
-    runs = finished_runs(args.runs / args.env)
-    runs = {name: seeds for name, seeds in runs.items() if not args.only or name in args.only}
-    if not runs:
-        raise SystemExit(f"no finished run in {args.runs / args.env}; make them: see benchmark/README.md")
-    print_tables(runs)
+    if args.add:
+        return add(args.add, args.files)
+    groups = chosen(args.files / "results.csv", args.env, args.only)
+    if not groups:
+        raise SystemExit(f"no row of {args.env} in {args.files / 'results.csv'}; make runs: see benchmark/README.md")
+    print_tables(groups)
     if args.figure:
-        draw(runs, dc.load_dataset(args.env, args.dataset), args.figure)
+        draw(chosen(args.files / "curves.csv", args.env, args.only), dc.load_dataset(args.env), args.figure)
 
 
 if __name__ == "__main__":

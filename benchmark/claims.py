@@ -1,0 +1,224 @@
+"""The FLORA paper's claims about its critic and its inference, as tables and figures of finished runs.
+
+Run:  python benchmark/claims.py figure1 --figure docs/figure1.png   # critic's error and divergence over the training
+      python benchmark/claims.py length --env point-robot            # return by the length of the context
+      python benchmark/claims.py drift                               # tasks that change inside an episode
+`figure1` reads the runs of figure1.txt from curves.csv and results.csv; `length` and `drift` load the finished runs
+below --runs (--only: some of them) and play their policies on the test tasks.
+"""
+
+import argparse
+import copy
+import sys
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from report import HERE, finished_runs, print_table, read, revisit
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import data_collect as dc  # noqa: E402
+
+QUALITIES = ("random", "medium", "mixed", "expert")
+VARIANTS = ("full", "no-flows", "no-correction", "neither", "plain")  # plain: one feature, so no decomposition
+STEPS, GAP, GAP_SPREAD = 1_000, 250, 10  # of a non-stationary episode; steps between two tasks, normal
+EPISODES = 4  # per test task
+
+
+def spread(values, digits=2):
+    """Mean ± standard error over the first axis, as text."""
+    values = np.asarray(values, float)
+    error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{error}"
+
+
+def axes(columns, rows=1):
+    import matplotlib  # only pictures need it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), layout="constrained", squeeze=False)
+
+
+def band(axis, x, values, **style):
+    """Mean over the first axis of values [seeds, points] with one standard error."""
+    mean, error = values.mean(0), values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
+    (line,) = axis.plot(x, mean, linewidth=1.2, **style)
+    axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+# ---- a, b: what decomposition and correction do to the critic -----------------
+
+
+def figure1(files, env, figure):
+    """Error of the critic and distance of the policy from the data, per quality of the data and variant of FLORA.
+    Paired by seed: what a variant's return has more than the full method's."""
+    runs = defaultdict(lambda: defaultdict(list))  # experiment name -> seed -> rows of curves.csv
+    for row in read(files / "curves.csv"):
+        if row["env"] == env and row["name"].startswith("figure1-"):
+            runs[row["name"]][int(row["seed"])].append(row)
+    final = {
+        name: {int(row["seed"]): float(row["return"]) for row in read(files / "results.csv") if is_final(row, name)}
+        for name in runs
+    }
+    curves = {"Q error": "q_error", "D_KL(pi || pi_beta)": "divergence"}
+    fig, grid = axes(len(QUALITIES), len(curves)) if figure else (None, None)
+    table = []
+    for column, quality in enumerate(QUALITIES):
+        for variant in VARIANTS:
+            name = f"figure1-{quality}-{variant}"
+            if name not in runs:
+                continue
+            found = {
+                c: np.array([[float(r[c]) for r in rows] for rows in runs[name].values()]) for c in curves.values()
+            }
+            full = final.get(f"figure1-{quality}-full", {})
+            gain = [value - full[seed] for seed, value in final[name].items() if seed in full and variant != "full"]
+            cells = [[*final[name].values()], found["q_error"][:, -1], abs(found["q_error"]).max(1)]
+            cells += [found["divergence"][:, -1]] + [gain] * bool(gain)
+            table.append([quality, variant, str(len(final[name])), *map(spread, cells)] + [""] * (not gain))
+            steps = [int(row["updates"]) for row in next(iter(runs[name].values()))]
+            for row, (label, c) in enumerate(curves.items() if figure else ()):
+                band(grid[row, column], steps, found[c], label=variant)
+                grid[row, column].set(title=f"{quality} data" if row == 0 else "", ylabel="" if column else label)
+    if not table:
+        raise SystemExit(f"no run of figure1.txt on {env} in {files / 'curves.csv'}; see benchmark/README.md")
+    header = ["data", "variant", "seeds", "iid", "Q error", "largest |Q error|", "divergence", "iid - full's"]
+    print_table(header, table)
+    if figure:
+        grid[0, 0].legend(fontsize=7, frameon=False)
+        for axis in grid[-1]:
+            axis.set_xlabel("updates")
+        fig.savefig(figure, dpi=140)
+
+
+def is_final(row, name):
+    return (row["name"], row["protocol"]) == (name, "iid")
+
+
+# ---- d: how much context a task needs ----------------------------------------
+
+
+def by_length(lengths, script, agent, data, args):
+    """-> normalized return [len(lengths)] with the first n transitions of an offline episode as context."""
+
+    def adapt(context, mask, explore, n):
+        return script.adapt(agent, context, mask * (mask.cumsum(1) <= n), explore)
+
+    results = [dc.evaluate(data, partial(adapt, n=n), ("iid",), EPISODES) for n in lengths]
+    return [r["eval/iid/normalized"] for r in results]
+
+
+def length(runs, figure, horizon):
+    lengths = [n for n in (1, 2, 5, 10, 20, 50, 100, 200) if n <= horizon]
+    fig, grid = axes(1) if figure else (None, None)
+    rows = []
+    for name, seeds in runs.items():
+        found = np.array([revisit(run_dir, partial(by_length, lengths)) for run_dir in seeds.values()])
+        rows.append([name, str(len(found)), *(spread(found[:, k], 0) for k in range(len(lengths)))])
+        if figure:
+            band(grid[0, 0], lengths, found, label=name)
+    print_table(["normalized, by transitions in the context", "seeds", *map(str, lengths)], rows)
+    if figure:
+        grid[0, 0].set(xscale="log", xlabel="transitions in the context", ylabel="normalized return")
+        grid[0, 0].legend(fontsize=7, frameon=False)
+        fig.savefig(figure, dpi=140)
+
+
+# ---- c: tasks that change inside an episode ----------------------------------
+
+
+def drifting(own, script, agent, data, args):
+    """Play STEPS steps in which the task is drawn anew from the test tasks about every GAP steps.
+
+    own: the context is the last steps, as many as an episode has, at first an offline episode of the first task; else
+    it is an offline episode of the current task at any time: what is lost against it is lost by the delay.
+    -> rewards [R, STEPS], steps since the task was drawn [R, STEPS]."""
+    family = copy.copy(data.family)
+    window, family.horizon = family.horizon, STEPS
+    rng = np.random.default_rng(0)
+    rows = len(data.test_ids) * EPISODES
+    tasks = np.tile(data.test_ids, EPISODES)
+    switch = np.cumsum(rng.normal(GAP, GAP_SPREAD, (rows, STEPS // GAP + 1)).round(), 1)
+    picks = rng.integers(int((data.lengths[data.test_ids] > 0).sum(1).min()), size=(rows, STEPS))
+    env = dc.TaskEnv(family, data.task_params, tasks.copy())
+
+    def offline(row_tasks, t):
+        """An offline episode of each row's task -> context [R, H, ctx_dim], mask [R, H]."""
+        context, lengths = data.episodes[row_tasks, picks[:, t], :, :-1], data.lengths[row_tasks, picks[:, t]]
+        return context, (torch.arange(window) < lengths[:, None]).float()
+
+    obs, _ = env.reset(seed=(20_000 + np.arange(rows)).tolist())
+    obs, rew = data.standardize(torch.as_tensor(obs)), torch.zeros(rows)
+    context, mask = offline(tasks, 0)
+    rewards, since, age = np.zeros((rows, STEPS)), np.zeros((rows, STEPS), int), np.zeros(rows, int)
+    for t in range(STEPS):
+        new = (switch == t).any(1)
+        env.task_ids[new] = rng.choice(data.test_ids, rows)[new]
+        age = np.where(new, 0, age + 1)
+        if not own and new.any():
+            told, whole = offline(env.task_ids, t)
+            changed = torch.as_tensor(new)
+            context = torch.where(changed[:, None, None], told, context)
+            mask = torch.where(changed[:, None], whole, mask)
+        with torch.no_grad():
+            act = script.adapt(agent, context, mask)(obs, rew)
+        next_obs, reward, _, _, _ = env.step(act.numpy())
+        next_obs, rew = data.standardize(torch.as_tensor(next_obs)), torch.as_tensor(reward, dtype=torch.float32)
+        if own:
+            step = torch.cat([obs, act, rew[:, None], next_obs], -1)
+            context = torch.cat([context[:, 1:], step[:, None]], 1)
+            mask = torch.cat([mask[:, 1:], torch.ones(rows, 1)], 1)
+        obs, rewards[:, t], since[:, t] = next_obs, reward, age
+    env.close()
+    return rewards, since
+
+
+def drift(runs, figure):
+    parts = {"all": (0, STEPS), "1-25 after a change": (0, 25), "26-100": (25, 100), "later": (100, STEPS)}
+    fig, grid = axes(1) if figure else (None, None)
+    rows = []
+    for name, seeds in runs.items():
+        for own in (True, False):
+            found = [revisit(run_dir, partial(drifting, own)) for run_dir in seeds.values()]
+            after = [(r[:, GAP:], s[:, GAP:]) for r, s in found]  # the first task did not come by a change
+            cells = [[r[(lo <= s) & (s < hi)].mean() for r, s in after] for lo, hi in parts.values()]
+            context = "own last steps" if own else "offline, of the current task"
+            rows.append([name, str(len(seeds)), context, *(spread(cell, 3) for cell in cells)])
+            if figure:
+                curves = np.array([[r[s == k].mean() for k in range(200)] for r, s in after])
+                band(grid[0, 0], range(200), curves, label=f"{name}, {context}", linestyle="-" if own else ":")
+    print_table(["reward per step", "seeds", "context", *parts], rows)
+    if figure:
+        grid[0, 0].set(xlabel="steps since the task changed", ylabel="reward per step")
+        grid[0, 0].legend(fontsize=7, frameon=False)
+        fig.savefig(figure, dpi=140)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("claim", choices=("figure1", "length", "drift"))
+    parser.add_argument("--env", default="point-robot-wind")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
+    parser.add_argument("--figure", type=Path, help="where to write the figure (png)")
+    parser.add_argument("--only", nargs="+", help="experiment names; by default all that are there")
+    args = parser.parse_args()
+    if args.claim == "figure1":
+        return figure1(HERE, args.env, args.figure)
+    runs = finished_runs(args.runs / args.env)
+    passed = ("figure1-", "known-task")  # the latter has no context
+    runs = {n: seeds for n, seeds in runs.items() if (n in args.only if args.only else not n.startswith(passed))}
+    if not runs:
+        raise SystemExit(f"no finished run for this in {args.runs / args.env}; make them: see benchmark/README.md")
+    if args.claim == "length":
+        length(runs, args.figure, dc.FAMILIES[args.env].horizon)
+    else:
+        drift(runs, args.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The scripts in benchmark/: what they copy, average and play."""
+
+import csv
+import importlib
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import data_collect as dc
+
+sys.path.append(str(ROOT / "benchmark"))
+report, claims = (importlib.import_module(name) for name in ("report", "claims"))
+
+
+def write_run(folder, name, seed, returns, quality="mixed", stamp="1"):
+    """A finished run directory with two test tasks, of returns [2] on iid."""
+    run_dir = folder / "point-robot" / name / f"seed{seed}-{stamp}"
+    run_dir.mkdir(parents=True)
+    args = {"env": "point-robot", "exp_name": name, "seed": seed}
+    about = {"args": args, "versions": {"commit": "abc", "torch": "2"}, "command": ["flora.py"]}
+    about["dataset"] = {"settings": {"quality": quality}}
+    result = {"step": 30, "updates_per_sec": 9.0, "cpu_s": 120.0, "z/probe_r2": 0.5, "z/nearest_task_acc": 0.25}
+    result |= {"eval/iid/return": sum(returns) / 2, "eval/iid/return_se": 0.7, "eval/iid/normalized": 50.0 + seed}
+    result |= {
+        "eval/iid/return_task_10": returns[1],
+        "eval/iid/return_task_02": returns[0],
+        "eval/iid/q_relative": -0.1,
+    }
+    result |= {"eval/online/return_ep_1": -9.0, "eval/ood/normalized_far": 7.0, "adapt/return_5_steps": -4.0}
+    (run_dir / "args.json").write_text(json.dumps(about))
+    (run_dir / "result.json").write_text(json.dumps(result))
+    rows = [
+        (20, "eval/iid/return", -8.0),
+        (20, "eval/iid/q_error", 2.0),
+        (20, "losses/q", 1.0),
+        (20, "eval/train/return", -6),
+    ]
+    rows += [(30, "eval/iid/return", -5.0), (10, "stats/divergence", 0.1), (20, "stats/divergence", 0.2)]
+    (run_dir / "metrics.csv").write_text("step,tag,value\n" + "".join(f"{s},{t},{v}\n" for s, t, v in rows))
+    return run_dir
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_finished_runs_are_copied_with_all_their_numbers(tmp_path):
+    write_run(tmp_path / "runs", "flora", 3, [-6.0, -2.0])
+    unfinished = write_run(tmp_path / "runs", "flora", 4, [0.0, 0.0])
+    (unfinished / "result.json").unlink()
+    report.add(tmp_path / "runs", tmp_path)
+    rows = {row["protocol"]: row for row in table(tmp_path / "results.csv")}
+    assert set(rows) == {"iid", "ep_1", "far", "steps_5"}
+    known = {"env": "point-robot", "quality": "mixed", "name": "flora", "seed": "3", "updates": "30", "commit": "abc"}
+    assert all(row.items() >= known.items() for row in rows.values())
+    wanted = {"return": "-4", "return_se": "0.7", "normalized": "53", "q_relative": "-0.1", "by_task": "-6 -2"}
+    wanted |= {"probe_r2": "0.5", "nearest_task_acc": "0.25", "cpu_s": "120", "updates_per_sec": "9", "torch": "2"}
+    assert rows["iid"].items() >= wanted.items()
+    assert (rows["ep_1"]["return"], rows["steps_5"]["return"], rows["far"]["normalized"]) == ("-9", "-4", "7")
+    points = [tuple(row[k] for k in report.CURVES[4:]) for row in table(tmp_path / "curves.csv")]
+    assert points == [("20", "-8", "-6", "2", "0.2"), ("30", "-5", "", "", "")]
+
+
+def test_a_run_made_anew_replaces_its_rows_and_no_others(tmp_path):
+    for name, quality in (("flora", "mixed"), ("focal", "mixed"), ("flora-x", "random")):
+        write_run(tmp_path / "old", name, 0, [-6.0, -2.0], quality)
+    report.add(tmp_path / "old", tmp_path)
+    write_run(tmp_path / "new", "flora", 0, [-1.0, -1.0])
+    write_run(tmp_path / "new", "flora", 1, [-3.0, -3.0])
+    report.add(tmp_path / "new", tmp_path)
+    rows = [row for row in table(tmp_path / "results.csv") if row["protocol"] == "iid"]
+    found = [(row["name"], row["quality"], row["seed"], row["return"]) for row in rows]
+    assert sorted(found) == [
+        ("flora", "mixed", "0", "-1"),
+        ("flora", "mixed", "1", "-3"),
+        ("flora-x", "random", "0", "-4"),
+        ("focal", "mixed", "0", "-4"),
+    ]
+    assert len(table(tmp_path / "curves.csv")) == 8
+
+
+def test_tables_have_mean_and_standard_error_over_seeds(tmp_path, capsys):
+    for seed, returns in enumerate(([-6.0, -2.0], [-2.0, -2.0], [-3.0, -3.0])):
+        write_run(tmp_path / "runs", "flora", seed, returns)
+    write_run(tmp_path / "runs", "focal", 0, [-6.0, -2.0])
+    report.add(tmp_path / "runs", tmp_path)
+    capsys.readouterr()
+    report.print_tables(report.chosen(tmp_path / "results.csv", "point-robot", None))
+    flora, focal = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:4]
+    ]
+    assert flora[:3] == ["flora", "3", "-3.00 ± 0.58 (51)"]  # sqrt(((1 + 1 + 0) / 2) / 3)
+    assert focal[:3] == ["focal", "1", "-4.00 ± 0.70 (50)"]  # of a single seed: over tasks and episodes
+    assert flora[-5:] == ["-0.10 ± 0.00", "0.25 ± 0.00", "0.50 ± 0.00", "30", "2"]
+    only = report.chosen(tmp_path / "results.csv", "point-robot", ["focal"])
+    assert list(only) == ["focal"] and not report.chosen(tmp_path / "results.csv", "ant-dir", None)
+
+
+def test_without_a_run_one_line_says_so(tmp_path):
+    for arguments in (
+        ["report.py", "--add", "none"],
+        ["report.py", "--files", "."],
+        ["claims.py", "drift", "--runs", "none"],
+    ):
+        code, out, err = run_script(tmp_path, f"benchmark/{arguments[0]}", *arguments[1:])
+        assert code == 1 and not out and len(err.splitlines()) == 1 and "benchmark/README.md" in err
+
+
+class Recorder:
+    """In a script's place: walks in a fixed direction and keeps every context that it is given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def adapt(self, agent, context, mask, explore=False):
+        self.seen.append((context.clone(), mask.clone()))
+        return lambda obs, rew: torch.full((len(obs), 2), 0.05) * torch.tensor([1.0, -1.0])
+
+
+def test_context_of_the_given_length(tiny):
+    script = Recorder()
+    returns = claims.by_length([1, 3, 20], script, None, tiny, None)
+    assert len(returns) == 3 and len(script.seen) == 3
+    for n, (context, mask) in zip((1, 3, 20), script.seen):
+        assert mask[:, :n].eq(1).all() and mask[:, n:].eq(0).all()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_drifting_tasks_and_their_contexts(tiny, own, monkeypatch):
+    monkeypatch.setattr(claims, "STEPS", 120)
+    monkeypatch.setattr(claims, "GAP", 40)
+    monkeypatch.setattr(claims, "GAP_SPREAD", 4)
+    script, tasks, real = Recorder(), [], dc.TaskEnv.step
+
+    def step(env, act):
+        tasks.append(env.task_ids.copy())
+        return real(env, act)
+
+    monkeypatch.setattr(dc.TaskEnv, "step", step)
+    rewards, since = claims.drifting(own, script, None, tiny, SimpleNamespace())
+    tasks = np.array(tasks)  # [120, R]
+    assert tasks.shape == (120, 3 * claims.EPISODES) and set(tasks.flat) == set(tiny.test_ids)
+    position = 0.1 * 0.05 * np.arange(1, 121)[:, None] * np.array([1.0, -1.0])
+    goals = tiny.task_params[tasks]  # [120, R, 2]
+    assert np.allclose(rewards.T, -np.linalg.norm(position[:, None] - goals, axis=-1), atol=1e-6)
+    starts = [np.flatnonzero(row == 0) for row in since]
+    gaps = np.concatenate([np.diff(row[row > 0]) for row in starts])
+    assert 30 < gaps.mean() < 50 and len(set(gaps)) > 2
+    changed = [t for row in range(len(since)) for t in range(1, 120) if tasks[t, row] != tasks[t - 1, row]]
+    assert changed and all(
+        since[row, t] == 0 for row in range(len(since)) for t in range(1, 120) if tasks[t, row] != tasks[t - 1, row]
+    )
+    assert all((since[row, 1:] == since[row, :-1] + 1)[since[row, 1:] > 0].all() for row in range(len(since)))
+    reward_column = tiny.obs_dim + tiny.act_dim
+    context, mask = script.seen[100]
+    assert context.shape[1] == 20 and mask.eq(1).all()
+    if own:
+        assert np.allclose(context[..., reward_column], rewards[:, 80:100], atol=1e-6)
+        assert np.allclose(context[:, :-1, -tiny.obs_dim :], context[:, 1:, : tiny.obs_dim])
+    else:
+        recorded = tiny.episodes[..., :-1]
+        for row in range(len(since)):
+            assert (recorded[tasks[100, row]] == context[row]).all((1, 2)).any()
