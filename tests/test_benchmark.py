@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -73,6 +74,8 @@ def test_a_run_made_anew_replaces_its_rows_and_no_others(tmp_path):
     report.add(tmp_path / "old", tmp_path)
     write_run(tmp_path / "new", "flora", 0, [-1.0, -1.0])
     write_run(tmp_path / "new", "flora", 1, [-3.0, -3.0])
+    earlier = write_run(tmp_path / "new", "flora", 1, [-9.0, -9.0], stamp="2")
+    os.utime(earlier / "result.json", (1, 1))  # of two runs in one folder the newest counts
     report.add(tmp_path / "new", tmp_path)
     rows = [row for row in table(tmp_path / "results.csv") if row["protocol"] == "iid"]
     found = [(row["name"], row["quality"], row["seed"], row["return"]) for row in rows]
