@@ -37,9 +37,13 @@ Deviations and choices where the paper's main text is silent:
       The paper's: --n-step 1 --target-noise 1 --anchor-share 1 --behavior-decay 0.
   D11 Policy, pi_beta and targets see the posterior's mean through the flows, as at test; a sample trains features,
       weights and encoder. With samples the policy blurs where the posterior is wider than the tasks lie apart.
+  D12 Beyond the paper, off by default: --metric-weight adds FOCAL's metric loss on the posterior's mean to (18). The
+      value alone is content to read from the context who acted, which tells the task of its own data and misleads
+      where another task's policy acted.
 
 Run:     python flora.py --env ant-dir
-Ablate:  --num-flows 0 (no flows), --alpha-min 0 (no correction)
+Ablate:  --num-flows 0 (no flows), --alpha-min 0 (no correction), --feature-dim 1 (one feature: no decomposition)
+Beyond:  --metric-weight 100 (D12)
 """
 
 import copy
@@ -99,6 +103,7 @@ class Args:
     likelihood_weight: float = 32.0  # transitions that log p(Q) counts for in (17), those of a batch (D2)
     kl_weight: float = 0.1  # rho2 of (17)
     feature_weight: float = 0.01  # rho3 of (18)
+    metric_weight: float = 0.0  # FOCAL's metric loss on the posterior's mean, beside (18); 0 = the paper's (D12)
     alpha_min: float = -1.0  # most pessimistic arm of the correction; 0 = no correction, the ablation
     num_arms: int = 5  # arms between alpha_min and 0
     bandit_every: int = 500  # updates per bandit episode [gradient steps]
@@ -128,7 +133,7 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
     ),
     "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
 }
-MAY_BE_ZERO = {"num_flows", "likelihood_weight", "kl_weight", "feature_weight", "alpha_min"}
+MAY_BE_ZERO = {"num_flows", "likelihood_weight", "kl_weight", "feature_weight", "metric_weight", "alpha_min"}
 RANGES = {"alpha_min": (-1, 0), "num_arms": (1, 20)}  # 20 arms: probability >= 0.05
 
 # ---- networks ---------------------------------------------------------------
@@ -241,6 +246,20 @@ def value_log_likelihood(psi, weights, q_target):
     error = (psi * weights).sum(-1) - q_target  # [2, M, B]
     variance = error.var((1, 2), correction=0)
     return -0.5 * (variance + 1e-6).log().mean()  # first term of (Eq. 17)  [ours: D2]
+
+
+EPS = 1e-3  # of the metric loss, as in the official code
+
+
+def metric_loss(z, task_ids):
+    """z [M, z_dim], task_ids [M] -> scalar, over all pairs: root distance within a task, inverse distance across."""
+    distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
+    pairs = torch.ones_like(distance).triu(1)
+    same = pairs * (task_ids[:, None] == task_ids)
+    other = pairs - same
+    pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
+    push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
+    return pull + push  # [code] metric loss with inverse-square repulsion
 
 
 def perplexity(weights):
@@ -356,9 +375,10 @@ class Agent(nn.Module):
 # ---- update -----------------------------------------------------------------
 
 
-def update(agent, context, segment, best, args):
-    """One step of every network (Algorithm 1). context [M, K, ctx_dim]; segment: Segment of [M, B, n, ..], drawn apart
-    from the context; best: Batch of [M, B, ..] that pi_beta is fitted to -> dict of detached 0-d tensors."""
+def update(agent, task_ids, context, segment, best, args):
+    """One step of every network (Algorithm 1). task_ids [M]; context [M, K, ctx_dim]; segment: Segment of [M, B, n,
+    ..], drawn apart from the context; best: Batch of [M, B, ..] that pi_beta is fitted to; all of the same tasks
+    -> dict of detached 0-d tensors."""
     obs, act = segment.obs[:, :, 0], segment.act[:, :, 0]
     rew = args.reward_scale * segment.rew  # [M, B, n]
     moves = torch.cat([segment.obs, segment.act, segment.next_obs], -1)  # (s, a, s') of all its transitions
@@ -396,6 +416,8 @@ def update(agent, context, segment, best, args):
     likelihood = args.likelihood_weight * value_log_likelihood(psi, weights, q_target)
     elbo = likelihood - args.kl_weight * kl.mean()  # (Eq. 17)
     encoder_loss = args.feature_weight * (loss_r + loss_psi) - elbo  # (Eq. 18)
+    if args.metric_weight:
+        encoder_loss = encoder_loss + args.metric_weight * metric_loss(z_mean, task_ids)  # [ours: D12]
     encoder_loss.backward(inputs=[*agent.encoder.parameters(), *agent.flows.parameters()], retain_graph=True)
     loss_psi.backward(inputs=list(agent.psi.parameters()), retain_graph=True)
     loss_r.backward(inputs=[*agent.phi.parameters(), *agent.weights.parameters()])
@@ -505,7 +527,7 @@ def train(args):
             segment = data.sample_segments(task_ids, args.batch_size, args.n_step, args.gamma, generator)
             best = data.sample_batch(task_ids, args.batch_size, generator, args.anchor_share)
             dc.set_lr(agent.opt, args.lr * run.decay)
-            run.advance(step_fn(agent, context, segment, best, args))
+            run.advance(step_fn(agent, task_ids, context, segment, best, args))
         return run.finish()
 
 

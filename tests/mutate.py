@@ -298,6 +298,14 @@ MUTANTS = {
             "reward_loss(phi, weights, rew[..., -1])",
         ),
         Mutant("no noise in the targets' action", "args.target_noise * log_std.exp()", "0 * log_std.exp()"),
+        Mutant("metric weight ignored", "args.metric_weight * metric_loss", "metric_loss"),
+        Mutant("no metric loss", "    if args.metric_weight:\n", "    if False:\n"),
+        Mutant("metric loss of a sample of the posterior", "metric_loss(z_mean, task_ids)", "metric_loss(z, task_ids)"),
+        Mutant(
+            "every row of the metric loss is another task",
+            "metric_loss(z_mean, task_ids)",
+            "metric_loss(z_mean, torch.arange(len(z), device=z.device))",
+        ),
         Mutant("full noise in the targets' action", "args.target_noise * log_std.exp()", "log_std.exp()"),
         Mutant(
             "the targets' noise in the policy's own action",

@@ -22,6 +22,7 @@ import flora
 DIMS = SimpleNamespace(obs_dim=3, act_dim=2, ctx_dim=9)
 POINT = SimpleNamespace(obs_dim=2, act_dim=2, ctx_dim=7)
 TASKS, BATCH, CONTEXT = 3, 4, 5  # of the random batches
+TASK_IDS = torch.tensor([4, 7, 4])
 # no value is a default of the script, and none is 0 or 1, so that a flag without effect shows
 METHOD = {"gamma": 0.8, "reward_scale": 3.0, "lr": 2e-3, "tau": 0.03, "width": 16, "encoder_width": 12, "z_dim": 3}
 METHOD |= {"feature_dim": 4, "num_flows": 2, "likelihood_weight": 32.0, "kl_weight": 0.3, "feature_weight": 0.2}
@@ -144,6 +145,19 @@ def slow_probs(logits):
     return [0.05 + (1 - 0.05 * len(logits)) * math.exp(x) / total for x in logits]
 
 
+def slow_metric(z, tasks):
+    """Root distance of each pair of one task, inverse distance of each pair of two, averaged apart."""
+    pull, push, near, far = 0.0, 0.0, 0, 0
+    for i in range(len(z)):
+        for j in range(i + 1, len(z)):
+            distance = sum((z[i][d] - z[j][d]) ** 2 for d in range(len(z[0]))) / len(z[0])
+            if tasks[i] == tasks[j]:
+                pull, near = pull + torch.sqrt(distance + 0.001), near + 1
+            else:
+                push, far = push + 1 / (distance + 0.1), far + 1
+    return pull / (near + 0.001) + push / (far + 0.001)
+
+
 def slow_metrics(agent, context, segment, best, args):
     """What one update reports, transition by transition and feature by feature -> dict of scalars, losses with graph;
     the (unclipped) errors of (11), and by how much the second Q of (12) exceeds the first."""
@@ -153,6 +167,7 @@ def slow_metrics(agent, context, segment, best, args):
     reward = feature = likelihood = kl_mean = behavior_loss = q = divergence = 0.0
     residuals = [], []  # of the value of either network
     means, variances, norms, perplexities, spread_data, spread_policy, errors, gaps = ([] for _ in range(8))
+    mean_of_task = []  # of the posterior, with graph
     each = 1 / (TASKS * BATCH)
     for m in range(TASKS):
         z, mean, var, kl = slow_infer(agent, context[m], noise_z[m])
@@ -160,6 +175,7 @@ def slow_metrics(agent, context, segment, best, args):
         share = abs(w) / abs(w).sum()
         perplexities.append(math.exp(-sum(s * math.log(s) for s in share.tolist())))
         kl_mean = kl_mean + kl / TASKS
+        mean_of_task.append(mean)
         means.append(mean.detach())
         variances.append(var.detach())
         norms.append(z.norm().item())
@@ -206,12 +222,13 @@ def slow_metrics(agent, context, segment, best, args):
     for residual in residuals:
         middle = sum(residual) * each
         likelihood = likelihood - 0.25 * torch.log(sum((x - middle) ** 2 for x in residual) * each + 1e-6)
+    metric = slow_metric(mean_of_task, TASK_IDS.tolist()) if args.metric_weight else 0.0
     elbo = args.likelihood_weight * likelihood - args.kl_weight * kl_mean
     brac_alpha = agent.brac_alpha.item() + args.brac_alpha_lr * (divergence.item() - args.divergence_target)
     metrics = {
         "losses/reward": reward,
         "losses/feature": feature,
-        "losses/encoder": args.feature_weight * (reward + feature) - elbo,
+        "losses/encoder": args.feature_weight * (reward + feature) - elbo + args.metric_weight * metric,
         "losses/actor": agent.brac_alpha.item() * divergence - q,
         "losses/behavior": behavior_loss,
         "losses/kl": kl_mean,
@@ -244,6 +261,7 @@ VARIANTS = {
     "linear W": {"weight_activation": "none", "num_flows": 4, "feature_weight": 5.0, "gamma": 0.95},
     "no correction": {"alpha_min": 0.0, "num_arms": 2, "reward_scale": 0.5, "n_step": 2},
     "targets of the paper": {"n_step": 1, "target_noise": 1.0},
+    "metric loss": {"metric_weight": 3.0},
     "weights of zero": {"likelihood_weight": 0.0, "feature_weight": 0.0, "brac_alpha_lr": 0.0},
 }
 
@@ -269,7 +287,7 @@ def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
             params = {k: p for k, p in agent.named_parameters() if k.split(".")[0] in networks and p.numel()}
             grads |= dict(zip(params, torch.autograd.grad(expected[loss], params.values(), retain_graph=True)))
         before = {name: p.clone() for name, p in agent.named_parameters()}
-        metrics = flora.update(agent, *inputs, args)
+        metrics = flora.update(agent, TASK_IDS, *inputs, args)
         assert metrics.keys() == expected.keys()
         for tag, value in metrics.items():
             assert value.item() == pytest.approx(torch.as_tensor(expected[tag]).item(), rel=1e-6), tag
@@ -305,7 +323,7 @@ def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
 )
 def test_multiplier_stays_within_its_bounds(changes, expected):
     agent, args = random_agent(**changes)
-    flora.update(agent, *random_inputs(args), args)
+    flora.update(agent, TASK_IDS, *random_inputs(args), args)
     assert agent.brac_alpha.item() == pytest.approx(expected)
 
 
@@ -320,14 +338,15 @@ def test_policy_deviations_stay_within_their_bounds():
 
 
 def test_an_update_on_a_gpu_reads_nothing_back_and_leaves_nothing_on_the_cpu(numbered):
-    agent, args = random_agent(POINT, torch.float32)
+    agent, args = random_agent(POINT, torch.float32, metric_weight=1.0)
     data = dataset_on_meta(numbered)
     to_meta(agent)
     context, rows = torch.empty(5, 7, 7, device="meta"), torch.empty(5, 6, 8, device="meta")
+    task_ids = torch.empty(5, dtype=torch.long, device="meta")
     path = data.unpack(rows[:, :, None].expand(-1, -1, 3, -1))
     segment, best = dc.Segment(*path[:4], weight=path.term, bootstrap=path.term[..., -1]), data.unpack(rows)
     with OnDevice():
-        metrics = flora.update(agent, context, segment, best, args)
+        metrics = flora.update(agent, task_ids, context, segment, best, args)
         z = flora.embed(agent, context, torch.ones(5, 7, device="meta"))
         value = flora.bandit_return(agent, data, args, None)
     assert {x.device.type for x in (*metrics.values(), z, value)} == {"meta"}
@@ -629,8 +648,9 @@ def traced(numbered_path, tmp_path, monkeypatch):
     def train(**changes):
         calls, folder = [], tmp_path / str(len(list(tmp_path.iterdir())))
 
-        def record(agent, context, segment, best, args):
-            calls.append(SimpleNamespace(context=context, segment=segment, best=best, arm=agent.arm.item(), args=args))
+        def record(agent, task_ids, context, segment, best, args):
+            calls.append(SimpleNamespace(context=context, segment=segment, best=best, args=args))
+            calls[-1].tasks, calls[-1].arm = task_ids, agent.arm.item()
             calls[-1].lr, calls[-1].w_x = agent.opt.param_groups[0]["lr"].item(), agent.psi.w_x.detach().clone()
             return {"losses/count": torch.tensor(float(len(calls)))}
 
@@ -649,6 +669,7 @@ def test_updates_see_training_tasks_with_context_segment_and_best_episode_of_the
         context_task, context_episode, context_step = origin(call.context[..., 4])
         task, episode, step = origin(call.segment.rew[..., 0])
         of_row = task[:, :1]
+        assert call.tasks.tolist() == of_row[:, 0].tolist()
         assert (task == of_row).all() and (context_task == of_row).all()  # padding would count as task 0
         best_task, best_episode, _ = origin(call.best.rew)
         assert best_episode.shape == (5, 6) and (best_task == of_row).all()
@@ -732,7 +753,7 @@ def test_defaults_are_those_of_the_paper_and_of_the_family():
     assert (args.kl_weight, args.feature_weight, args.bandit_lr) == (0.1, 0.01, 0.1)
     assert (args.alpha_min, args.num_arms, args.feature_dim, args.num_flows) == (-1.0, 5, 32, 4)
     assert (args.weight_activation, args.bandit_feedback, args.likelihood_weight) == ("softmax", "offline", 32.0)
-    assert (args.target_noise, args.tau, args.behavior_decay) == (0.0, 0.02, 0.3)
+    assert (args.target_noise, args.tau, args.behavior_decay, args.metric_weight) == (0.0, 0.02, 0.3, 0.0)
     names = ("gamma", "reward_scale", "n_step", "z_dim", "anchor_share", "brac_alpha", "brac_alpha_lr")
     families = {"ant-dir": (0.97, 0.5, 5, 20, 0.25, 1.0, 1e-3), "point-robot": (0.9, 5.0, 1, 5, 0.25, 1.5, 0.0)}
     for env, values in families.items():
@@ -750,6 +771,7 @@ def test_defaults_are_those_of_the_paper_and_of_the_family():
         ("num_arms", 21),
         ("num_flows", -1),
         ("kl_weight", -0.1),
+        ("metric_weight", -1.0),
         ("bandit_lr", 0.0),
         ("bandit_every", 0),
         ("feature_dim", 0),
