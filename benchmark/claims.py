@@ -1,10 +1,11 @@
 """The FLORA paper's claims about its critic and its inference, as tables and figures of finished runs.
 
 Run:  python benchmark/claims.py figure1 --figure docs/figure1.png   # critic's error and divergence over the training
+      python benchmark/claims.py bandit                              # probabilities of its arms, by feedback
       python benchmark/claims.py length --env point-robot            # return by the length of the context
       python benchmark/claims.py drift                               # tasks that change inside an episode
-`figure1` reads the runs of figure1.txt from curves.csv and results.csv; `length` and `drift` load the finished runs
-below --runs (--only: some of them) and play their policies on the test tasks.
+The first two read the runs of figure1.txt and bandit.txt from curves.csv and results.csv, the others load the finished
+runs below --runs (--only: some of them) and play their policies on the test tasks.
 """
 
 import argparse
@@ -98,6 +99,22 @@ def figure1(files, env, figure):
 
 def is_final(row, name):
     return (row["name"], row["protocol"]) == (name, "iid")
+
+
+# ---- what moves the bandit's arms ---------------------------------------------
+
+
+def bandit(files, env):
+    """Probabilities of the arms at the end of the runs in bandit.txt."""
+    runs = defaultdict(list)
+    for row in read(files / "results.csv"):
+        if row["env"] == env and row["name"].startswith("bandit-") and row["arms"]:
+            runs[row["name"]].append([*map(float, row["arms"].split())])
+    if not runs:
+        raise SystemExit(f"no run of bandit.txt on {env} in {files / 'results.csv'}; see benchmark/README.md")
+    alphas = [f"alpha {alpha:.2f}" for alpha in np.linspace(-1, 0, len(next(iter(runs.values()))[0]))]
+    rows = [[name, str(len(found)), *(spread(column) for column in zip(*found))] for name, found in runs.items()]
+    print_table(["last probability", "seeds", *alphas], rows)
 
 
 # ---- d: how much context a task needs ----------------------------------------
@@ -201,7 +218,7 @@ def drift(runs, figure):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("claim", choices=("figure1", "length", "drift"))
+    parser.add_argument("claim", choices=("figure1", "bandit", "length", "drift"))
     parser.add_argument("--env", default="point-robot-wind")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
     parser.add_argument("--figure", type=Path, help="where to write the figure (png)")
@@ -209,8 +226,10 @@ def main():
     args = parser.parse_args()
     if args.claim == "figure1":
         return figure1(HERE, args.env, args.figure)
+    if args.claim == "bandit":
+        return bandit(HERE, args.env)
     runs = finished_runs(args.runs / args.env)
-    passed = ("figure1-", "known-task")  # the latter has no context
+    passed = ("figure1-", "bandit-", "known-task")  # the last has no context
     runs = {n: seeds for n, seeds in runs.items() if (n in args.only if args.only else not n.startswith(passed))}
     if not runs:
         raise SystemExit(f"no finished run for this in {args.runs / args.env}; make them: see benchmark/README.md")

@@ -26,24 +26,9 @@ import data_collect as dc  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 KEY = ("env", "quality", "name", "seed")  # of a run
-RESULTS = (
-    *KEY,
-    "protocol",
-    "updates",
-    "return",
-    "return_se",
-    "normalized",
-    "q_relative",
-    "nearest_task_acc",
-    "probe_r2",
-)
-RESULTS += (
-    "updates_per_sec",
-    "cpu_s",
-    "commit",
-    "torch",
-    "by_task",
-)  # by_task: returns of the tasks, one after another
+RESULTS = (*KEY, "protocol", "updates", "return", "return_se", "normalized", "q_relative", "nearest_task_acc")
+RESULTS += ("probe_r2", "updates_per_sec", "cpu_s", "commit", "torch")
+RESULTS += ("by_task", "arms")  # returns of the tasks; last probabilities of FLORA's bandit, alpha from -1 to 0
 CURVES = (*KEY, "updates", "iid", "train", "q_error", "divergence")
 PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "zero_shot", "train")
 PARTS = {  # further tables: title -> protocols
@@ -72,6 +57,13 @@ def curve(run_dir, tag):
     return tuple(np.array(column) for column in zip(*points)) or (np.array([]), np.array([]))
 
 
+def last_probabilities(run_dir):
+    """-> the bandit's probabilities at the last log line, by arm; [] for other methods than FLORA."""
+    with open(run_dir / "metrics.csv", newline="") as file:
+        last = {row["tag"]: float(row["value"]) for row in csv.DictReader(file) if "bandit/prob_" in row["tag"]}
+    return [last[tag] for tag in sorted(last, key=lambda tag: float(tag.split("_")[1]))]
+
+
 def rows_of(run_dir):
     """-> rows of results.csv, rows of curves.csv."""
     about, result = (json.loads((run_dir / name).read_text()) for name in ("args.json", "result.json"))
@@ -90,6 +82,7 @@ def rows_of(run_dir):
         row |= {name: result.get(tag + name) for name in ("return", "return_se", "normalized", "q_relative")}
         if protocol == "iid":
             row |= {name: result.get(f"z/{name}") for name in ("nearest_task_acc", "probe_r2")}
+            row["arms"] = " ".join(f"{p:.4f}" for p in last_probabilities(run_dir))
         rows.append(row)
     for part, of_part in (("adapt/return_{}_steps", "inner steps"), ("eval/online/return_ep_{}", "own episodes")):
         for protocol in PARTS[of_part]:

@@ -41,7 +41,10 @@ def write_run(folder, name, seed, returns, quality="mixed", stamp="1"):
         (20, "losses/q", 1.0),
         (20, "eval/train/return", -6),
     ]
-    rows += [(30, "eval/iid/return", -5.0), (10, "stats/divergence", 0.1), (20, "stats/divergence", 0.2)]
+    for alpha, p in ((-0.5, 0.2), (0, 0.3), (-1, 0.1)):
+        rows += [(10 * k, f"bandit/prob_{alpha:.2f}", k * p) for k in (1, 2)]
+    rows += [(30, "eval/iid/return", -5.0), (30, "eval/iid/q_error", 3.0)]
+    rows += [(10 * k, "stats/divergence", k / 10) for k in (1, 2, 3)]
     (run_dir / "metrics.csv").write_text("step,tag,value\n" + "".join(f"{s},{t},{v}\n" for s, t, v in rows))
     return run_dir
 
@@ -62,10 +65,11 @@ def test_finished_runs_are_copied_with_all_their_numbers(tmp_path):
     assert all(row.items() >= known.items() for row in rows.values())
     wanted = {"return": "-4", "return_se": "0.7", "normalized": "53", "q_relative": "-0.1", "by_task": "-6 -2"}
     wanted |= {"probe_r2": "0.5", "nearest_task_acc": "0.25", "cpu_s": "120", "updates_per_sec": "9", "torch": "2"}
+    wanted |= {"arms": "0.2000 0.4000 0.6000"}
     assert rows["iid"].items() >= wanted.items()
     assert (rows["ep_1"]["return"], rows["steps_5"]["return"], rows["far"]["normalized"]) == ("-9", "-4", "7")
     points = [tuple(row[k] for k in report.CURVES[4:]) for row in table(tmp_path / "curves.csv")]
-    assert points == [("20", "-8", "-6", "2", "0.2"), ("30", "-5", "", "", "")]
+    assert points == [("20", "-8", "-6", "2", "0.2"), ("30", "-5", "", "3", "0.3")]
 
 
 def test_a_run_made_anew_replaces_its_rows_and_no_others(tmp_path):
@@ -103,6 +107,21 @@ def test_tables_have_mean_and_standard_error_over_seeds(tmp_path, capsys):
     assert flora[-5:] == ["-0.10 ± 0.00", "0.25 ± 0.00", "0.50 ± 0.00", "30", "2"]
     only = report.chosen(tmp_path / "results.csv", "point-robot", ["focal"])
     assert list(only) == ["focal"] and not report.chosen(tmp_path / "results.csv", "ant-dir", None)
+
+
+def test_arms_and_variants_are_averaged_over_their_own_runs(tmp_path, capsys):
+    for seed in range(2):
+        write_run(tmp_path / "runs", "bandit-offline", seed, [-6.0, -2.0])
+        write_run(tmp_path / "runs", "figure1-random-full", seed, [-6.0, -2.0], "random")
+        write_run(tmp_path / "runs", "figure1-random-plain", seed, [-6.0 + 3 * seed, -2.0], "random")
+    report.add(tmp_path / "runs", tmp_path)
+    capsys.readouterr()
+    claims.bandit(tmp_path, "point-robot")
+    assert "| bandit-offline | 2 | 0.20 ± 0.00 | 0.40 ± 0.00 | 0.60 ± 0.00 |" in capsys.readouterr().out
+    claims.figure1(tmp_path, "point-robot", None)
+    *_, full, plain, _ = capsys.readouterr().out.splitlines()
+    assert full.split(" | ")[:4] == ["| random", "full", "2", "-4.00 ± 0.00"] and full.endswith("|  |")
+    assert plain.split(" | ")[3] == "-3.25 ± 0.75" and plain.endswith("| 0.75 ± 0.75 |")
 
 
 def test_without_a_run_one_line_says_so(tmp_path):
