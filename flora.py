@@ -43,7 +43,7 @@ Deviations and choices where the paper's main text is silent:
 
 Run:     python flora.py --env ant-dir
 Ablate:  --num-flows 0 (no flows), --alpha-min 0 (no correction), --feature-dim 1 (one feature: no decomposition)
-Beyond:  --metric-weight 100 (D12)
+Beyond:  --metric-weight 400 (D12)
 """
 
 import copy
