@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, stop_message
 
 import data_collect as dc
 
 sys.path.append(str(ROOT / "benchmark"))
-report, claims = (importlib.import_module(name) for name in ("report", "claims"))
+report, claims, look = (importlib.import_module(name) for name in ("report", "claims", "look"))
 
 
 def write_run(folder, name, seed, returns, quality="mixed", stamp="1"):
@@ -189,3 +189,15 @@ def test_drifting_tasks_and_their_contexts(tiny, own, monkeypatch):
         recorded = tiny.episodes[..., :-1]
         for row in range(len(since)):
             assert (recorded[tasks[100, row]] == context[row]).all((1, 2)).any()
+
+
+def test_paths_are_those_of_the_adapted_policy(tiny):
+    tasks = tiny.test_ids[[2, 0]]
+    script = Recorder()
+    family, played, params, states = look.play(list(tasks), script, None, tiny, None)
+    assert family is tiny.family and np.array_equal(played, tasks) and np.array_equal(params, tiny.task_params[tasks])
+    ((context, mask),) = script.seen
+    assert torch.equal(context, tiny.episodes[tasks, 0, :, :-1]) and mask.eq(1).all()
+    walked = 0.005 * np.arange(21)[:, None] * np.array([1.0, -1.0])
+    np.testing.assert_allclose(states, np.broadcast_to(walked, (2, 21, 2)), atol=1e-7)
+    assert "test tasks are" in stop_message(look.play, list(tiny.train_ids[:1]), script, None, tiny, None)

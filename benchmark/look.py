@@ -1,0 +1,108 @@
+"""What an adapted policy does: paths seen from above, and pictures of the robot.
+
+Run:  python benchmark/look.py RUN_DIR --figure paths.png               # point robots and ants, from above
+      python benchmark/look.py RUN_DIR --frames pictures --tasks 21 30  # picture after picture, with MuJoCo's renderer
+The context of each test task is its first recorded episode. Pictures need a machine on which MuJoCo can draw without a
+window (set MUJOCO_GL=egl); 20 pictures a second make a film of the speed of life, for example with
+ffmpeg -framerate 20 -i pictures/task21-%03d.png film.mp4
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from report import revisit
+
+import data_collect as dc
+
+
+def play(tasks, script, agent, data, args):
+    """One episode on each task -> the family, the tasks, params [B, P], states [B, H + 1, S] of the simulation."""
+    tasks = data.test_ids if tasks is None else np.array(tasks)
+    if not np.isin(tasks, data.test_ids).all():
+        raise SystemExit(f"--tasks: the test tasks are {', '.join(map(str, data.test_ids))}")
+    context, lengths = data.episodes[tasks, 0, :, :-1], data.lengths[tasks, 0]
+    env = dc.TaskEnv(data.family, data.task_params, tasks)
+    policy = script.adapt(agent, context, (torch.arange(context.shape[1]) < lengths[:, None]).float())
+    obs, _ = env.reset(seed=(10_000 + 97 * tasks).tolist())
+    rew, states = np.zeros(len(tasks)), [env.state.copy()]
+    while env.live.any():
+        with torch.no_grad():
+            act = policy(data.standardize(torch.as_tensor(obs)), torch.as_tensor(rew, dtype=torch.float32))
+        obs, rew, _, _, _ = env.step(act.numpy())
+        states.append(env.state.copy())
+    env.close()
+    return data.family, tasks, data.task_params[tasks], np.stack(states, 1)
+
+
+def draw_paths(family, tasks, params, states, path):
+    """Each task's path in the plane, and where it should lead: a goal, or a direction."""
+    import matplotlib  # only pictures need it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if not isinstance(family, (dc.Point, dc.Ant)):
+        raise SystemExit("--figure: only point robots and ants move in a plane; use --frames")
+    plane = states if isinstance(family, dc.Point) else states[..., 1:3]  # [B, H + 1, 2]
+    figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
+    order = np.arctan2(params[:, 1], params[:, 0]) if params.shape[1] == 2 else params[:, 0]
+    colors = plt.cm.hsv(order.argsort().argsort() / len(tasks))  # neighboring tasks look alike
+    size = np.linalg.norm(plane, axis=-1).max()
+    for line, param, color in zip(plane, params, colors):
+        axes.plot(*line.T, color=color, linewidth=1)
+        if isinstance(family, dc.PointRobot):
+            axes.plot(*param, "x", color=color)
+        elif isinstance(family, dc.AntDir):
+            axes.plot(*np.outer(param, (0, size)), ":", color=color, linewidth=0.8)
+    axes.set(aspect="equal", xlabel="x [m]", ylabel="y [m]", title=f"{len(tasks)} test tasks")
+    figure.savefig(path, dpi=140)
+
+
+def draw_frames(family, tasks, states, folder):
+    """Pictures folder/task21-000.png .. of every step."""
+    import matplotlib.image
+    import mujoco
+
+    if not isinstance(family, dc.Mujoco):
+        raise SystemExit("--frames: point robots have no body; use --figure")
+    try:
+        renderer = mujoco.Renderer(family.model, 240, 320)
+    except Exception as error:  # whatever its graphics library says
+        what = f"MuJoCo cannot draw without a window here ({dc.short(str(error))})"
+        raise SystemExit(f"--frames: {what}; install EGL and set MUJOCO_GL=egl")
+    folder.mkdir(parents=True, exist_ok=True)
+    body, camera = mujoco.MjData(family.model), mujoco.MjvCamera()
+    camera.distance, camera.elevation = 6.0, -30
+    for task, episode in zip(tasks, states):
+        for t, state in enumerate(episode):
+            mujoco.mj_setState(family.model, body, state, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+            mujoco.mj_forward(family.model, body)
+            camera.lookat[:] = body.qpos[:3] if isinstance(family, dc.Ant) else [body.qpos[0], 0, 0.5]
+            renderer.update_scene(body, camera)
+            matplotlib.image.imsave(folder / f"task{task}-{t:03d}.png", renderer.render())
+    print(f"{len(tasks)} x {states.shape[1]} pictures in {folder}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run_dir", type=Path, help="a finished run")
+    parser.add_argument("--figure", type=Path, help="where to write the paths (png)")
+    parser.add_argument("--frames", type=Path, help="folder for the pictures of the robot (png)")
+    parser.add_argument("--tasks", type=int, nargs="+", help="test tasks; by default all")
+    args = parser.parse_args()
+    if not (args.figure or args.frames):
+        parser.error("nothing to draw: give --figure or --frames")
+    if not (args.run_dir / "result.json").exists():
+        raise SystemExit(f"{args.run_dir} is no finished run")
+    family, tasks, params, states = revisit(args.run_dir, partial(play, args.tasks))
+    if args.figure:
+        draw_paths(family, tasks, params, states, args.figure)
+    if args.frames:
+        draw_frames(family, tasks, states, args.frames)
+
+
+if __name__ == "__main__":
+    main()
