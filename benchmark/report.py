@@ -2,6 +2,7 @@
 
 Run:  python benchmark/report.py --add runs         # copy what is finished below runs/ into results.csv and curves.csv
       python benchmark/report.py --env ant-dir      # tables of results.csv: mean and its standard error over seeds
+      python benchmark/report.py --write docs/RESULTS.md README.md   # the tables in these files anew
 results.csv has a row per run and protocol, curves.csv a row per run and evaluation during the training. A run that is
 there already, by family, data, experiment name and seed, is replaced, so that the files grow over many sittings.
 """
@@ -13,6 +14,7 @@ import importlib
 import io
 import json
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -183,12 +185,21 @@ def print_table(header, rows):
     print()
 
 
+def of(seeds, protocol):
+    """Rows of one protocol, one per seed."""
+    return [row for rows in seeds.values() for row in rows if row["protocol"] == protocol]
+
+
+def print_brief(groups):
+    """Normalized returns: 0 = random, 100 = expert."""
+    columns = ("iid", "clone", "ood", "online")
+    rows = [[n, str(len(seeds)), *(cell(of(seeds, p), "normalized") for p in columns)] for n, seeds in groups.items()]
+    print_table(["normalized", "seeds", *columns], rows)
+
+
 def print_tables(groups):
     """Returns per protocol with the critic's error, quality of z and cost; then what happens over inner steps, own
     episodes, and with the distance of the policy that acted in the context."""
-
-    def of(seeds, protocol):
-        return [row for rows in seeds.values() for row in rows if row["protocol"] == protocol]
 
     sizes = [abs(float(row["return"])) for seeds in groups.values() for row in of(seeds, "iid")]
     digits, table = 2 if max(sizes) < 50 else 0, []
@@ -241,6 +252,20 @@ def draw(groups, data, path):
     figure.savefig(path, dpi=140)
 
 
+def write(path):
+    """Put anew what stands between <!-- SCRIPT.py FLAGS --> and <!-- end -->: what that script of benchmark/ prints."""
+
+    def printed(match):
+        script, *flags = match[1].split()
+        done = subprocess.run([sys.executable, HERE / script, *flags], cwd=HERE.parent, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{path}: {match[1]}: {done.stderr.strip()}")
+        return f"<!-- {match[1]} -->\n{done.stdout.strip()}\n<!-- end -->"
+
+    text = re.sub(r"<!-- (\w+\.py .*?) -->\n.*?<!-- end -->", printed, path.read_text(), flags=re.DOTALL)
+    dc.atomic_save(path, lambda file: file.write(text.encode()))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
@@ -250,13 +275,19 @@ def main():
     parser.add_argument("--files", type=Path, default=HERE, help="folder of results.csv and curves.csv")
     parser.add_argument("--figure", type=Path, help="where to write the learning curves (png)")
     parser.add_argument("--only", nargs="+", help="experiment names; by default all that are there")
+    parser.add_argument("--brief", action="store_true", help="normalized returns of four protocols only")
+    parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()
     if args.add:
         return add(args.add, args.files)
+    if args.write:
+        for path in args.write:
+            write(path)
+        return None
     groups = chosen(args.files / "results.csv", args.env, args.only)
     if not groups:
         raise SystemExit(f"no row of {args.env} in {args.files / 'results.csv'}; make runs: see benchmark/README.md")
-    print_tables(groups)
+    print_brief(groups) if args.brief else print_tables(groups)
     if args.figure:
         draw(chosen(args.files / "curves.csv", args.env, args.only), dc.load_dataset(args.env), args.figure)
 

@@ -134,6 +134,26 @@ def test_without_a_run_one_line_says_so(tmp_path):
         assert code == 1 and not out and len(err.splitlines()) == 1 and "benchmark/README.md" in err
 
 
+def test_tables_in_a_file_are_made_anew_and_its_text_stays(tmp_path):
+    write_run(tmp_path / "runs", "flora", 0, [-6.0, -2.0])
+    report.add(tmp_path / "runs", tmp_path)
+    command = f"report.py --env point-robot --files {tmp_path}"
+    first, second = (
+        f"<!-- {command} -->\nold\n\nolder\n<!-- end -->",
+        f"<!-- {command} --only flora --brief -->\n<!-- end -->",
+    )
+    text = f"# Title\n{first}\nbetween\n{second}\nend\n"
+    (tmp_path / "doc.md").write_text(text)
+    for _ in range(2):
+        report.write(tmp_path / "doc.md")
+    lines = (tmp_path / "doc.md").read_text().splitlines()
+    assert lines[0] == "# Title" and lines[-1] == "end" and lines.count("between") == 1 and "old" not in lines
+    assert sum(line.startswith("| flora | 1 | -4.00 ± 0.70 (50)") for line in lines) == 1
+    assert lines.count("| flora | 1 | 50 |  |  |  |") == 1
+    (tmp_path / "doc.md").write_text(text.replace("--only flora", "--only none"))
+    assert "no row" in stop_message(report.write, tmp_path / "doc.md")
+
+
 class Recorder:
     """In a script's place: walks in a fixed direction and keeps every context that it is given."""
 
