@@ -2,6 +2,7 @@
 
 Run:  python benchmark/report.py --add runs         # copy what is finished below runs/ into results.csv and curves.csv
       python benchmark/report.py --env ant-dir      # tables of results.csv: mean and its standard error over seeds
+      python benchmark/report.py --compare flora --env ant-dir point-robot   # over families, with 95 % intervals
       python benchmark/report.py --write docs/RESULTS.md README.md   # the tables in these files anew
 results.csv has a row per run and protocol, curves.csv a row per run and evaluation during the training. A run that is
 there already, by family, data, experiment name and seed, is replaced, so that the files grow over many sittings.
@@ -226,6 +227,65 @@ def print_tables(groups):
             print_table([f"method, {what}", *(re.search(r"\d+|[a-z]+$", p)[0] for p in protocols)], table)
 
 
+def scores(path, env, protocol):
+    """Normalized returns of one family and protocol -> {experiment name: [seeds, test tasks]}."""
+    with np.load(HERE.parent / "datasets" / f"{env}.npz", allow_pickle=False) as file:
+        random, expert = (file[key][file["test_ids"]] for key in ("random_returns", "expert_returns"))
+    found = defaultdict(list)
+    for name, seeds in chosen(path, env, None).items():
+        for row in of(seeds, protocol):
+            found[name].append(100 * (np.array(row["by_task"].split(), float) - random) / (expert - random))
+    return {name: np.array(rows) for name, rows in found.items()}
+
+
+def interquartile_mean(values):
+    """Mean of the middle half of all values."""
+    ordered = np.sort(values, axis=None)
+    cut = len(ordered) // 4
+    return ordered[cut : len(ordered) - cut].mean()
+
+
+def improvement(ours, theirs):
+    """[seeds, tasks] each -> probability that a run of ours is better than one of theirs on the same task; a tie counts
+    half (Agarwal et al. 2021)."""
+    difference = ours[:, None] - theirs[None]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean()
+
+
+def resampled(tables, rng):
+    """Tables [seeds, tasks] with seeds and tasks drawn anew, within each table."""
+    return [t[rng.integers(len(t), size=len(t))][:, rng.integers(t.shape[1], size=t.shape[1])] for t in tables]
+
+
+def interval(statistic, *samples, draws=2_000):
+    """Statistic of lists of tables and its 95 % interval, by a bootstrap stratified over families -> text."""
+    rng = np.random.default_rng(0)
+    found = [statistic(*(resampled(tables, rng) for tables in samples)) for _ in range(draws)]
+    low, high = np.quantile(found, (0.025, 0.975))
+    digits = 0 if abs(high) > 1.5 else 2
+    return f"{statistic(*samples):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def print_comparison(path, reference, envs, only):
+    """Over families: interquartile mean of the normalized returns of tasks and seeds, and the probability that the
+    reference is better."""
+    table = []
+    for protocol in ("iid", "ood", "online"):
+        tables = [scores(path, env, protocol) for env in envs]
+        everywhere = set.intersection(*(set(t) for t in tables))
+        if reference not in everywhere:
+            raise SystemExit(f"{reference}: not in results.csv for all of {', '.join(envs)}")
+        for name in sorted(everywhere & set(only or everywhere)):
+            theirs, ours = ([t[who] for t in tables] for who in (name, reference))
+            mean = interval(lambda sample: interquartile_mean(np.concatenate([t.ravel() for t in sample])), theirs)
+            better = (
+                "" if name == reference else interval(lambda a, b: np.mean([*map(improvement, a, b)]), ours, theirs)
+            )
+            table.append([protocol, name, "/".join(str(len(t)) for t in theirs), mean, better])
+    header = ["protocol", "method", "seeds", "interquartile mean, normalized", f"P({reference} is better)"]
+    print_table(header, table)
+
+
 def draw(groups, data, path):
     """Return on the test tasks, context from their own data, against updates; band: one standard error."""
     import matplotlib  # only pictures need it
@@ -271,25 +331,29 @@ def main():
     parser.add_argument(
         "--add", type=Path, metavar="RUNS", help="copy the finished runs of this --run-dir into the files"
     )
-    parser.add_argument("--env", default="ant-dir")
+    parser.add_argument("--env", nargs="+", default=["ant-dir"], help="task families")
     parser.add_argument("--files", type=Path, default=HERE, help="folder of results.csv and curves.csv")
     parser.add_argument("--figure", type=Path, help="where to write the learning curves (png)")
     parser.add_argument("--only", nargs="+", help="experiment names; by default all that are there")
+    parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
     parser.add_argument("--brief", action="store_true", help="normalized returns of four protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()
     if args.add:
         return add(args.add, args.files)
+    if args.compare:
+        return print_comparison(args.files / "results.csv", args.compare, args.env, args.only)
     if args.write:
         for path in args.write:
             write(path)
         return None
-    groups = chosen(args.files / "results.csv", args.env, args.only)
-    if not groups:
-        raise SystemExit(f"no row of {args.env} in {args.files / 'results.csv'}; make runs: see benchmark/README.md")
-    print_brief(groups) if args.brief else print_tables(groups)
-    if args.figure:
-        draw(chosen(args.files / "curves.csv", args.env, args.only), dc.load_dataset(args.env), args.figure)
+    for env in args.env:
+        groups = chosen(args.files / "results.csv", env, args.only)
+        if not groups:
+            raise SystemExit(f"no row of {env} in {args.files / 'results.csv'}; make runs: see benchmark/README.md")
+        print_brief(groups) if args.brief else print_tables(groups)
+        if args.figure:
+            draw(chosen(args.files / "curves.csv", env, args.only), dc.load_dataset(env), args.figure)
 
 
 if __name__ == "__main__":

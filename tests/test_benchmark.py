@@ -134,6 +134,30 @@ def test_without_a_run_one_line_says_so(tmp_path):
         assert code == 1 and not out and len(err.splitlines()) == 1 and "benchmark/README.md" in err
 
 
+def test_interquartile_mean_and_probability_of_improvement_vectors():
+    assert report.interquartile_mean(np.array([[100.0, -9.0, 2.0, 3.0], [4.0, -50.0, 5.0, 6.0]])) == (2 + 3 + 4 + 5) / 4
+    assert report.interquartile_mean(np.array([7.0])) == 7
+    ours, theirs = np.array([[1.0, 5.0], [3.0, 5.0]]), np.array([[2.0, 5.0]])
+    assert report.improvement(ours, theirs) == (0 + 1 + 0.5 + 0.5) / 4
+    assert report.improvement(theirs, ours) == 1 - report.improvement(ours, theirs)
+
+
+def test_intervals_draw_seeds_and_tasks_within_a_family():
+    first, second = np.arange(6.0).reshape(2, 3), 100 + np.arange(20.0).reshape(4, 5)
+    drawn = [report.resampled([first, second], np.random.default_rng(k)) for k in range(50)]
+    for a, b in drawn:
+        assert (a.shape, b.shape) == (first.shape, second.shape) and set(a.flat) <= set(first.flat) and b.min() >= 100
+        rows = [set(row // 5) for row in b - 100]
+        assert all(len(row) == 1 for row in rows)  # whole seeds
+        assert len({tuple((row - 100) % 5) for row in b}) == 1  # the same tasks of all of them
+    assert len({tuple(a.flat) for a, _ in drawn}) > 20
+    text = report.interval(lambda sample: np.mean(sample[0]), [np.array([[0.0, 100.0]] * 8)], draws=500)
+    assert text == "50 [0, 100]"
+    noise = np.random.default_rng(0).standard_normal((400, 1)) * 10 + 50
+    mean, low, high = (float(x.strip("[],")) for x in report.interval(lambda s: s[0].mean(), [noise]).split())
+    assert mean == round(noise.mean()) and low == mean - 1 and high == mean + 1  # 1.96 * 10 / 20
+
+
 def test_tables_in_a_file_are_made_anew_and_its_text_stays(tmp_path):
     write_run(tmp_path / "runs", "flora", 0, [-6.0, -2.0])
     report.add(tmp_path / "runs", tmp_path)
