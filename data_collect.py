@@ -786,8 +786,8 @@ def faults(family, arrays):
 
 # ---- evaluation -------------------------------------------------------------
 
-EXPLORATION_EPISODES, EXPLOITATION_EPISODES = 2, 3  # of the online protocol
-PROTOCOLS = ("iid", "ood", "ood_random", "online", "zero_shot", "train")
+EXPLORATION_EPISODES, EXPLOITATION_EPISODES = 2, 3  # of the online protocols
+PROTOCOLS = ("iid", "ood", "ood_random", "online", "np_online", "zero_shot", "train")
 Protocol = Literal[PROTOCOLS]
 
 
@@ -805,6 +805,8 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     ood_random context = an episode on the test task by the uniform random policy
     online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; before
                each, adapt sees all episodes collected so far (none at first); the last one is reported
+    np_online  the same, but the first episode has uniform random actions (CSRO's non-prior collection: no belief about
+               the task acts before anything is known of it)
     zero_shot  no context at all
     train      as iid, on the first ten training tasks
 
@@ -837,20 +839,22 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
             lengths = torch.zeros(len(row_tasks), dtype=torch.long, device=device)
         mask = (torch.arange(context.shape[1], device=device) < lengths[:, None]).float()
         env = TaskEnv(data.family, data.task_params, row_tasks)
-        rounds = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if protocol == "online" else 1
-        for k in range(rounds):
-            explore = protocol == "online" and k < EXPLORATION_EPISODES
-            policy = adapt(context[..., :-1], mask, explore)
+        own = protocol in ("online", "np_online")  # contexts of the agent's own
+        for k in range(EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1):
+            policy = adapt(context[..., :-1], mask, own and k < EXPLORATION_EPISODES)
+            rng = np.random.default_rng(10_000) if protocol == "np_online" and k == 0 else None
 
-            def act(obs, rew, policy=policy):
+            def act(obs, rew, policy=policy, rng=rng):
+                if rng is not None:
+                    return torch.as_tensor(rng.uniform(-1, 1, (len(obs), data.act_dim)))
                 return policy(data.standardize(obs), rew)
 
             done = rollout(env, act, (seeds + 31 * k).tolist(), device)
             done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
             done |= {"context": context[..., :-1], "mask": mask}
             returns = done["rewards"].sum(1, dtype=np.float64)  # [R]
-            if protocol == "online":
-                results[f"eval/online/return_ep_{k + 1}"] = returns.mean()
+            if own:
+                results[f"eval/{protocol}/return_ep_{k + 1}"] = returns.mean()
                 steps = torch.as_tensor(done["lengths"], device=device)
                 context = torch.cat([context, transitions(done, device=device)], 1)
                 mask = torch.cat([mask, (torch.arange(horizon, device=device) < steps[:, None]).float()], 1)

@@ -33,7 +33,7 @@ RESULTS = (*KEY, "protocol", "updates", "return", "return_se", "normalized", "q_
 RESULTS += ("probe_r2", "updates_per_sec", "cpu_s", "commit", "torch")
 RESULTS += ("by_task", "arms")  # returns of the tasks; last probabilities of FLORA's bandit, alpha from -1 to 0
 CURVES = (*KEY, "updates", "iid", "train", "q_error", "divergence")
-PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "zero_shot", "train")
+PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "np_online", "zero_shot", "train")
 PARTS = {  # further tables: title -> protocols
     "inner steps": [f"steps_{k}" for k in (0, 1, 5, 20)],  # MACAW
     "own episodes": [f"ep_{k}" for k in range(1, 6)],

@@ -185,7 +185,7 @@ def main():
     return int(any(BAD & set(counts) for counts in tally.values()))
 
 
-BACKBONE = [  # what focal.py, unicorn.py and corro.py share
+BACKBONE = [  # what focal.py, unicorn.py, corro.py and, but for the entropy, csro.py share
     Mutant("the actor minimizes Q", "agent.brac_alpha * divergence - q_mean", "agent.brac_alpha * divergence + q_mean"),
     Mutant(
         "the target is the maximum of the twins",
@@ -253,6 +253,9 @@ BACKBONE = [  # what focal.py, unicorn.py and corro.py share
     ),
     Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
 ]
+# edits of lines that read otherwise without an entropy
+OF_THE_ENTROPY = {"the target is the maximum of the twins", "target noise ignored", "next actions without noise"}
+OF_THE_ENTROPY |= {"entropy is a cost in the target", "no decay of the learning rate"}
 
 MUTANTS = {
     "flora.py": [
@@ -514,6 +517,56 @@ MUTANTS = {
             "list(agent.q.parameters()), 1.0)",
         ),
         Mutant("z does not enter the networks", "(h + of_task[:, :, None])", "(h + self.b_1[:, :, None])"),
+    ],
+    "csro.py": [
+        *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
+        Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
+        Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
+        Mutant("target noise ignored", "args.target_noise * log_std.exp()", "log_std.exp()"),
+        Mutant("next actions without noise", "args.target_noise * log_std.exp()", "0 * log_std.exp()"),
+        Mutant(
+            "no decay of the guess's learning rate",
+            "set_lr(agent.guess_opt, args.lr * run.decay)",
+            "set_lr(agent.guess_opt, args.lr)",
+        ),
+        Mutant("no decay of the learning rate", "set_lr(agent.opt, args.lr * run.decay)", "set_lr(agent.opt, args.lr)"),
+        Mutant("the bound is made large", "+ args.club_weight * bound", "- args.club_weight * bound"),
+        Mutant("the weight of the bound ignored", "+ args.club_weight * bound", "+ bound"),
+        Mutant("metric weight ignored", "args.metric_weight * metric_loss", "metric_loss"),
+        Mutant(
+            "the bound has CLUB's factor 1/2", "((of_all - own) / var).mean()", "((of_all - own) / (2 * var)).mean()"
+        ),
+        Mutant("the negatives are the mean embedding", "(center - mean).pow(2) + spread", "(center - mean).pow(2)"),
+        Mutant("sample variance of the embeddings", "each.var(1, correction=0", "each.var(1, correction=1"),
+        Mutant("negatives of all tasks", "each.mean(1, keepdim=True), each", "each.mean((0, 1), keepdim=True), each"),
+        Mutant(
+            "the guess sees the rewards",
+            "context[..., : obs.shape[-1] + act.shape[-1]]",
+            "context[..., 1 : 1 + obs.shape[-1] + act.shape[-1]]",
+        ),
+        Mutant(
+            "the encoder pleases the guess",
+            "guess_loss(each.detach(), *agent",
+            "guess_loss(each, *agent",
+            "the backward pass reaches the guess's parameters alone",
+        ),
+        Mutant("the guess is not trained", "    agent.guess_opt.step()\n", ""),
+        Mutant("the guess's gradients add up", "    agent.guess_opt.zero_grad()\n", ""),
+        Mutant("the guess's weight ignored", "args.guess_weight * guess_loss", "guess_loss"),
+        Mutant("no logarithm of the variance", " + 0.5 * var.log()).mean()", ").mean()"),
+        Mutant(
+            "the guess's mean without bound",
+            "mean, var = torch.tanh(self.net(obs_act)).chunk(2, -1)",
+            "mean, var = self.net(obs_act).chunk(2, -1)",
+        ),
+        Mutant("z is averaged over the padding too", "mask.sum(1, keepdim=True).clamp(min=1)", "max(mask.shape[1], 1)"),
+        Mutant("the padding is embedded", "self.each(context) * mask[..., None]", "self.each(context)"),
+        Mutant("the critics train the encoder too", "z_fixed = z.detach()", "z_fixed = z"),
+        Mutant(
+            "the multiplier falls where it should grow",
+            "(divergence - args.divergence_target)",
+            "(args.divergence_target - divergence)",
+        ),
     ],
     "unicorn.py": [
         *BACKBONE,
@@ -1363,9 +1416,13 @@ MUTANTS = {
         Mutant("policies get raw observations", "return policy(data.standardize(obs), rew)", "return policy(obs, rew)"),
         Mutant(
             "the online protocol explores to the end",
-            'protocol == "online" and k < EXPLORATION_EPISODES',
-            'protocol == "online"',
+            "own and k < EXPLORATION_EPISODES",
+            "own",
         ),
+        Mutant("no random episode before the own ones", 'protocol == "np_online" and k == 0', "False"),
+        Mutant("random episodes only", 'protocol == "np_online" and k == 0', 'protocol == "np_online"'),
+        Mutant("the random episode repeats one action", "rng.uniform(-1, 1", "np.random.default_rng(1).uniform(-1, 1"),
+        Mutant("the random actions are small", "rng.uniform(-1, 1", "rng.uniform(-0.5, 0.5"),
         Mutant(
             "the online protocol forgets earlier episodes",
             "context = torch.cat([context, transitions(done, device=device)], 1)",

@@ -934,8 +934,10 @@ def check_results(watched, data, protocol, tasks, returns, distances=()):
         for score, distance in zip(scores, distances):
             thirds["near" if distance <= one else "middle" if distance <= two else "far"].append(score)
         expected |= {f"eval/ood/normalized_{third}": np.mean(found) for third, found in thirds.items()}
-    if protocol == "online":
-        expected |= {f"eval/online/return_ep_{k + 1}": np.mean(watched.returns(data, k)) for k in range(5)}
+    if "online" in protocol:
+        expected |= {f"eval/{protocol}/return_ep_{k + 1}": np.mean(watched.returns(data, k)) for k in range(5)}
+    if protocol == "np_online":  # the first is no policy's
+        expected["eval/np_online/return_ep_1"] = watched.first.mean()
     assert watched.results == pytest.approx(expected, abs=1e-3)
     assert all(isinstance(value, float) for value in watched.results.values())
 
@@ -996,9 +998,10 @@ def test_single_row_has_no_standard_error_and_foreign_policies_equally_far_are_a
     assert tags(1) == {"return", "normalized", "normalized_near"}
 
 
-def test_online_context_grows_by_the_rows_own_episodes(uneven, monkeypatch):
+@pytest.mark.parametrize("protocol", ["online", "np_online"])
+def test_online_context_grows_by_the_rows_own_episodes(protocol, uneven, monkeypatch):
     data, arrays = uneven
-    watched = Watched(monkeypatch, data, "online", 7)
+    watched = Watched(monkeypatch, data, protocol, 7)
     assert [explore for _, _, explore in watched.given] == [True, True, False, False, False]
     row_tasks = [6] * 7 + [7] * 7 + [8] * 7
     goals = data.task_params[row_tasks]
@@ -1008,13 +1011,18 @@ def test_online_context_grows_by_the_rows_own_episodes(uneven, monkeypatch):
         assert context.shape == (21, 20 * k, 7) and mask.shape == (21, 20 * k) and (mask == 1).all()
         for past in range(k):
             own, act = context[:, 20 * past : 20 * past + 20].numpy(), watched.acts(21, past).numpy()
-            position = 0.1 * act[:, None] * np.arange(21)[:, None]
+            act = np.repeat(act[:, None], 20, 1)  # [21, 20, 2]
+            if protocol == "np_online" and past == 0:
+                act, watched.first = own[..., 2:4], own[..., 4].sum(1)
+                assert act.min() < -0.95 and act.max() > 0.95 and abs(act.mean()) < 0.1  # uniform, anew at every step
+                assert abs(act.std() - 1 / math.sqrt(3)) < 0.05 and len(np.unique(act)) == act.size
+            position = 0.1 * np.concatenate([0 * act[:, :1], act.cumsum(1)], 1)
             np.testing.assert_allclose(own[..., :2], as_seen(arrays, position[:, :-1]), atol=1e-4)
-            np.testing.assert_allclose(own[..., 2:4], np.repeat(act[:, None], 20, 1), atol=1e-6)
+            np.testing.assert_allclose(own[..., 2:4], act, atol=1e-6)
             distance = np.linalg.norm(position[:, 1:] - goals[:, None], axis=-1)
             np.testing.assert_allclose(own[..., 4], -distance, atol=1e-5)
             np.testing.assert_allclose(own[..., 5:], as_seen(arrays, position[:, 1:]), atol=1e-4)
-    check_results(watched, data, "online", [6, 7, 8], watched.returns(data, 4))
+    check_results(watched, data, protocol, [6, 7, 8], watched.returns(data, 4))
 
 
 def test_online_mask_covers_episodes_of_different_length(walker):
