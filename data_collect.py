@@ -1150,7 +1150,7 @@ def write_json(path, content):
 def eval_line(results):
     """One line of the returns per protocol with standard errors, normalized in brackets, and of the quality of z."""
     cells = []
-    for p in (*PROTOCOLS, "clone"):
+    for p in (*PROTOCOLS, "idaq", "clone"):
         if f"eval/{p}/return" in results:
             error = f" ± {results[f'eval/{p}/return_se']:.1f}" if f"eval/{p}/return_se" in results else ""
             cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error} ({results[f'eval/{p}/normalized']:.0f})")

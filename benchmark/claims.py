@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import data_collect as dc  # noqa: E402
 
-QUALITIES = ("random", "medium", "mixed", "expert")
+QUALITIES = ("random", "random.weak", "medium", "mixed", "expert")  # weak: --brac-alpha 0.1, hardly an anchor
 VARIANTS = ("full", "no-flows", "no-correction", "neither", "plain")  # plain: one feature, so no decomposition
 STEPS, GAP, GAP_SPREAD = 1_000, 250, 10  # of a non-stationary episode; steps between two tasks, normal
 EPISODES = 4  # per test task

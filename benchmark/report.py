@@ -33,10 +33,11 @@ RESULTS = (*KEY, "protocol", "updates", "return", "return_se", "normalized", "q_
 RESULTS += ("probe_r2", "updates_per_sec", "cpu_s", "commit", "torch")
 RESULTS += ("by_task", "arms")  # returns of the tasks; last probabilities of FLORA's bandit, alpha from -1 to 0
 CURVES = (*KEY, "updates", "iid", "train", "q_error", "divergence")
-PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "np_online", "zero_shot", "train")
+PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "np_online", "idaq", "zero_shot", "train")
 PARTS = {  # further tables: title -> protocols
     "inner steps": [f"steps_{k}" for k in (0, 1, 5, 20)],  # MACAW
     "own episodes": [f"ep_{k}" for k in range(1, 6)],
+    "own episodes, IDAQ": [f"idaq_{k}" for k in range(1, 11)],
     "ood, normalized, by distance": ["near", "middle", "far"],
 }
 
@@ -87,7 +88,8 @@ def rows_of(run_dir):
             row |= {name: result.get(f"z/{name}") for name in ("nearest_task_acc", "probe_r2")}
             row["arms"] = " ".join(f"{p:.4f}" for p in last_probabilities(run_dir))
         rows.append(row)
-    for part, of_part in (("adapt/return_{}_steps", "inner steps"), ("eval/online/return_ep_{}", "own episodes")):
+    parts = (("adapt/return_{}_steps", "inner steps"), ("eval/online/return_ep_{}", "own episodes"))
+    for part, of_part in (*parts, ("eval/idaq/return_ep_{}", "own episodes, IDAQ")):
         for protocol in PARTS[of_part]:
             tag = part.format(protocol.split("_")[1])
             if tag in result:

@@ -185,7 +185,7 @@ def main():
     return int(any(BAD & set(counts) for counts in tally.values()))
 
 
-BACKBONE = [  # what focal.py, unicorn.py, corro.py and, but for the entropy, csro.py share
+BACKBONE = [  # what focal.py, unicorn.py, corro.py and, but for the entropy, csro.py and idaq.py share
     Mutant("the actor minimizes Q", "agent.brac_alpha * divergence - q_mean", "agent.brac_alpha * divergence + q_mean"),
     Mutant(
         "the target is the maximum of the twins",
@@ -562,6 +562,64 @@ MUTANTS = {
         Mutant("z is averaged over the padding too", "mask.sum(1, keepdim=True).clamp(min=1)", "max(mask.shape[1], 1)"),
         Mutant("the padding is embedded", "self.each(context) * mask[..., None]", "self.each(context)"),
         Mutant("the critics train the encoder too", "z_fixed = z.detach()", "z_fixed = z"),
+        Mutant(
+            "the multiplier falls where it should grow",
+            "(divergence - args.divergence_target)",
+            "(args.divergence_target - divergence)",
+        ),
+    ],
+    "idaq.py": [
+        *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
+        Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
+        Mutant("target noise ignored", "args.target_noise * log_std.exp()", "log_std.exp()"),
+        Mutant("next actions without noise", "args.target_noise * log_std.exp()", "0 * log_std.exp()"),
+        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
+        Mutant("metric weight ignored", "args.metric_weight * metric_loss", "metric_loss"),
+        Mutant("the nearest candidate", "distance == distance.amax", "distance == distance.amin"),
+        Mutant("far from the farthest tried", ".mean(-1).amin(-1)  # [R, K]", ".mean(-1).amax(-1)  # [R, K]"),
+        Mutant("the reference stage forgets what was tried", "        tried.append(z)\n", ""),
+        Mutant(
+            "the last episode of the reference stage is missing",
+            "k < args.reference_episodes",
+            "k < args.reference_episodes - 1",
+        ),
+        Mutant(
+            "the z of the last episode is inferred",
+            "        if last:\n            z = best_z",
+            "        if False:\n            z = best_z",
+        ),
+        Mutant("worse episodes are accepted", "(returns > best)", "(returns < best)"),
+        Mutant("all episodes are accepted", "(returns > best)[:, None]", "(returns > -math.inf)[:, None]"),
+        Mutant(
+            "the reference stage keeps all that improved",
+            "torch.where(better, 0.0, kept) if reference else kept",
+            "kept",
+        ),
+        Mutant(
+            "a better episode replaces the accepted ones",
+            "torch.where(better, 0.0, kept) if reference else kept",
+            "torch.where(better, 0.0, kept)",
+        ),
+        Mutant("the best return is the last", "torch.maximum(best, returns)", "returns"),
+        Mutant("the best z is the last", "torch.where(better, z, best_z)", "z"),
+        Mutant("candidates of one training task", "torch.randint(len(pool)", "torch.randint(1"),
+        Mutant(
+            "hypotheses of the test tasks",
+            "log = data.sample_context(data.train_tasks,",
+            "log = data.sample_context(torch.as_tensor(data.test_ids),",
+        ),
+        Mutant(
+            "the encoder sees raw observations",
+            'data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()',
+            'done["observations"]',
+        ),
+        Mutant("one start for all episodes", "(seeds + 31 * k).tolist()", "seeds.tolist()"),
+        Mutant(
+            "the return that counts is the best",
+            '"eval/idaq/return": float(found.mean())',
+            '"eval/idaq/return": float(best.mean())',
+        ),
+        Mutant("adaptation at every evaluation", 'if "online" in protocols:', "if True:"),
         Mutant(
             "the multiplier falls where it should grow",
             "(divergence - args.divergence_target)",
@@ -1536,7 +1594,7 @@ MUTANTS = {
             '"eval_episodes", "device"}',
         ),
         Mutant("the line has no standard errors", "return_se']:.1f}\" if f", "return_se']:.1f}\" if 0 and f"),
-        Mutant("the line leaves pi_beta's return out", 'for p in (*PROTOCOLS, "clone"):', "for p in PROTOCOLS:"),
+        Mutant("the line leaves pi_beta's return out", 'for p in (*PROTOCOLS, "idaq", "clone"):', "for p in PROTOCOLS:"),
         Mutant("targets without noise are refused", '{"target_noise", "behavior_decay"}', '{"behavior_decay"}'),
         Mutant("pi_beta without weight decay is refused", '{"target_noise", "behavior_decay"}', '{"target_noise"}'),
         Mutant("a share above 1 passes", '"anchor_share": (0, 1), ', ""),

@@ -29,7 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_collect as dc
 import flora
 
-SCRIPTS = ["flora", "focal", "unicorn", "corro", "csro", "macaw", "meta_dt"]
+SCRIPTS = ["flora", "focal", "unicorn", "corro", "csro", "idaq", "macaw", "meta_dt"]
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 40, "log_every": 10, "eval_every": 20}
 SMALL |= {"save_every": 10, "eval_episodes": 1, "final_episodes": 2, "meta_batch": 4, "batch_size": 8}
 SMALL |= {"context_size": 8, "width": 16}
@@ -44,11 +44,12 @@ CASES = {  # case: script, its arguments
     "corro-generative": ("corro", {"negatives": "generative", "encoder_updates": 20}),
     "corro-none": ("corro", {"negatives": "none", "backbone": "sac", "encoder_updates": 20}),
     "csro": ("csro", {}),
+    "idaq": ("idaq", {}),
     "macaw": ("macaw", {"latent": 6, "head_width": 8}),
     "meta_dt": ("meta_dt", {"world_model_updates": 20}),
     "meta_dt-sample": ("meta_dt", {"world_model_updates": 20, "prompt_select": "sample"}),
 }
-FIRST = ["flora", "focal", "unicorn", "corro-none", "csro", "macaw", "meta_dt"]  # one case of every script
+FIRST = ["flora", "focal", "unicorn", "corro-none", "csro", "idaq", "macaw", "meta_dt"]  # one case of every script
 TIMING = {"run_dir", "updates_per_sec", "cpu_s"}  # what differs between two equal runs
 scripts = pytest.mark.parametrize("name", SCRIPTS)
 every_script = pytest.mark.parametrize("case", FIRST)
@@ -149,15 +150,8 @@ def test_run_moves_every_parameter_and_reports_every_protocol(case, straight):
     for protocol in dc.PROTOCOLS:
         assert {f"eval/{protocol}/{figure}" for figure in ("return", "return_se", "normalized")} <= result.keys()
     assert ("eval/iid/q_error" in result) == (CASES[case][0] not in ("macaw", "meta_dt"))
-    fitted = case in (
-        "flora",
-        "focal",
-        "unicorn",
-        "unicorn-ss-0",
-        "corro",
-        "corro-generative",
-        "csro",
-    )  # those with pi_beta
+    without = ("focal-dual", "unicorn-sup", "corro-none", "macaw", "meta_dt", "meta_dt-sample")  # pi_beta
+    fitted = case not in without
     assert ("eval/clone/return_se" in result) == fitted
     assert all(math.isfinite(value) for tag, value in result.items() if tag != "run_dir")
     assert result["step"] == 40 and result["cpu_s"] > 0
