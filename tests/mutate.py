@@ -1594,7 +1594,9 @@ MUTANTS = {
             '"eval_episodes", "device"}',
         ),
         Mutant("the line has no standard errors", "return_se']:.1f}\" if f", "return_se']:.1f}\" if 0 and f"),
-        Mutant("the line leaves pi_beta's return out", 'for p in (*PROTOCOLS, "idaq", "clone"):', "for p in PROTOCOLS:"),
+        Mutant(
+            "the line leaves pi_beta's return out", 'for p in (*PROTOCOLS, "idaq", "clone"):', "for p in PROTOCOLS:"
+        ),
         Mutant("targets without noise are refused", '{"target_noise", "behavior_decay"}', '{"behavior_decay"}'),
         Mutant("pi_beta without weight decay is refused", '{"target_noise", "behavior_decay"}', '{"target_noise"}'),
         Mutant("a share above 1 passes", '"anchor_share": (0, 1), ', ""),

@@ -178,6 +178,12 @@ def test_tables_in_a_file_are_made_anew_and_its_text_stays(tmp_path):
     assert "no row" in stop_message(report.write, tmp_path / "doc.md")
 
 
+def test_the_readmes_table_is_that_of_the_raw_numbers(tmp_path):
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    report.write(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
 class Recorder:
     """In a script's place: walks in a fixed direction and keeps every context that it is given."""
 
