@@ -861,12 +861,9 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         env.close()
         if trace is not None:
             trace.append(done)
-        results[f"eval/{protocol}/return"] = returns.mean()
-        if len(returns) > 1:
-            results[f"eval/{protocol}/return_se"] = returns.std(ddof=1) / len(returns) ** 0.5
-        normalized = normalize(data, row_tasks, returns)
-        results[f"eval/{protocol}/normalized"] = normalized.mean()
+        results |= figures(data, protocol, row_tasks, returns)
         if protocol == "ood":  # by thirds of the distance between the task and that of the policy which acted
+            normalized = normalize(data, row_tasks, returns)
             third = np.searchsorted(np.quantile(distance, (1 / 3, 2 / 3)), distance)
             for k in np.unique(third):
                 results[f"eval/ood/normalized_{('near', 'middle', 'far')[k]}"] = normalized[third == k].mean()
@@ -875,6 +872,15 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         if done["diverged"].any():
             results[f"eval/{protocol}/diverged"] = done["diverged"].sum()
     return {tag: float(value) for tag, value in results.items()}
+
+
+def figures(data, name, tasks, returns):
+    """Returns [R] of rows on tasks [R] -> {"eval/{name}/return": mean, "return_se": its standard error, if any,
+    "normalized": mean on the tasks' own scales}."""
+    results = {f"eval/{name}/return": float(returns.mean())}
+    if len(returns) > 1:
+        results[f"eval/{name}/return_se"] = float(returns.std(ddof=1) / len(returns) ** 0.5)
+    return results | {f"eval/{name}/normalized": float(normalize(data, tasks, returns).mean())}
 
 
 def q_error(episodes, value, gamma):

@@ -372,11 +372,7 @@ def explore_and_adapt(agent, data, args, episodes):
         kept = torch.cat([before, own.float()], 1)
         best, best_z = torch.maximum(best, returns), z if best_z is None else torch.where(better, z, best_z)
     env.close()
-    results |= {"eval/idaq/return": float(found.mean())}
-    results |= {"eval/idaq/normalized": float(dc.normalize(data, tasks, found).mean())}
-    if len(found) > 1:
-        results["eval/idaq/return_se"] = float(found.std(ddof=1) / len(found) ** 0.5)
-    return results
+    return results | dc.figures(data, "idaq", tasks, found)
 
 
 def evaluate_all(agent, data, args, protocols, episodes):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import HERE, finished_runs, print_table, read, revisit
+from report import HERE, band, finished_runs, print_table, pyplot, read, revisit
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -37,19 +37,7 @@ def spread(values, digits=2):
 
 
 def axes(columns, rows=1):
-    import matplotlib  # only pictures need it
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), layout="constrained", squeeze=False)
-
-
-def band(axis, x, values, **style):
-    """Mean over the first axis of values [seeds, points] with one standard error."""
-    mean, error = values.mean(0), values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
-    (line,) = axis.plot(x, mean, linewidth=1.2, **style)
-    axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
+    return pyplot().subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), layout="constrained", squeeze=False)
 
 
 # ---- a, b: what decomposition and correction do to the critic -----------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import revisit
+from report import pyplot, revisit
 
 import data_collect as dc
 
@@ -39,11 +39,7 @@ def play(tasks, script, agent, data, args):
 
 def draw_paths(family, tasks, params, states, path):
     """Each task's path in the plane, and where it should lead: a goal, or a direction."""
-    import matplotlib  # only pictures need it
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     if not isinstance(family, (dc.Point, dc.Ant)):
         raise SystemExit("--figure: only point robots and ants move in a plane; use --frames")
     plane = states if isinstance(family, dc.Point) else states[..., 1:3]  # [B, H + 1, 2]
@@ -63,7 +59,6 @@ def draw_paths(family, tasks, params, states, path):
 
 def draw_frames(family, tasks, states, folder):
     """Pictures folder/task21-000.png .. of every step."""
-    import matplotlib.image
     import mujoco
 
     if not isinstance(family, dc.Mujoco):
@@ -82,7 +77,7 @@ def draw_frames(family, tasks, states, folder):
             mujoco.mj_forward(family.model, body)
             camera.lookat[:] = body.qpos[:3] if isinstance(family, dc.Ant) else [body.qpos[0], 0, 0.5]
             renderer.update_scene(body, camera)
-            matplotlib.image.imsave(folder / f"task{task}-{t:03d}.png", renderer.render())
+            pyplot().imsave(folder / f"task{task}-{t:03d}.png", renderer.render())
     print(f"{len(tasks)} x {states.shape[1]} pictures in {folder}")
 
 

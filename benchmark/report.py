@@ -288,20 +288,29 @@ def print_comparison(path, reference, envs, only):
     print_table(header, table)
 
 
-def draw(groups, data, path):
-    """Return on the test tasks, context from their own data, against updates; band: one standard error."""
+def pyplot():
     import matplotlib  # only pictures need it
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    return matplotlib.pyplot
+
+
+def band(axis, x, values, **style):
+    """Mean over the first axis of values [seeds, points] with one standard error."""
+    mean, error = values.mean(0), values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
+    (line,) = axis.plot(x, mean, **style)
+    axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def draw(groups, data, path):
+    """Return on the test tasks, context from their own data, against updates; band: one standard error."""
+    figure, axes = pyplot().subplots(figsize=(6.4, 3.8), layout="constrained")
     for name, seeds in groups.items():
         steps = [int(row["updates"]) for row in next(iter(seeds.values()))]
         values = np.array([[float(row["iid"]) for row in rows] for rows in seeds.values()])
-        mean, error = values.mean(0), values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
-        (line,) = axes.plot(steps, mean, label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})")
-        axes.fill_between(steps, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
+        band(axes, steps, values, label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})")
     for label, level, style in (
         ("expert", data.expert_returns[data.test_ids].mean(), "--"),
         ("mean return of the training data", data.behavior_return, ":"),

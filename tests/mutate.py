@@ -614,11 +614,7 @@ MUTANTS = {
             'done["observations"]',
         ),
         Mutant("one start for all episodes", "(seeds + 31 * k).tolist()", "seeds.tolist()"),
-        Mutant(
-            "the return that counts is the best",
-            '"eval/idaq/return": float(found.mean())',
-            '"eval/idaq/return": float(best.mean())',
-        ),
+        Mutant("the return that counts is the best", '"idaq", tasks, found)', '"idaq", tasks, best.numpy())'),
         Mutant("adaptation at every evaluation", 'if "online" in protocols:', "if True:"),
         Mutant(
             "the multiplier falls where it should grow",
@@ -1456,11 +1452,7 @@ MUTANTS = {
             "returns.std(ddof=1) / len(returns) ** 0.5",
             "returns.std(ddof=1) / len(tasks) ** 0.5",
         ),
-        Mutant(
-            "a single episode has a standard error",
-            "        if len(returns) > 1:\n            results",
-            "        if True:\n            results",
-        ),
+        Mutant("a single episode has a standard error", "    if len(returns) > 1:\n", "    if True:\n"),
         Mutant(
             "rows are normalized by other tasks",
             "normalize(data, row_tasks, returns)",

@@ -14,7 +14,9 @@ import torch
 from conftest import OnDevice, origin, to_meta
 from test_focal import DATA, FAST, TASK_IDS, assert_same_update, check_best, check_clamps, check_evaluation
 from test_focal import check_learning, check_segments, decaying, gradients, make_batch, make_context, make_segment
-from test_focal import slow_actor_critic, slow_metric, slow_multiplier_and_targets, slow_policy, start, vectors
+from test_focal import slow_actor_critic, slow_embedding, slow_metric, slow_multiplier_and_targets, slow_policy, start
+from test_focal import vectors
+from test_unicorn import slow_layers
 
 import csro
 import data_collect as dc
@@ -40,20 +42,6 @@ def make_agent(data=DATA, **changes):
 
 
 # ---- the slow update --------------------------------------------------------------------
-
-
-def slow_layers(net, row):
-    """A row through linear layers with ReLU between them."""
-    layers = [layer for layer in net if hasattr(layer, "weight")]
-    for layer in layers[:-1]:
-        row = layer.weight @ row + layer.bias
-        row = torch.where(row > 0, row, 0.0)
-    return layers[-1].weight @ row + layers[-1].bias
-
-
-def slow_embedding(encoder, context):
-    """context [K, ctx_dim] -> z [z_dim]."""
-    return sum(torch.tanh(slow_layers(encoder.net, row)) for row in context) / len(context)
 
 
 def slow_guess(agent, row):
