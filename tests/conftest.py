@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 import data_collect  # noqa: E402
 
+pytest.register_assert_rewrite("siblings")
+
 TINY = {"train_tasks": 6, "test_tasks": 3, "total_updates": 200, "episodes": 8, "test_episodes": 3}
 TINY_WALKER = {"train_tasks": 3, "test_tasks": 2, "total_updates": 40, "episodes": 5, "test_episodes": 3, "rows": 4}
 TINY_WALKER |= {"updates_per_step": 20, "width": 16, "ood_contexts": 2, "batch_size": 32}

@@ -185,7 +185,7 @@ def main():
     return int(any(BAD & set(counts) for counts in tally.values()))
 
 
-BACKBONE = [  # what focal.py, unicorn.py, corro.py and, but for the entropy, csro.py and idaq.py share
+BACKBONE = [  # what focal.py, unicorn.py, corro.py and, but for the entropy, csro.py, er_trl.py, idaq.py share
     Mutant("the actor minimizes Q", "agent.brac_alpha * divergence - q_mean", "agent.brac_alpha * divergence + q_mean"),
     Mutant(
         "the target is the maximum of the twins",
@@ -562,6 +562,69 @@ MUTANTS = {
         Mutant("z is averaged over the padding too", "mask.sum(1, keepdim=True).clamp(min=1)", "max(mask.shape[1], 1)"),
         Mutant("the padding is embedded", "self.each(context) * mask[..., None]", "self.each(context)"),
         Mutant("the critics train the encoder too", "z_fixed = z.detach()", "z_fixed = z"),
+        Mutant(
+            "the multiplier falls where it should grow",
+            "(divergence - args.divergence_target)",
+            "(args.divergence_target - divergence)",
+        ),
+    ],
+    "er_trl.py": [
+        *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
+        Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
+        Mutant("target noise ignored", "args.target_noise * log_std.exp()", "log_std.exp()"),
+        Mutant("next actions without noise", "args.target_noise * log_std.exp()", "0 * log_std.exp()"),
+        Mutant("no decay of the learning rate", "set_lr(agent.opt, args.lr * run.decay)", "set_lr(agent.opt, args.lr)"),
+        Mutant("no decay of the GAN's learning rate", "args.gan_lr * run.decay", "args.gan_lr"),
+        Mutant("the GAN learns at the others' rate", "args.gan_lr * run.decay", "args.lr * run.decay"),
+        Mutant(
+            "the encoder minimizes the entropy", "- args.behavior_entropy_weight *", "+ args.behavior_entropy_weight *"
+        ),
+        Mutant("the weight of the entropy ignored", "- args.behavior_entropy_weight * entropy", "- entropy"),
+        Mutant("metric weight ignored", "args.metric_weight * metric_loss", "metric_loss"),
+        Mutant(
+            "no entropy reaches the encoder", "agent.generator(obs, z)).mean()", "agent.generator(obs, z_fixed)).mean()"
+        ),
+        Mutant(
+            "entropy of the data's actions",
+            "action_entropy(agent.generator(obs, z))",
+            "action_entropy(act + 0 * z.sum())",
+        ),
+        Mutant("covariance of all tasks", "act - act.mean(1, keepdim=True)", "act - act.mean((0, 1), keepdim=True)"),
+        Mutant("covariance about 0", "act - act.mean(1, keepdim=True)", "act"),
+        Mutant("biased covariance", "max(act.shape[1] - 1, 1)", "act.shape[1]"),
+        Mutant("the covariance's diagonal without its least value", "+ 1e-5 * torch.eye", "+ 0 * torch.eye"),
+        Mutant("entropy without its factor 1/2", "return 0.5 * torch.linalg", "return torch.linalg"),
+        Mutant(
+            "the discriminator takes imitated actions for the data's",
+            "+ F.softplus(fake).mean()",
+            "+ F.softplus(-fake).mean()",
+        ),
+        Mutant("the discriminator does not see the data", "F.softplus(-real).mean() + F", "0 * real.mean() + F"),
+        Mutant(
+            "the generator wants to be told apart", "return F.softplus(-fake).mean()", "return F.softplus(fake).mean()"
+        ),
+        Mutant(
+            "the generator minimizes log(1 - D)", "return F.softplus(-fake).mean()", "return -F.softplus(fake).mean()"
+        ),
+        Mutant("the generator is not trained", "    agent.generator_opt.step()\n", ""),
+        Mutant("the discriminator is not trained", "    agent.discriminator_opt.step()\n", ""),
+        Mutant("the generator's gradients add up", "    agent.generator_opt.zero_grad()\n", ""),
+        Mutant("the discriminator's gradients add up", "    agent.discriminator_opt.zero_grad()\n", ""),
+        Mutant("one step of the GAN", "range(args.gan_steps)", "range(1)"),
+        Mutant("the generator without noise", "torch.cat([obs, noise], -1)", "torch.cat([obs, 0 * noise], -1)"),
+        Mutant("the tasks share their noise", "torch.randn(*obs.shape[:2], self", "torch.randn(1, obs.shape[1], self"),
+        Mutant(
+            "imitated actions without bound",
+            "return torch.tanh(super().forward(torch.cat([obs, noise], -1), z)[0])",
+            "return super().forward(torch.cat([obs, noise], -1), z)[0]",
+        ),
+        Mutant(
+            "the GAN imitates the best episodes",
+            "update_gan(agent, obs, act, z_fixed)",
+            "update_gan(agent, best.obs, best.act, z_fixed)",
+        ),
+        Mutant("the critics train the encoder too", "z_fixed = z.detach()", "z_fixed = z"),
+        Mutant("z is averaged over the padding too", "mask.sum(1, keepdim=True).clamp(min=1)", "max(mask.shape[1], 1)"),
         Mutant(
             "the multiplier falls where it should grow",
             "(divergence - args.divergence_target)",

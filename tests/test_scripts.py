@@ -29,7 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_collect as dc
 import flora
 
-SCRIPTS = ["flora", "focal", "unicorn", "corro", "csro", "idaq", "macaw", "meta_dt"]
+SCRIPTS = ["flora", "focal", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 40, "log_every": 10, "eval_every": 20}
 SMALL |= {"save_every": 10, "eval_episodes": 1, "final_episodes": 2, "meta_batch": 4, "batch_size": 8}
 SMALL |= {"context_size": 8, "width": 16}
@@ -44,12 +44,23 @@ CASES = {  # case: script, its arguments
     "corro-generative": ("corro", {"negatives": "generative", "encoder_updates": 20}),
     "corro-none": ("corro", {"negatives": "none", "backbone": "sac", "encoder_updates": 20}),
     "csro": ("csro", {}),
+    "er_trl": ("er_trl", {}),
     "idaq": ("idaq", {}),
     "macaw": ("macaw", {"latent": 6, "head_width": 8}),
     "meta_dt": ("meta_dt", {"world_model_updates": 20}),
     "meta_dt-sample": ("meta_dt", {"world_model_updates": 20, "prompt_select": "sample"}),
 }
-FIRST = ["flora", "focal", "unicorn", "corro-none", "csro", "idaq", "macaw", "meta_dt"]  # one case of every script
+FIRST = [
+    "flora",
+    "focal",
+    "unicorn",
+    "corro-none",
+    "csro",
+    "er_trl",
+    "idaq",
+    "macaw",
+    "meta_dt",
+]  # one case of every script
 TIMING = {"run_dir", "updates_per_sec", "cpu_s"}  # what differs between two equal runs
 scripts = pytest.mark.parametrize("name", SCRIPTS)
 every_script = pytest.mark.parametrize("case", FIRST)
