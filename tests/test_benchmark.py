@@ -1,21 +1,25 @@
 """The scripts in benchmark/: what they copy, average and play."""
 
 import csv
+import fcntl
 import importlib
 import json
 import os
+import subprocess
 import sys
+import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script, stop_message
+from conftest import ROOT, flags, run_script, stop_message
 
 import data_collect as dc
 
 sys.path.append(str(ROOT / "benchmark"))
-report, claims, look = (importlib.import_module(name) for name in ("report", "claims", "look"))
+report, claims, look, missing = (importlib.import_module(name) for name in ("report", "claims", "look", "missing"))
 
 
 def write_run(folder, name, seed, returns, quality="mixed", stamp="1"):
@@ -251,3 +255,79 @@ def test_paths_are_those_of_the_adapted_policy(tiny):
     walked = 0.005 * np.arange(21)[:, None] * np.array([1.0, -1.0])
     np.testing.assert_allclose(states, np.broadcast_to(walked, (2, 21, 2)), atol=1e-7)
     assert "test tasks are" in stop_message(look.play, list(tiny.train_ids[:1]), script, None, tiny, None)
+
+
+# ---- lists of runs ------------------------------------------------------------------------
+
+
+def run_line(folder, tiny_path, seed, updates):
+    """A line for a list, of a run that takes seconds, and the names of its run directories."""
+    settings = {"env": "point-robot", "dataset": tiny_path, "seed": seed, "total_updates": updates, "width": 16}
+    settings |= {"save_every": 20, "log_every": 20, "eval_every": 40, "final_episodes": 1, "device": "cpu"}
+    return " ".join(["python", "focal.py", *flags(settings)]), folder / "point-robot" / "focal"
+
+
+def test_a_run_is_missing_then_running_then_to_be_continued_then_finished(tiny_path, tmp_path):
+    line, folder = run_line(tmp_path, tiny_path, 3, 40)
+    kind = ("focal.py", "point-robot")
+    assert missing.state(line, str(tmp_path)) == ("missing", f"{line} --run-dir {tmp_path}", kind)
+    assert missing.state(line, "runs") == ("missing", line, kind)
+    code, *_ = run_script(tmp_path, *line.split()[1:], "--run-dir", str(tmp_path))
+    (run_dir,) = folder.glob("seed3-*")
+    seconds = json.loads((run_dir / "result.json").read_text())["cpu_s"]
+    assert code == 0 and missing.state(line, str(tmp_path)) == ("finished", seconds, kind)
+    for other in ("--seed 4", "--lr 0.5", "--total-updates 50", "--exp-name other"):
+        assert missing.state(f"{line} {other}", str(tmp_path))[0] == "missing", other
+    assert missing.state(f"{line} --log-every 7", str(tmp_path))[0] == "finished"  # no other run
+    (run_dir / "result.json").rename(tmp_path / "aside.json")
+    resume = f"python focal.py --resume {run_dir}"
+    assert missing.state(line, str(tmp_path)) == ("begun", resume, kind)
+    folder = os.open(run_dir, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    assert missing.state(line, str(tmp_path))[0] == "running"
+    os.close(folder)
+    (run_dir / "checkpoint.pt").rename(tmp_path / "checkpoint.pt")
+    assert missing.state(line, str(tmp_path))[0] == "missing"
+    (tmp_path / "checkpoint.pt").rename(run_dir / "checkpoint.pt")
+    (tmp_path / "aside.json").rename(run_dir / "result.json")
+    about = json.loads((run_dir / "args.json").read_text())
+    about["dataset"]["settings"]["seed"] += 1
+    (run_dir / "args.json").write_text(json.dumps(about))
+    assert missing.state(line, str(tmp_path))[0] == "missing"  # of other data
+
+
+def test_time_left_is_that_of_like_runs():
+    focal, flora = ("focal.py", "ant-dir"), ("flora.py", "ant-dir")
+    finished = [("finished", 10.0, focal), ("finished", 30.0, focal), ("finished", None, focal)]
+    states = [*finished, ("begun", "x", focal), ("missing", "x", focal), ("running", None, focal)]
+    assert missing.seconds_left(states) == 40
+    assert missing.seconds_left([*states, ("missing", "x", flora), ("finished", 50.0, ("focal.py", "x"))]) == 70
+    assert not missing.seconds_left([("missing", "x", focal)])
+
+
+def test_slurm_job_saves_queues_itself_anew_and_goes_on(tiny_path, tmp_path):
+    """With a stand-in for scontrol: no Slurm is needed."""
+    lines = [run_line(tmp_path / "runs", tiny_path, seed, 200) for seed in (5, 6)]
+    (tmp_path / "list.txt").write_text("".join(f"{line}\n" for line, _ in lines))
+    folder = lines[1][1]
+    (tmp_path / "bin").mkdir()
+    for name, does in (("scontrol", 'echo "$@" > "$REQUEUED"'), ("python", f'exec {sys.executable} "$@"')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_JOB_ID": "77"}
+    environment |= {"REQUEUED": str(tmp_path / "requeued"), "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "benchmark" / "slurm.sh"), str(tmp_path / "list.txt"), "--run-dir"]
+    start = partial(subprocess.Popen, [*command, str(tmp_path / "runs")], cwd=ROOT, env=environment)
+    job = start()
+    for _ in range(600):
+        time.sleep(0.1)
+        if list(folder.glob("seed6-*/checkpoint.pt")):
+            break
+    job.terminate()
+    assert job.wait(60) == 0 and (tmp_path / "requeued").read_text() == "requeue 77_2\n"
+    (run_dir,) = folder.glob("seed*")
+    assert not (run_dir / "result.json").exists()
+    assert start().wait(120) == 0 and list(folder.glob("seed*")) == [run_dir]
+    assert json.loads((run_dir / "result.json").read_text())["step"] == 200
+    assert start().wait(60) == 0  # nothing left to do
