@@ -786,9 +786,14 @@ def faults(family, arrays):
 
 # ---- evaluation -------------------------------------------------------------
 
-EXPLORATION_EPISODES, EXPLOITATION_EPISODES = 2, 3  # of the online protocols
+EXPLORATION_EPISODES, EXPLOITATION_EPISODES, MORE_EPISODES = 2, 3, 5  # of the online protocols
 PROTOCOLS = ("iid", "ood", "ood_random", "online", "np_online", "zero_shot", "train")
 Protocol = Literal[PROTOCOLS]
+
+
+def reset_seeds(tasks, number, k):
+    """Seeds [R] of rows that play their own k-th episode in succession for the `number`-th time on their task."""
+    return (10_000 + 97 * tasks + number + 31 * k).tolist()
 
 
 def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
@@ -804,9 +809,10 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     ood        context = an episode on the test task by the policy of another training task, each of them in turn
     ood_random context = an episode on the test task by the uniform random policy
     online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; before
-               each, adapt sees all episodes collected so far (none at first); the last one is reported
-    np_online  the same, but the first episode has uniform random actions (CSRO's non-prior collection: no belief about
-               the task acts before anything is known of it)
+               each, adapt sees all episodes collected so far (none at first); the last one is reported. Then
+               MORE_EPISODES, that tell whether more experience helps
+    np_online  the same without these, but the first episode has uniform random actions (CSRO's non-prior collection: no
+               belief about the task acts before anything is known of it)
     zero_shot  no context at all
     train      as iid, on the first ten training tasks
 
@@ -820,7 +826,6 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     for protocol in protocols:
         tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
         row_tasks, number = tasks.repeat(episodes), np.tile(np.arange(episodes), len(tasks))  # of each row
-        seeds = 10_000 + 97 * row_tasks + number
         if protocol in ("ood", "ood_random"):
             wanted = (data.ood_behavior_task == RANDOM) == (protocol == "ood_random")  # [V, C]
             if not wanted.any():
@@ -840,7 +845,8 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         mask = (torch.arange(context.shape[1], device=device) < lengths[:, None]).float()
         env = TaskEnv(data.family, data.task_params, row_tasks)
         own = protocol in ("online", "np_online")  # contexts of the agent's own
-        for k in range(EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1):
+        reported = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1
+        for k in range(reported + MORE_EPISODES * (protocol == "online")):
             policy = adapt(context[..., :-1], mask, own and k < EXPLORATION_EPISODES)
             rng = np.random.default_rng(10_000) if protocol == "np_online" and k == 0 else None
 
@@ -849,18 +855,19 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
                     return torch.as_tensor(rng.uniform(-1, 1, (len(obs), data.act_dim)))
                 return policy(data.standardize(obs), rew)
 
-            done = rollout(env, act, (seeds + 31 * k).tolist(), device)
+            done = rollout(env, act, reset_seeds(row_tasks, number, k), device)
             done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
-            done |= {"context": context[..., :-1], "mask": mask}
-            returns = done["rewards"].sum(1, dtype=np.float64)  # [R]
+            if k < reported:
+                last = done | {"context": context[..., :-1], "mask": mask}
             if own:
-                results[f"eval/{protocol}/return_ep_{k + 1}"] = returns.mean()
+                results[f"eval/{protocol}/return_ep_{k + 1}"] = done["rewards"].sum(1, dtype=np.float64).mean()
                 steps = torch.as_tensor(done["lengths"], device=device)
                 context = torch.cat([context, transitions(done, device=device)], 1)
                 mask = torch.cat([mask, (torch.arange(horizon, device=device) < steps[:, None]).float()], 1)
         env.close()
         if trace is not None:
-            trace.append(done)
+            trace.append(last)
+        returns = last["rewards"].sum(1, dtype=np.float64)  # [R]
         results |= figures(data, protocol, row_tasks, returns)
         if protocol == "ood":  # by thirds of the distance between the task and that of the policy which acted
             normalized = normalize(data, row_tasks, returns)
@@ -869,8 +876,8 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
                 results[f"eval/ood/normalized_{('near', 'middle', 'far')[k]}"] = normalized[third == k].mean()
         of_task = returns.reshape(len(tasks), episodes).mean(1)
         results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, of_task)}
-        if done["diverged"].any():
-            results[f"eval/{protocol}/diverged"] = done["diverged"].sum()
+        if last["diverged"].any():
+            results[f"eval/{protocol}/diverged"] = last["diverged"].sum()
     return {tag: float(value) for tag, value in results.items()}
 
 
@@ -1156,10 +1163,9 @@ def write_json(path, content):
 def eval_line(results):
     """One line of the returns per protocol with standard errors, normalized in brackets, and of the quality of z."""
     cells = []
-    for p in (*PROTOCOLS, "idaq", "clone"):
-        if f"eval/{p}/return" in results:
-            error = f" ± {results[f'eval/{p}/return_se']:.1f}" if f"eval/{p}/return_se" in results else ""
-            cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error} ({results[f'eval/{p}/normalized']:.0f})")
+    for p in [tag.split("/")[1] for tag in results if tag.startswith("eval/") and tag.endswith("/return")]:
+        error = f" ± {results[f'eval/{p}/return_se']:.1f}" if f"eval/{p}/return_se" in results else ""
+        cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error} ({results[f'eval/{p}/normalized']:.0f})")
     quality = {"acc": "z/nearest_task_acc", "R2": "z/probe_r2"}
     cells += [f"z {name} {results[tag]:.2f}" for name, tag in quality.items() if tag in results]
     return "  ".join(["eval", *cells])

@@ -333,7 +333,7 @@ def explore_and_adapt(agent, data, args, episodes):
     the first episode, .., "eval/idaq/return": of the last, "eval/idaq/return_se", "eval/idaq/normalized": as in
     `dc.evaluate`}."""
     tasks, device, results = data.test_ids.repeat(episodes), data.device, {}
-    seeds = 10_000 + 97 * tasks + np.tile(np.arange(episodes), len(data.test_ids))
+    number = np.tile(np.arange(episodes), len(data.test_ids))  # of each row, among its task's
     generator = torch.Generator(device).manual_seed(0)
     log = data.sample_context(data.train_tasks, args.context_size, generator)
     pool = embed(agent, log, torch.ones_like(log[..., 0]))  # [U, z_dim]
@@ -355,7 +355,7 @@ def explore_and_adapt(agent, data, args, episodes):
         def act(obs, rew, z=z):
             return agent.act(data.standardize(obs)[:, None], z)[:, 0]
 
-        done = dc.rollout(env, act, (seeds + 31 * k).tolist(), device)
+        done = dc.rollout(env, act, dc.reset_seeds(tasks, number, k), device)
         found = done["rewards"].sum(1, dtype=np.float64)  # [R]
         results[f"eval/idaq/return_ep_{k + 1}"] = float(found.mean())
         if last:

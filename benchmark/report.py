@@ -36,7 +36,7 @@ CURVES = (*KEY, "updates", "iid", "train", "q_error", "divergence")
 PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "np_online", "idaq", "zero_shot", "train")
 PARTS = {  # further tables: title -> protocols
     "inner steps": [f"steps_{k}" for k in (0, 1, 5, 20)],  # MACAW
-    "own episodes": [f"ep_{k}" for k in range(1, 6)],
+    "own episodes": [f"ep_{k}" for k in range(1, 11)],
     "own episodes, IDAQ": [f"idaq_{k}" for k in range(1, 11)],
     "ood, normalized, by distance": ["near", "middle", "far"],
 }

@@ -676,7 +676,7 @@ MUTANTS = {
             'data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()',
             'done["observations"]',
         ),
-        Mutant("one start for all episodes", "(seeds + 31 * k).tolist()", "seeds.tolist()"),
+        Mutant("one start for all episodes", "dc.reset_seeds(tasks, number, k)", "dc.reset_seeds(tasks, number, 0)"),
         Mutant("the return that counts is the best", '"idaq", tasks, found)', '"idaq", tasks, best.numpy())'),
         Mutant("adaptation at every evaluation", 'if "online" in protocols:', "if True:"),
         Mutant(
@@ -1471,8 +1471,8 @@ MUTANTS = {
         ),
         Mutant(
             "all episodes of a task have one start",
-            "seeds = 10_000 + 97 * row_tasks + number",
-            "seeds = 10_000 + 97 * row_tasks",
+            "97 * tasks + number + 31 * k",
+            "97 * tasks + 31 * k",
         ),
         Mutant(
             "foreign contexts of one column",
@@ -1527,6 +1527,12 @@ MUTANTS = {
             "(torch.arange(context.shape[1], device=device) <= lengths[:, None])",
         ),
         Mutant("policies get raw observations", "return policy(data.standardize(obs), rew)", "return policy(obs, rew)"),
+        Mutant("the tenth of the own episodes is reported", "if k < reported:", "if True:"),
+        Mutant(
+            "all own episodes are told of in either protocol",
+            'MORE_EPISODES * (protocol == "online")',
+            "MORE_EPISODES * own",
+        ),
         Mutant(
             "the online protocol explores to the end",
             "own and k < EXPLORATION_EPISODES",
@@ -1541,7 +1547,7 @@ MUTANTS = {
             "context = torch.cat([context, transitions(done, device=device)], 1)",
             "context = torch.cat([0 * context, transitions(done, device=device)], 1)",
         ),
-        Mutant("the online protocol repeats one start", "(seeds + 31 * k).tolist()", "seeds.tolist()"),
+        Mutant("the online protocol repeats one start", "+ number + 31 * k)", "+ number + 0 * k)"),
         Mutant(
             "returns are averaged over the wrong rows",
             "returns.reshape(len(tasks), episodes).mean(1)",
@@ -1649,9 +1655,7 @@ MUTANTS = {
             '"eval_episodes", "device"}',
         ),
         Mutant("the line has no standard errors", "return_se']:.1f}\" if f", "return_se']:.1f}\" if 0 and f"),
-        Mutant(
-            "the line leaves pi_beta's return out", 'for p in (*PROTOCOLS, "idaq", "clone"):', "for p in PROTOCOLS:"
-        ),
+        Mutant("the line leaves pi_beta's return out", 'and tag.endswith("/return")]:', "and tag[5:-7] in PROTOCOLS]:"),
         Mutant("targets without noise are refused", '{"target_noise", "behavior_decay"}', '{"behavior_decay"}'),
         Mutant("pi_beta without weight decay is refused", '{"target_noise", "behavior_decay"}', '{"target_noise"}'),
         Mutant("a share above 1 passes", '"anchor_share": (0, 1), ', ""),

@@ -181,7 +181,7 @@ class Sibling:
             assert (task == u.task_ids[:, None]).all() and (episode == episode[:, :1]).all()
             check_segments(u.segment, u.task_ids, FAST)
         check_best([u.best.rew for u in updates], [u.task_ids for u in updates], numbered, FAST["anchor_share"])
-        of_protocols = contexts[:15]  # one of each, but five of either online; then come those of pi_beta
+        of_protocols = contexts[:20]  # one of each, but ten of online, five of np_online; then come those of pi_beta
         of_test, foreign, *_, of_training = of_protocols
         assert set(origin(of_test)[0].tolist()) == {6, 7, 8} and (of_test > 0).all() and (foreign < 0).all()
         assert set(origin(of_training)[0].tolist()) == set(range(6))

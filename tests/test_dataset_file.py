@@ -907,7 +907,7 @@ class Watched:
             self.results = dc.evaluate(data, adapt, (protocol,), episodes, self.trace)
 
     def acts(self, rows, k):
-        act = 0.1 * k + 0.5 * torch.arange(1.0, rows + 1) / rows
+        act = 0.05 * k + 0.5 * torch.arange(1.0, rows + 1) / rows
         return torch.stack([act, 0.5 - act], 1)
 
     def returns(self, data, k=0):
@@ -935,7 +935,9 @@ def check_results(watched, data, protocol, tasks, returns, distances=()):
             thirds["near" if distance <= one else "middle" if distance <= two else "far"].append(score)
         expected |= {f"eval/ood/normalized_{third}": np.mean(found) for third, found in thirds.items()}
     if "online" in protocol:
-        expected |= {f"eval/{protocol}/return_ep_{k + 1}": np.mean(watched.returns(data, k)) for k in range(5)}
+        expected |= {
+            f"eval/{protocol}/return_ep_{k + 1}": np.mean(watched.returns(data, k)) for k in range(len(watched.played))
+        }
     if protocol == "np_online":  # the first is no policy's
         expected["eval/np_online/return_ep_1"] = watched.first.mean()
     assert watched.results == pytest.approx(expected, abs=1e-3)
@@ -998,11 +1000,12 @@ def test_single_row_has_no_standard_error_and_foreign_policies_equally_far_are_a
     assert tags(1) == {"return", "normalized", "normalized_near"}
 
 
-@pytest.mark.parametrize("protocol", ["online", "np_online"])
-def test_online_context_grows_by_the_rows_own_episodes(protocol, uneven, monkeypatch):
+@pytest.mark.parametrize("protocol, more", [("online", 5), ("np_online", 0)])
+def test_online_context_grows_by_the_rows_own_episodes(protocol, more, uneven, monkeypatch):
+    """The fifth episode is reported."""
     data, arrays = uneven
     watched = Watched(monkeypatch, data, protocol, 7)
-    assert [explore for _, _, explore in watched.given] == [True, True, False, False, False]
+    assert [explore for _, _, explore in watched.given] == [True, True, False, False, False] + [False] * more
     row_tasks = [6] * 7 + [7] * 7 + [8] * 7
     goals = data.task_params[row_tasks]
     for k, (context, mask, _) in enumerate(watched.given):
@@ -1023,6 +1026,9 @@ def test_online_context_grows_by_the_rows_own_episodes(protocol, uneven, monkeyp
             np.testing.assert_allclose(own[..., 4], -distance, atol=1e-5)
             np.testing.assert_allclose(own[..., 5:], as_seen(arrays, position[:, 1:]), atol=1e-4)
     check_results(watched, data, protocol, [6, 7, 8], watched.returns(data, 4))
+    (done,) = watched.trace
+    np.testing.assert_allclose(done["rewards"].sum(1), watched.returns(data, 4), atol=1e-3)
+    assert torch.equal(done["context"], watched.given[4][0]) and torch.equal(done["mask"], watched.given[4][1])
 
 
 def test_online_mask_covers_episodes_of_different_length(walker):
@@ -1033,7 +1039,7 @@ def test_online_mask_covers_episodes_of_different_length(walker):
         return lambda obs, rew: torch.sin(7 * obs[:, :6])
 
     dc.evaluate(walker, adapt, ("online",))
-    context, mask = (x.reshape(4, 4, 200, *x.shape[2:]) for x in given[-1])  # [tasks x episodes, rounds before]
+    context, mask = (x.reshape(4, 9, 200, *x.shape[2:]) for x in given[-1])  # [tasks x episodes, rounds before]
     lengths = mask.sum(-1, keepdim=True)
     assert torch.equal(mask, (torch.arange(200) < lengths).float()) and 1 < lengths.min() < lengths.max()
     assert torch.equal(mask, (context[..., 24] != 0).float())  # rewards of real transitions

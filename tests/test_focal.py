@@ -535,9 +535,8 @@ def test_training_sees_training_tasks_and_every_row_its_own_task(
     assert episodes == {0, 1, 2, 3}
     if not changes:
         check_best([u.best.rew for u in updates], [u.task_ids for u in updates], numbered, FAST["anchor_share"])
-    of_test, foreign, *_, of_training = contexts[
-        :15
-    ]  # one of each protocol, but five of either online; then of pi_beta
+    of_protocols = contexts[:20]  # one of each, but ten of online, five of np_online; then come those of pi_beta
+    of_test, foreign, *_, of_training = of_protocols
     assert set(origin(of_test)[0].tolist()) == {6, 7, 8} and (of_test > 0).all() and (foreign < 0).all()
     assert set(origin(of_training)[0].tolist()) == set(range(6))
 

@@ -189,9 +189,9 @@ def test_last_evaluation_has_all_protocols_and_more_episodes(tiny_path, tmp_path
 
 
 def test_evaluation_in_one_line():
-    results = {"eval/clone/return": -1.26, "eval/clone/return_se": 0.04, "eval/clone/normalized": 12.4}
-    results |= {"eval/iid/return": 349.04, "eval/iid/return_se": 12.36, "eval/iid/normalized": 72.6}
+    results = {"eval/iid/return": 349.04, "eval/iid/return_se": 12.36, "eval/iid/normalized": 72.6}
     results |= {"eval/ood/return": 3, "eval/ood/normalized": -0.6}  # of a single episode
+    results |= {"eval/clone/return": -1.26, "eval/clone/return_se": 0.04, "eval/clone/normalized": 12.4}
     results |= {"eval/iid/return_task_02": 5.0, "z/nearest_task_acc": 0.456, "z/probe_r2": -0.5, "eval/iid/q_error": 3}
     expected = "eval  iid 349.0 ± 12.4 (73)  ood 3.0 (-1)  clone -1.3 ± 0.0 (12)  z acc 0.46  z R2 -0.50"
     assert dc.eval_line(results) == expected
