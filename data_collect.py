@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import typing
 import zipfile
 from dataclasses import asdict, dataclass
@@ -64,6 +65,8 @@ class Family:
     outcome_dim = 1
     reward_range = (-math.inf, math.inf)  # of one step
     sac_total_updates, sac_width = 120_000, 256  # defaults of the behavior policies
+    scripted = False  # True where `behave` acts in place of trained policies
+    measured = True  # False where the parameters are names, not quantities
 
     def draw(self):
         """-> params [T, P] float64, training ids, test ids; the same on every call."""
@@ -110,8 +113,8 @@ class Point(Family):
     gamma, horizon = 0.9, 20
     sac_total_updates, sac_width = 1_500, 64
 
-    def reset(self, rng, count):
-        return np.zeros((count, 2))
+    def reset(self, rng, params):
+        return np.zeros((len(params), 2))
 
     def step(self, state, act, params):
         return state + 0.1 * act
@@ -201,9 +204,9 @@ class Mujoco(Family):
         nq = self.model.nq
         return state[:, 1 : 1 + nq], state[:, 1 + nq :]
 
-    def reset(self, rng, count):
+    def reset(self, rng, params):
         scale, kind = self.noise
-        nq, nv = self.model.nq, self.model.nv
+        count, nq, nv = len(params), self.model.nq, self.model.nv
         qpos = self.model.qpos0 + rng.uniform(-scale, scale, (count, nq))
         qvel = scale * rng.standard_normal((count, nv)) if kind == "normal" else rng.uniform(-scale, scale, (count, nv))
         return np.concatenate([np.zeros((count, 1)), qpos, qvel], 1)
@@ -362,6 +365,196 @@ class WalkerRandParams(RandomParams):
         return state[:, 2] <= 0.5
 
 
+class AnyMDP(Family):
+    """Random tabular tasks (Wang et al., NeurIPS 2025, https://arxiv.org/abs/2502.02869): 16 states in a hidden order
+    that leads from bad to good, 5 actions, and transitions, rewards, pits and goal drawn anew for each task.
+
+    Observation = the state's number, one-hot, permuted by the task; action = the largest entry of the action vector;
+    params = the task's number. Rewards are scaled so that optimal and uniform policy are 100 apart. No policy is
+    trained: `behave` knows the optimal one. state = [inner state, its observed number, step, ended, then a uniform and
+    a normal number for every step of the episode], so that a step is a function of state and action."""
+
+    states = obs_dim = 16
+    actions = act_dim = 5
+    counts, horizon, outcome_dim = (256, 64), 100, 3
+    dynamics_vary = scripted = True
+    measured = False
+    sac_total_updates, sac_width = 20, 1
+
+    def draw(self):
+        return self.split_first(np.arange(float(sum(self.counts)))[:, None])
+
+    @functools.cached_property
+    def tables(self):
+        """-> SimpleNamespace of arrays over all tasks, as `draw_task` returns them for one."""
+        tasks = [self.draw_task(np.random.default_rng([2502, number])) for number in range(sum(self.counts))]
+        return types.SimpleNamespace(**{key: np.stack([task[key] for task in tasks]) for key in tasks[0]})
+
+    def draw_task(self, rng):
+        """The first candidate that passes all checks -> dict: transitions [S, A, S], rewards [S, A, S] and their noise,
+        start [S], ends [S] bool, names [S] (observed numbers), policy [S] (the optimal action)."""
+        while True:
+            start, ends, pits = self.draw_ends(rng)
+            transitions = self.draw_transitions(rng, ends)
+            rewards, noise = self.draw_rewards(rng, transitions, start, ends, pits)
+            if rewards is None or not self.worth_learning(transitions, rewards, start, ends):
+                continue
+            expected = (transitions * rewards).sum(-1)
+            policy = self.action_values(transitions, expected, 0.994).argmax(1)
+            best = self.expected_return(
+                start, *(table[np.arange(self.states), policy] for table in (transitions, expected))
+            )
+            gap = best - self.expected_return(start, transitions.mean(1), expected.mean(1))
+            if gap < 5:
+                continue  # [ours] scaled, its noise would be all
+            task = dict(transitions=transitions, rewards=100 / gap * rewards, noise=100 / gap * noise, start=start)
+            return task | dict(ends=ends, names=rng.permutation(self.states), policy=policy)
+
+    def draw_ends(self, rng):
+        """-> start [S] probabilities, ends [S] bool, pits [S] bool: where an episode may begin, ends, ends badly."""
+        weights = np.zeros(3)
+        while not weights.any():
+            weights = rng.standard_normal(3).clip(0)
+        start = np.append(weights / weights.sum(), np.zeros(self.states - 3))
+        share, pits = max(rng.uniform(-0.2, 0.4), 0), np.ones(self.states, bool)
+        while pits.sum() >= self.states * share + 1:
+            pits = (rng.random(self.states) < share) & (start == 0)
+        pits[-1] = False
+        return start, pits | (np.arange(self.states) == self.states - 1) & (rng.random() < 0.3), pits
+
+    def draw_transitions(self, rng, ends):
+        """-> [S, A, S]: from each state a band of states, which the actions divide among them; 0 where it ends."""
+        table, last = np.zeros((self.states, self.actions, self.states)), self.states - 1
+        for s in np.flatnonzero(~ends):
+            low, most = max(0, s - self.states // 2 - 1), min(self.states, s + self.states // 4 + 1)
+            first = rng.integers(low, max(0, s - 1, low + 1))
+            stop = rng.integers(min(last, s + 1, most - 1), most)
+            while stop < self.states and (~ends[s + 1 : stop]).sum() < 2:
+                stop += 1
+            j = np.arange(first, stop)
+            band = rng.standard_normal(len(j)).clip(0.1, 1.0) * np.where(j == s, 0.5 * (s < last), 1.0)
+            far = abs(rng.uniform(first - 1, stop, self.actions)[:, None] - j)  # [A, len(j)]
+            width = np.clip(rng.exponential(), 0.2, 1.6)
+            weights = np.exp(-((far / width) ** 2))
+            lost = weights.sum(0) < 1e-10
+            weights[far.argmin(0)[lost], np.flatnonzero(lost)] = 1.0
+            weights = weights / weights.sum(0) * band
+            table[s, :, first:stop] = weights / weights.sum(1, keepdims=True).clip(1e-300)
+        return table
+
+    def draw_rewards(self, rng, transitions, start, ends, pits):
+        """-> mean rewards [S, A, S] and the standard deviation of their noise, alike; None, None where the best states
+        cannot be made the best in five rounds."""
+        states, goal_ends = np.arange(self.states), ends[-1]
+        base = rng.exponential(0.2)  # rewards of states ascend
+        of_state = base * (rng.standard_normal(self.states).clip(0) + 0.2 * (states == self.states - 1)).cumsum()
+        of_state = np.where(ends, 0.0, of_state - rng.uniform(0.1, 0.9) * of_state[-1])
+        noise = base * rng.uniform(-0.3, 0.3, self.states).clip(0)
+        size, shape = np.clip(rng.exponential(0.05), 0, 0.1), (self.states, self.actions)  # rewards of some actions
+        of_action = np.where(rng.random(shape) < 0.3, size * rng.standard_normal(shape), 0.0)
+        noise = noise + 0.3 * size * rng.standard_normal(shape).clip(0)[..., None]
+        potential = np.zeros(self.states)  # shaping, in one task of four
+        amplitude = max(0.0, rng.uniform(-1, 1) * np.clip(rng.exponential(), 0.2, 5) * (rng.random() < 0.5))
+        for _ in range(terms := rng.integers(1, 4)):
+            order = rng.integers(1, 6) + rng.standard_normal()
+            c, d = rng.standard_normal(2) * rng.exponential(amplitude / terms**0.5, 2)
+            potential += c * np.sin(order * states / (2 * self.states)) + d * np.cos(order * states / (2 * self.states))
+        step = 0.01 * rng.standard_normal()
+        step = min(step, 0.0) if goal_ends else max(step, 0.0) if pits.any() else 0.0
+        at_end = 1.0 * (states == self.states - 1)
+        for _ in range(5):
+            rewards = of_action[..., None] + of_state + at_end + step + potential[:, None, None] - potential
+            value = self.action_values(transitions, (transitions * rewards).sum(-1), 0.99).max(1)
+            pits_gain = at_end.min() - value[~ends].min() + 1  # a pit must be worse than anything else,
+            goal_lacks = value[start > 0].max() - value[~ends][-1] + rng.uniform(2, 5)  # the last state the best
+            if pits_gain <= 0 and goal_lacks <= 0:
+                return rewards, noise
+            at_end[pits] -= (pits_gain + rng.uniform(1, 10)) * (pits_gain > 0)
+            at_end[-1] += max(2 * goal_lacks, rng.uniform(1, 10)) * (goal_lacks > 0) * (1.0 if goal_ends else 0.01)
+        return None, None
+
+    def worth_learning(self, transitions, rewards, start, ends):
+        """Every action leads somewhere; from every start the optimal policy gains enough on the uniform one and, begun
+        anew at its ends, visits many states."""
+        if not np.allclose(transitions[~ends].sum(-1), 1):
+            return False
+        expected, gamma = (transitions * rewards).sum(-1), 2 ** (-1 / self.states)
+        best = self.action_values(transitions, expected, gamma)
+        uniform = self.action_values(transitions, expected, gamma, optimal=False)
+        gain = (best.max(1) - uniform.max(1)) * (1 - gamma) * self.horizon
+        chain = np.where(ends[:, None], start, transitions[np.arange(self.states), best.argmax(1)])
+        visits = np.linalg.matrix_power(chain, 2 ** (int(math.log2(self.horizon)) + 1))[start > 0]
+        entropy = -(visits * np.log(visits.clip(1e-300))).sum(1) / math.log(self.states)
+        return gain[start > 0].min() >= 2 and (1 - (visits**2).sum(1)).min() > 0.7 and entropy.min() > 0.35
+
+    def action_values(self, transitions, expected, gamma, optimal=True):
+        """Q of the optimal or of the uniform policy by policy iteration: transitions [S, A, S], expected rewards [S, A]
+        -> [S, A]."""
+        policy = np.full(expected.shape, 1 / self.actions)
+        while True:
+            moves, earned = (policy[..., None] * transitions).sum(1), (policy * expected).sum(1)
+            q = expected + gamma * transitions @ np.linalg.solve(np.eye(self.states) - gamma * moves, earned)
+            if not optimal or (q.max(1) <= (policy * q).sum(1) + 1e-9).all():
+                return q
+            policy = np.eye(self.actions)[q.argmax(1)]
+
+    def expected_return(self, start, moves, earned):
+        """Of an episode by a policy with transitions moves [S, S] and expected rewards earned [S] -> float."""
+        value = np.zeros(self.states)
+        for _ in range(self.horizon):
+            value = earned + moves @ value
+        return start @ value
+
+    def reset(self, rng, params):
+        task, dice = params[:, 0].astype(int), rng.random((len(params), self.horizon + 1))
+        inner = (dice[:, :1] >= self.tables.start[task].cumsum(1)).sum(1).clip(max=self.states - 1)
+        fixed = np.stack([inner, self.tables.names[task, inner], 0 * inner, 0 * inner], 1)
+        return np.concatenate([fixed, dice[:, 1:], rng.standard_normal((len(params), self.horizon))], 1)
+
+    def step(self, state, act, params):
+        task, rows = params[:, 0].astype(int), np.arange(len(state))
+        inner, step = state[:, 0].astype(int), state[:, 2].astype(int)
+        chances = self.tables.transitions[task, inner, act.argmax(1)].cumsum(1)
+        inner = (state[rows, 4 + step, None] >= chances).sum(1).clip(max=self.states - 1)
+        fixed = np.stack([inner, self.tables.names[task, inner], step + 1, self.tables.ends[task, inner]], 1)
+        return np.concatenate([fixed, state[:, 4:]], 1)
+
+    def observe(self, state):
+        return np.eye(self.states)[state[:, 1].astype(int)]
+
+    def outcome(self, state, next_state):
+        """Inner state before and after the step, noise of the reward in standard deviations."""
+        noise = state[np.arange(len(state)), 4 + self.horizon + state[:, 2].astype(int).clip(max=self.horizon - 1)]
+        return np.stack([state[:, 0], next_state[:, 0], noise], 1)
+
+    def reward(self, outcome, act, params):
+        index = params[..., 0].astype(int), outcome[..., 0].astype(int), act.argmax(-1), outcome[..., 1].astype(int)
+        return self.tables.rewards[index] + self.tables.noise[index] * outcome[..., 2]
+
+    def terminated(self, state):
+        return state[:, 3] > 0
+
+    def distance(self, params, others):
+        """Share of the states in which the optimal actions of two tasks differ."""
+        one, other = (self.known[numbers[..., 0].astype(int)] for numbers in (params, others))
+        return (one != other).mean(-1)
+
+    @functools.cached_property
+    def known(self):
+        """-> [T, S] optimal action in each observed state."""
+        return np.take_along_axis(self.tables.policy, self.tables.names.argsort(1), 1)
+
+    def behave(self, obs, params, skill, rng):
+        """The optimal action with probability `skill`, else a uniform one: obs [B, S], params [B, 1] -> act [B, A], in
+        which that action's entry is in [0, 1], the others in [-1, 0]."""
+        choice = np.where(
+            rng.random(len(obs)) < skill,
+            self.known[params[:, 0].astype(int), obs.argmax(1)],
+            rng.integers(self.actions, size=len(obs)),
+        )
+        return rng.random((len(obs), self.actions)) - (np.arange(self.actions) != choice[:, None])
+
+
 FAMILIES = {
     "point-robot": PointRobot(),
     "sparse-point-robot": SparsePointRobot(),
@@ -373,6 +566,7 @@ FAMILIES = {
     "ant-goal": AntGoal(),
     "hopper-rand-params": HopperRandParams(),
     "walker-rand-params": WalkerRandParams(),
+    "any-mdp": AnyMDP(),
 }
 EnvName = Literal[tuple(FAMILIES)]
 
@@ -405,7 +599,7 @@ class TaskEnv(gym.vector.VectorEnv):
             self.pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
             self.scratch = [mujoco.MjData(family.model) for _ in range(threads)]
             self.chunk = max(1, self.num_envs // (2 * threads))
-        self.state = family.reset(np.random.default_rng(0), self.num_envs)  # [B, S] until the first reset
+        self.state = family.reset(np.random.default_rng(0), self.params[self.task_ids])  # [B, S] until the first reset
         self.steps = np.zeros(self.num_envs, int)
         self.live = np.zeros(self.num_envs, bool)
 
@@ -422,12 +616,13 @@ class TaskEnv(gym.vector.VectorEnv):
             super().reset(seed=int(seed))  # the generator that later resets continue
             seed = seed + np.arange(self.num_envs)
         if seed is None:
-            self.state[mask] = self.family.reset(self.np_random, mask.sum())
+            self.state[mask] = self.family.reset(self.np_random, self.params[self.task_ids[mask]])
         elif len(seed) != self.num_envs:
             raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows")
         else:
             for row in np.flatnonzero(mask):
-                self.state[row] = self.family.reset(np.random.default_rng(seed[row]), 1)[0]
+                params = self.params[self.task_ids[[row]]]
+                self.state[row] = self.family.reset(np.random.default_rng(seed[row]), params)[0]
         self.steps[mask], self.live[mask] = 0, True
         return self.family.observe(self.state).astype(np.float32), {}
 
@@ -452,7 +647,7 @@ class TaskEnv(gym.vector.VectorEnv):
 
     def _simulate(self, state, act, live):
         """One environment step of the live rows -> next state, diverged. A row that diverges keeps its state."""
-        if isinstance(self.family, Point):
+        if not isinstance(self.family, Mujoco):
             return self.family.step(state, act, self.params[self.task_ids[live]]), np.zeros(len(state), bool)
         skip = self.family.frame_skip
         control = np.repeat(act[:, None], skip, 1)
@@ -965,7 +1160,9 @@ def unmeasurable(data):
     reasons, center = {}, data.task_params[data.train_ids].mean(0)
     if data.min_episodes < 2:
         reasons["z/nearest_task_acc"] = "a training task has a single episode"
-    if (data.task_params[data.test_ids] == center).all():
+    if not data.family.measured:
+        reasons["z/probe_r2"] = "the tasks' parameters are names"
+    elif (data.task_params[data.test_ids] == center).all():
         reasons["z/probe_r2"] = "the test tasks do not differ from the training tasks' mean"
     return reasons
 
@@ -1778,6 +1975,8 @@ def collect(args):
         raise SystemExit(f"cannot write {path}: {error.strerror}; choose another --out")
 
     groups = [np.arange(len(params))] if args.behavior == "shared" else [np.array([i]) for i in range(len(params))]
+    if family.scripted:
+        groups = []
     policies_path = path.with_name(f"{args.env}.policies.pt")
     wanted = {k: settings[k] for k in POLICY_SETTINGS}
     policies = {"version": RUN_VERSION, "settings": wanted, "finished": [], "training": None}
@@ -1814,7 +2013,8 @@ def collect(args):
         f"mean return random {arrays['random_returns'].mean():.1f}, data {note['behavior_return']:.1f}, "
         f"expert {arrays['expert_returns'].mean():.1f}; {note['diverged_episodes']} diverged episodes redone"
     )
-    print(f"{policies_path} holds the policies for other --quality files; remove it when you need none")
+    if not family.scripted:
+        print(f"{policies_path} holds the policies for other --quality files; remove it when you need none")
 
 
 def load_policies(path, wanted, actor, agents):
@@ -1854,6 +2054,10 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
         def policy(obs, rew):
             if phase is None:
                 return torch.rand(len(obs), family.act_dim, device=device) * 2 - 1
+            if family.scripted:
+                skill = 1.0 if deterministic else (phase + 1) / PHASES
+                act = family.behave(obs.cpu().numpy(), params[policy_ids], skill, rng)
+                return torch.as_tensor(act, dtype=torch.float32, device=device)
             act = torch.zeros(len(obs), family.act_dim, device=device)
             for group, rows in by_group:
                 actor.load_state_dict(groups[group][phase])
