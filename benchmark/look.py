@@ -1,9 +1,10 @@
-"""What an adapted policy does: paths seen from above, and pictures of the robot.
+"""What adapted policies do: paths seen from above, and pictures of the robot; and where an encoder puts the tasks.
 
-Run:  python benchmark/look.py RUN_DIR --figure paths.png               # point robots and ants, from above
+Run:  python benchmark/look.py RUN_DIR .. --figure paths.png            # point robots and ants, from above
+      python benchmark/look.py RUN_DIR .. --z z.png                     # z of the test tasks' episodes, on a plane
       python benchmark/look.py RUN_DIR --frames pictures --tasks 21 30  # picture after picture, with MuJoCo's renderer
-The context of each test task is its first recorded episode. Pictures need a machine on which MuJoCo can draw without a
-window (set MUJOCO_GL=egl); 20 pictures a second make a film of the speed of life, for example with
+Each run has its panel. The context of each test task is its first recorded episode. Pictures need a machine on which
+MuJoCo can draw without a window (set MUJOCO_GL=egl); 20 pictures a second make a film of the speed of life, with
 ffmpeg -framerate 20 -i pictures/task21-%03d.png film.mp4
 """
 
@@ -37,24 +38,47 @@ def play(tasks, script, agent, data, args):
     return data.family, tasks, data.task_params[tasks], np.stack(states, 1)
 
 
-def draw_paths(family, tasks, params, states, path):
+def colors_of(params):
+    """params [B, P] -> colors [B, 4] in their order, that of the angle in two dimensions."""
+    order = np.arctan2(params[:, 1], params[:, 0]) if params.shape[1] == 2 else params[:, 0]
+    return pyplot().cm.hsv(order.argsort().argsort() / len(params))  # neighboring tasks look alike
+
+
+def draw_paths(axis, family, tasks, params, states):
     """Each task's path in the plane, and where it should lead: a goal, or a direction."""
-    plt = pyplot()
     if not isinstance(family, (dc.Point, dc.Ant)):
         raise SystemExit("--figure: only point robots and ants move in a plane; use --frames")
     plane = states if isinstance(family, dc.Point) else states[..., 1:3]  # [B, H + 1, 2]
-    figure, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
-    order = np.arctan2(params[:, 1], params[:, 0]) if params.shape[1] == 2 else params[:, 0]
-    colors = plt.cm.hsv(order.argsort().argsort() / len(tasks))  # neighboring tasks look alike
     size = np.linalg.norm(plane, axis=-1).max()
-    for line, param, color in zip(plane, params, colors):
-        axes.plot(*line.T, color=color, linewidth=1)
+    for line, param, color in zip(plane, params, colors_of(params)):
+        axis.plot(*line.T, color=color, linewidth=1)
         if isinstance(family, dc.PointRobot):
-            axes.plot(*param, "x", color=color)
+            axis.plot(*param, "x", color=color)
         elif isinstance(family, dc.AntDir):
-            axes.plot(*np.outer(param, (0, size)), ":", color=color, linewidth=0.8)
-    axes.set(aspect="equal", xlabel="x [m]", ylabel="y [m]", title=f"{len(tasks)} test tasks")
-    figure.savefig(path, dpi=140)
+            axis.plot(*np.outer(param, (0, size)), ":", color=color, linewidth=0.8)
+    axis.set(aspect="equal", xlabel="x [m]", ylabel="y [m]")
+
+
+def embedded(script, agent, data, args):
+    """-> z of up to ten episodes of each test task, on its two principal components [R, 2], and the parameters of their
+    tasks [R, P]."""
+    z, tasks = dc.label_contexts(data, partial(script.embed, agent), data.test_ids)
+    centered = z - z.mean(0)
+    return (centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T).numpy(), data.task_params[tasks]
+
+
+def draw_z(axis, points, params):
+    axis.scatter(*points.T, color=colors_of(params), s=12)
+    axis.set(xlabel="first component of z", ylabel="second")
+
+
+def draw_panels(runs, path, draw, look):
+    """For each run what `draw` makes, on an axis, of what `look` finds in it."""
+    figure, axes = pyplot().subplots(1, len(runs), figsize=(4.2 * len(runs), 4.2), squeeze=False, layout="constrained")
+    for axis, run_dir in zip(axes[0], runs):
+        draw(axis, *revisit(run_dir, look))
+        axis.set_title(run_dir.resolve().parent.name)
+    figure.savefig(path, dpi=110)
 
 
 def draw_frames(family, tasks, states, folder):
@@ -83,19 +107,23 @@ def draw_frames(family, tasks, states, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run_dir", type=Path, help="a finished run")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="finished runs")
     parser.add_argument("--figure", type=Path, help="where to write the paths (png)")
-    parser.add_argument("--frames", type=Path, help="folder for the pictures of the robot (png)")
+    parser.add_argument("--z", type=Path, help="where to write the embeddings (png)")
+    parser.add_argument("--frames", type=Path, help="folder for the pictures of the first run's robot (png)")
     parser.add_argument("--tasks", type=int, nargs="+", help="test tasks; by default all")
     args = parser.parse_args()
-    if not (args.figure or args.frames):
-        parser.error("nothing to draw: give --figure or --frames")
-    if not (args.run_dir / "result.json").exists():
-        raise SystemExit(f"{args.run_dir} is no finished run")
-    family, tasks, params, states = revisit(args.run_dir, partial(play, args.tasks))
+    if not (args.figure or args.z or args.frames):
+        parser.error("nothing to draw: give --figure, --z or --frames")
+    for run_dir in args.runs:
+        if not (run_dir / "result.json").exists():
+            raise SystemExit(f"{run_dir} is no finished run")
     if args.figure:
-        draw_paths(family, tasks, params, states, args.figure)
+        draw_panels(args.runs, args.figure, draw_paths, partial(play, args.tasks))
+    if args.z:
+        draw_panels(args.runs, args.z, draw_z, embedded)
     if args.frames:
+        family, tasks, _, states = revisit(args.runs[0], partial(play, args.tasks))
         draw_frames(family, tasks, states, args.frames)
 
 

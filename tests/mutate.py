@@ -49,7 +49,10 @@ def commands(script):
     """pytest's arguments in the order in which an edit meets them: the second call sees what the first lets pass."""
     name = script.removesuffix(".py")
     if name == "data_collect":
-        return [["tests/test_data_collect.py", "tests/test_dataset_file.py"], ["tests/test_scripts.py"]]
+        return [
+            ["tests/test_any_mdp.py", "tests/test_data_collect.py", "tests/test_dataset_file.py"],
+            ["tests/test_scripts.py"],
+        ]
     return [[f"tests/test_{name}.py"], ["tests/test_scripts.py", "-k", name]]
 
 
@@ -1187,6 +1190,84 @@ MUTANTS = {
         ),
     ],
     "data_collect.py": [
+        Mutant("any-mdp: rewards unscaled", "rewards=100 / gap * rewards", "rewards=rewards"),
+        Mutant("any-mdp: the noise unscaled", "noise=100 / gap * noise", "noise=noise"),
+        Mutant(
+            "any-mdp: numbers are not permuted", "names=rng.permutation(self.states)", "names=np.arange(self.states)"
+        ),
+        Mutant(
+            "any-mdp: a start may be a pit",
+            "(rng.random(self.states) < share) & (start == 0)",
+            "(rng.random(self.states) < share)",
+        ),
+        Mutant("any-mdp: the goal ends too often", "(rng.random() < 0.3), pits", "(rng.random() < 0.6), pits"),
+        Mutant("any-mdp: fewer pits", "rng.uniform(-0.2, 0.4)", "rng.uniform(-0.4, 0.2)"),
+        Mutant("any-mdp: a wider band", "s + self.states // 4 + 1", "s + self.states // 2 + 1"),
+        Mutant("any-mdp: further back", "s - self.states // 2 - 1", "s - self.states"),
+        Mutant("any-mdp: rest in the last state", "0.5 * (s < last), 1.0", "0.5, 1.0"),
+        Mutant(
+            "any-mdp: actions do not differ",
+            "weights = weights / weights.sum(0) * band",
+            "weights = (1 + 0 * weights) * band",
+        ),
+        Mutant("any-mdp: pits are not made worse", "* (pits_gain > 0)", "* 0"),
+        Mutant("any-mdp: the last state is not made better", "* (goal_lacks > 0) *", "* 0 *"),
+        Mutant("any-mdp: an optimal policy of one sweep", "if not optimal or (q", "if optimal or (q"),
+        Mutant(
+            "any-mdp: values of the uniform policy are undiscounted by the chance to end",
+            "gamma * moves, earned)",
+            "gamma * moves.T, earned)",
+        ),
+        Mutant("any-mdp: the policy is not far-sighted", "expected, 0.994)", "expected, 0.5)"),
+        Mutant(
+            "any-mdp: returns of one step less",
+            "for _ in range(self.horizon):\n            value = earned",
+            "for _ in range(self.horizon - 1):\n            value = earned",
+        ),
+        Mutant("any-mdp: no check of what is gained", "return gain[start > 0].min() >= 2 and", "return"),
+        Mutant(
+            "any-mdp: no check of the visits",
+            "min() >= 2 and (1 - (visits**2).sum(1)).min() > 0.7 and entropy.min() > 0.35",
+            "min() >= 2",
+        ),
+        Mutant(
+            "any-mdp: the first state is the start",
+            "(dice[:, :1] >= self.tables.start[task].cumsum(1)).sum(1)",
+            "(0 * dice[:, :1] >= self.tables.start[task].cumsum(1)).sum(1)",
+        ),
+        Mutant(
+            "any-mdp: one throw of the dice for all steps",
+            "state[rows, 4 + step, None]",
+            "state[rows, 4 + 0 * step, None]",
+        ),
+        Mutant("any-mdp: the smallest entry is the action", "inner, act.argmax(1)]", "inner, act.argmin(1)]"),
+        Mutant("any-mdp: the reward of the smallest entry", "act.argmax(-1), outcome", "act.argmin(-1), outcome"),
+        Mutant(
+            "any-mdp: the inner state is observed", "np.eye(self.states)[state[:, 1]", "np.eye(self.states)[state[:, 0]"
+        ),
+        Mutant("any-mdp: rewards without noise", " + self.tables.noise[index] * outcome[..., 2]", ""),
+        Mutant(
+            "any-mdp: the noise is that of the first step",
+            "4 + self.horizon + state[:, 2].astype(int).clip",
+            "4 + self.horizon + 0 * state[:, 2].astype(int).clip",
+        ),
+        Mutant("any-mdp: no state ends an episode", "return state[:, 3] > 0", "return state[:, 3] > 1"),
+        Mutant("any-mdp: distance of inner states", "(self.known[numbers", "(self.tables.policy[numbers"),
+        Mutant(
+            "any-mdp: the behavior knows inner states",
+            "self.known[params[:, 0].astype(int), obs",
+            "self.tables.policy[params[:, 0].astype(int), obs",
+        ),
+        Mutant("any-mdp: skill has no effect", "rng.random(len(obs)) < skill", "rng.random(len(obs)) < 0.5"),
+        Mutant(
+            "any-mdp: the action vector has no noise",
+            "rng.random((len(obs), self.actions)) - (",
+            "0.5 + 0 * rng.random((len(obs), self.actions)) - (",
+        ),
+        Mutant(
+            "any-mdp: behavior of one skill", "skill = 1.0 if deterministic else (phase + 1) / PHASES", "skill = 1.0"
+        ),
+        Mutant("any-mdp: its parameters are regressed", "if not data.family.measured:", "if False:"),
         # task families
         Mutant("point-robot flees its goal", "return -(((outcome - params) ** 2)", "return (((outcome - params) ** 2)"),
         Mutant(
@@ -1540,8 +1621,12 @@ MUTANTS = {
         ),
         Mutant("no random episode before the own ones", 'protocol == "np_online" and k == 0', "False"),
         Mutant("random episodes only", 'protocol == "np_online" and k == 0', 'protocol == "np_online"'),
-        Mutant("the random episode repeats one action", "rng.uniform(-1, 1", "np.random.default_rng(1).uniform(-1, 1"),
-        Mutant("the random actions are small", "rng.uniform(-1, 1", "rng.uniform(-0.5, 0.5"),
+        Mutant(
+            "the random episode repeats one action",
+            "(rng.uniform(-1, 1, (",
+            "(np.random.default_rng(1).uniform(-1, 1, (",
+        ),
+        Mutant("the random actions are small", "(rng.uniform(-1, 1, (", "(rng.uniform(-0.5, 0.5, ("),
         Mutant(
             "the online protocol forgets earlier episodes",
             "context = torch.cat([context, transitions(done, device=device)], 1)",

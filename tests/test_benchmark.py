@@ -257,6 +257,42 @@ def test_paths_are_those_of_the_adapted_policy(tiny):
     assert "test tasks are" in stop_message(look.play, list(tiny.train_ids[:1]), script, None, tiny, None)
 
 
+def test_embeddings_on_a_plane_keep_what_they_can_of_their_distances(tiny):
+    """z that lie on a plane in five dimensions are only turned and moved."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(5, 2, generator=generator)).Q
+
+    class Script:
+        @staticmethod
+        def embed(agent, context, mask):
+            assert mask.any(1).all()
+            place = torch.stack([mask.sum(1), 1e3 * context[:, 0, tiny.obs_dim]], 1)
+            Script.z = 3.0 + place @ basis.T
+            return Script.z
+
+    points, params = look.embedded(Script, None, tiny, None)
+    _, tasks = dc.label_contexts(tiny, lambda context, mask: mask, tiny.test_ids)
+    assert np.array_equal(params, tiny.task_params[tasks]) and set(tasks) == set(tiny.test_ids.tolist())
+    apart = lambda rows: torch.cdist(torch.as_tensor(rows), torch.as_tensor(rows))  # noqa: E731
+    torch.testing.assert_close(apart(points), apart(Script.z), rtol=1e-3, atol=1e-2)
+    assert abs(points.mean(0)).max() < 1e-3 * abs(points).max() and points[:, 0].std() > points[:, 1].std()
+
+
+@pytest.mark.parametrize("figure", ["--figure", "--z"])
+def test_every_run_has_its_panel(tiny_path, tmp_path, figure):
+    pytest.importorskip("matplotlib")
+    settings = {"env": "point-robot", "dataset": tiny_path, "total_updates": 2, "width": 16, "final_episodes": 1}
+    runs = [run_script(tmp_path, name, *flags(settings)) for name in ("focal.py", "flora.py")]
+    assert [code for code, *_ in runs] == [0, 0]
+    dirs = [str(path) for path in sorted(tmp_path.glob("runs/point-robot/*/seed*"))]
+    code, out, error = run_script(tmp_path, "benchmark/look.py", *dirs, figure, "picture.png")
+    assert code == 0, error
+    from matplotlib.image import imread
+
+    height, width, _ = imread(tmp_path / "picture.png").shape
+    assert width == 2 * height
+
+
 # ---- lists of runs ------------------------------------------------------------------------
 
 
