@@ -65,6 +65,7 @@ class Family:
     outcome_dim = 1
     reward_range = (-math.inf, math.inf)  # of one step
     sac_total_updates, sac_width = 120_000, 256  # defaults of the behavior policies
+    kept_as = np.float32  # type of observations and actions in a file
     scripted = False  # True where `behave` acts in place of trained policies
     measured = True  # False where the parameters are names, not quantities
 
@@ -180,6 +181,8 @@ class PointRobotWind(Point):
 
 class Mujoco(Family):
     """A MuJoCo body; state = [time, qpos, qvel] (mjSTATE_FULLPHYSICS)."""
+
+    kept_as = np.float16  # a file of the same size holds twice as many episodes
 
     timestep = 0.01  # [s]; set after loading, gymnasium's hopper and walker files say 0.002
     frame_skip = 5
@@ -743,6 +746,7 @@ FILE_LAYOUT = {
     "ood_behavior_task": ("int32", ("V", "C")),
     "ood_distance": ("float64", ("V", "C")),
 }
+MAY_BE_HALF = ("observations", "actions", "ood_observations", "ood_actions")  # float16, which are read as float32
 
 
 class Batch(NamedTuple):
@@ -893,6 +897,9 @@ def load_dataset(env, path=None, device="cpu"):
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged bytes
         refuse(f"unreadable ({short(error)})")
+    for key in MAY_BE_HALF:
+        if arrays.get(key, np.zeros(0)).dtype == np.float16:
+            arrays[key] = arrays[key].astype(np.float32)
     if "header" not in arrays:
         refuse("no header, so not a dataset of this repository")
     try:
@@ -2103,6 +2110,7 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
     arrays["ood_behavior_task"] = foreign.astype(np.int32)
     arrays |= {"task_params": params, "train_ids": train_ids.astype(np.int64), "test_ids": test_ids.astype(np.int64)}
     arrays |= {"random_returns": random_returns, "expert_returns": expert_returns}
+    arrays |= {key: arrays[key].astype(family.kept_as) for key in MAY_BE_HALF}
     arrays["ood_distance"] = foreign_distance(family, arrays)
     recorded = arrays["rewards"][phase_of != NO_EPISODE].sum(-1)
     return arrays, {"behavior_return": float(recorded.mean()), "diverged_episodes": diverged}
