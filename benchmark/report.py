@@ -323,6 +323,21 @@ def draw(groups, data, path):
     figure.savefig(path, dpi=140)
 
 
+def draw_episodes(groups, env, path):
+    """Return over the own episodes of the protocol `online`, and of IDAQ's adaptation; band: one standard error."""
+    figure, axes = pyplot().subplots(figsize=(6.4, 3.8), layout="constrained")
+    for name, seeds in groups.items():
+        for part, label in (("own episodes", name), ("own episodes, IDAQ", f"{name}, its adaptation")):
+            of_run = [{r["protocol"]: float(r["return"] or "nan") for r in rows} for rows in seeds.values()]
+            whole = [[run[p] for p in PARTS[part]] for run in of_run if set(PARTS[part]) <= run.keys()]
+            if whole:  # runs of an older protocol have five episodes
+                band(axes, range(1, len(whole[0]) + 1), np.array(whole), label=label, marker=".")
+    axes.set(xlabel="own episodes", ylabel="return on the test tasks", title=env)
+    axes.legend(fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+
+
 def write(path):
     """Put anew what stands between <!-- SCRIPT.py FLAGS --> and <!-- end -->: what that script of benchmark/ prints."""
 
@@ -345,6 +360,7 @@ def main():
     parser.add_argument("--env", nargs="+", default=["ant-dir"], help="task families")
     parser.add_argument("--files", type=Path, default=HERE, help="folder of results.csv and curves.csv")
     parser.add_argument("--figure", type=Path, help="where to write the learning curves (png)")
+    parser.add_argument("--adaptation", type=Path, help="where to write the returns over own episodes (png)")
     parser.add_argument("--only", nargs="+", help="experiment names; by default all that are there")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
     parser.add_argument("--brief", action="store_true", help="normalized returns of four protocols only")
@@ -363,6 +379,8 @@ def main():
         if not groups:
             raise SystemExit(f"no row of {env} in {args.files / 'results.csv'}; make runs: see benchmark/README.md")
         print_brief(groups) if args.brief else print_tables(groups)
+        if args.adaptation:
+            draw_episodes(groups, env, args.adaptation)
         if args.figure:
             draw(chosen(args.files / "curves.csv", env, args.only), dc.load_dataset(env), args.figure)
 

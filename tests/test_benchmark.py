@@ -293,6 +293,28 @@ def test_every_run_has_its_panel(tiny_path, tmp_path, figure):
     assert width == 2 * height
 
 
+def test_own_episodes_are_drawn_for_runs_that_played_ten(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = {}
+
+    def spy(axis, x, values, label, **style):
+        drawn[label] = list(x), values
+
+    def rows(count, first, prefix="ep"):
+        return [{"protocol": f"{prefix}_{k}", "return": str(first - k)} for k in range(1, count + 1)]
+
+    iid = [{"protocol": "iid", "return": "7"}, {"protocol": "near", "return": ""}]
+    groups = {"focal": {0: iid + rows(10, 0), 1: rows(10, 5), 2: rows(5, 100)}, "old": {0: rows(5, 0)}}
+    groups["idaq"] = {3: rows(10, 20) + rows(10, 40, "idaq")}
+    monkeypatch.setattr(report, "band", spy)
+    report.draw_episodes(groups, "point-robot", tmp_path / "new" / "own.png")
+    assert drawn.keys() == {"focal", "idaq", "idaq, its adaptation"} and (tmp_path / "new" / "own.png").exists()
+    ten = np.arange(1, 11)
+    assert all(x == list(ten) for x, _ in drawn.values())
+    assert np.array_equal(drawn["focal"][1], [-ten, 5 - ten]) and np.array_equal(drawn["idaq"][1], [20 - ten])
+    assert np.array_equal(drawn["idaq, its adaptation"][1], [40 - ten])
+
+
 # ---- lists of runs ------------------------------------------------------------------------
 
 
