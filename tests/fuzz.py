@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data_collect as dc  # noqa: E402
 
-SCRIPTS = ["flora", "focal", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
+SCRIPTS = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
 TINY = {"env": "point-robot", "train_tasks": 4, "test_tasks": 2, "total_updates": 200, "rows": 16, "width": 32}
 TINY |= {"updates_per_step": 10, "batch_size": 64, "episodes": 4, "test_episodes": 2, "ood_contexts": 2}
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 2, "log_every": 1, "eval_every": 1, "save_every": 1}

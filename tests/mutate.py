@@ -188,7 +188,7 @@ def main():
     return int(any(BAD & set(counts) for counts in tally.values()))
 
 
-BACKBONE = [  # what focal.py, unicorn.py, corro.py and, but for the entropy, csro.py, er_trl.py, idaq.py share
+BACKBONE = [  # what focal.py, unicorn.py, corro.py and, but for the entropy, the siblings of focal.py share
     Mutant("the actor minimizes Q", "agent.brac_alpha * divergence - q_mean", "agent.brac_alpha * divergence + q_mean"),
     Mutant(
         "the target is the maximum of the twins",
@@ -628,6 +628,58 @@ MUTANTS = {
         ),
         Mutant("the critics train the encoder too", "z_fixed = z.detach()", "z_fixed = z"),
         Mutant("z is averaged over the padding too", "mask.sum(1, keepdim=True).clamp(min=1)", "max(mask.shape[1], 1)"),
+        Mutant(
+            "the multiplier falls where it should grow",
+            "(divergence - args.divergence_target)",
+            "(args.divergence_target - divergence)",
+        ),
+    ],
+    "focal_pp.py": [
+        *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
+        Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
+        Mutant("target noise ignored", "args.target_noise * log_std.exp()", "log_std.exp()"),
+        Mutant("next actions without noise", "args.target_noise * log_std.exp()", "0 * log_std.exp()"),
+        Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
+        Mutant("metric weight ignored", "args.metric_weight * metric_loss", "metric_loss"),
+        Mutant("contrastive weight ignored", "args.nce_weight * nce", "nce"),
+        Mutant("similarities are not normalized", "F.normalize(query, dim=-1) @", "query @"),
+        Mutant("keys are not normalized", "F.normalize(key, dim=-1).T", "key.T"),
+        Mutant("temperature ignored", "F.normalize(key, dim=-1).T / temperature", "F.normalize(key, dim=-1).T"),
+        Mutant("a task's other contexts are negatives", "similarity.masked_fill(twins, -math.inf)", "similarity"),
+        Mutant(
+            "keys pick queries",
+            "return F.cross_entropy(similarity.masked_fill",
+            "return F.cross_entropy(similarity.T.masked_fill",
+        ),
+        Mutant("keys of the same contexts", "agent.key_encoder(other, real)", "agent.key_encoder(context, real)"),
+        Mutant("keys of the encoder itself", "agent.key_encoder(other, real)", "agent.encoder(other, real)"),
+        Mutant("the key encoder stays", "1 - args.momentum)", "0.0)"),
+        Mutant("the key encoder copies", "1 - args.momentum)", "1.0)"),
+        Mutant("momentum the other way", "1 - args.momentum)", "args.momentum)"),
+        Mutant("both contexts are one", "generator) for _ in range(2))", "generator),) * 2"),
+        Mutant("gate without effect", "gate.exp() * mask", "mask"),
+        Mutant("gate without exponential", "gate.exp() * mask", "gate * mask"),
+        Mutant(
+            "gate of the first feature",
+            "(torch.tanh(self.narrow(h)))).mean(-1)",
+            "(torch.tanh(self.narrow(h))))[..., 0]",
+        ),
+        Mutant("gate without its first tanh", "self.widen(torch.tanh(self.narrow(h)))", "self.widen(self.narrow(h))"),
+        Mutant("the padding has weight", "gate.exp() * mask", "gate.exp()"),
+        Mutant("the padding is seen", "real = (mask > 0) |", "real = (mask > -1) |"),
+        Mutant("attention in place of the transition", "h = h + self.attend(h, mask)", "h = self.attend(h, mask)"),
+        Mutant("one head", "x.unflatten(-1, (self.heads, -1))", "x.unflatten(-1, (1, -1))"),
+        Mutant("queries and keys change places", "attention(query, key, value", "attention(key, query, value"),
+        Mutant("embeddings without bound", "torch.tanh(self.last(h))", "self.last(h)"),
+        Mutant("--no-gate without effect", "args.encoder_width, args.gate, args", "args.encoder_width, True, args"),
+        Mutant("--no-attention without effect", "args.attention, args.heads)", "True, args.heads)"),
+        Mutant(
+            "rows after the first sixteen are those again",
+            "zip(context.split(16), mask.split(16))",
+            "zip(context.split(16)[:1] * len(mask.split(16)), mask.split(16))",
+        ),
+        Mutant("any number of heads passes", "args.attention and args.encoder_width % args.heads", "False"),
+        Mutant("the critics train the encoder too", "z_fixed = z.detach()", "z_fixed = z"),
         Mutant(
             "the multiplier falls where it should grow",
             "(divergence - args.divergence_target)",

@@ -1,5 +1,6 @@
-"""What csro.py, er_trl.py and idaq.py, whose actor-critic is that of focal.py, are tested for alike: whole updates
-against a slow recomputation, networks, the data of a training, learning. Their own tests say what their encoders add.
+"""What the scripts whose actor-critic is that of focal.py are tested for alike, CSRO, ER-TRL, FOCAL++ and IDAQ: whole
+updates against a slow recomputation, networks, the data of a training, learning. Their own tests have what their
+encoders add.
 """
 
 import copy
@@ -27,12 +28,18 @@ class Sibling:
 
     script = None
     method = {}  # arguments beside METHOD
+    encoder_shapes = [(48, 9), (48, 48), (5, 48)]  # of its layers with 48 hidden units, z_dim 5
     own = {}  # optimizer beside `opt`: (the network it trains, the argument that is its learning rate)
+    contexts = 1  # that an update is given
+    embedding = staticmethod(slow_embedding)  # encoder, transitions of a context -> z
 
-    def slow_encoder(self, agent, opts, context, segment, args):
+    def slow_encoder(self, agent, opts, contexts, segment, args):
         """The steps of the networks in `own`, with opts {name: optimizer} -> loss of the encoder, with graph, and the
         metrics that focal.py does not have."""
         raise NotImplementedError
+
+    def slow_after(self, agent, args):
+        """What follows the optimizer's step."""
 
     def make_agent(self, data=DATA, **changes):
         """Agent with parameters large enough that nothing is near zero -> agent, args."""
@@ -47,10 +54,13 @@ class Sibling:
                 net.b_3.zero_()
         return agent, args
 
-    def slow_update(self, agent, opts, context, segment, best, args):
+    def make_contexts(self, seed):
+        return [make_context(seed + 10 * i) for i in range(self.contexts)]
+
+    def slow_update(self, agent, opts, contexts, segment, best, args):
         """One update of a copy of the agent by optimizers of its own -> metrics."""
-        z = torch.stack([slow_embedding(agent.encoder, rows) for rows in context]).detach()
-        encoder, metrics = self.slow_encoder(agent, opts, context, segment, args)
+        z = torch.stack([self.embedding(agent.encoder, rows) for rows in contexts[0]]).detach()
+        encoder, metrics = self.slow_encoder(agent, opts, contexts, segment, args)
         sums = slow_actor_critic(agent, z, segment, best, args, 0.0)
         actor = agent.brac_alpha.item() * sums["divergence"] - sums["value"]
         gradients(encoder, agent.encoder)
@@ -58,6 +68,7 @@ class Sibling:
         gradients(actor, agent.shift)
         gradients(sums["behavior"], agent.behavior)
         opts["opt"].step()
+        self.slow_after(agent, args)
         slow_multiplier_and_targets(agent, sums["divergence"], args)
         return {
             "losses/encoder": encoder,
@@ -81,10 +92,10 @@ class Sibling:
         for name, (net, rate) in self.own.items():
             opts[name] = torch.optim.Adam(getattr(twin, net).parameters(), getattr(args, rate))
         for k in range(updates):
-            inputs = make_context(k), make_segment(100 + k, args), make_batch(200 + k)
+            contexts, rest = self.make_contexts(k), (make_segment(100 + k, args), make_batch(200 + k))
             with decaying(twin.behavior, args):
-                expected = self.slow_update(twin, opts, *inputs, args)
-            metrics = self.script.update(agent, TASK_IDS, *inputs, args)
+                expected = self.slow_update(twin, opts, contexts, *rest, args)
+            metrics = self.script.update(agent, TASK_IDS, *contexts, *rest, args)
             assert_same_update(agent, twin, metrics, expected)
 
     @pytest.mark.parametrize("case", [{}, {"target_noise": 1.0, "n_step": 1}])
@@ -102,7 +113,7 @@ class Sibling:
     @pytest.mark.parametrize("target, expected", [(1e6, 0.0), (0.0, 3.0)])
     def test_multiplier_keeps_to_its_bounds(self, target, expected):
         agent, args = self.make_agent(brac_alpha_lr=1e4, brac_alpha_max=3.0, divergence_target=target)
-        self.script.update(agent, TASK_IDS, make_context(0), make_segment(0, args), make_batch(0), args)
+        self.script.update(agent, TASK_IDS, *self.make_contexts(0), make_segment(0, args), make_batch(0), args)
         assert agent.brac_alpha == expected
 
     def test_log_std_is_clamped(self):
@@ -117,7 +128,8 @@ class Sibling:
     def test_networks_have_the_asked_sizes_and_start_as_they_should(self):
         """The last layer of both policies all but at 0; the targets at the critics, which differ."""
         agent = self.sized_agent()
-        assert [tuple(layer.weight.shape) for layer in agent.encoder.net[::2]] == [(48, 9), (48, 48), (5, 48)]
+        layers = [layer for layer in agent.encoder.modules() if isinstance(layer, torch.nn.Linear)]
+        assert [tuple(layer.weight.shape) for layer in layers] == self.encoder_shapes
         assert agent.q.w_2.shape == (2, 64, 64) and agent.shift.w_2.shape == agent.behavior.w_2.shape == (1, 64, 64)
         for net in (agent.shift, agent.behavior):
             assert 8e-4 < net.w_3.abs().max() <= 1e-3 and 0 < net.b_3.abs().max() <= 1e-3
@@ -134,7 +146,7 @@ class Sibling:
         assert not z.requires_grad
         for row in range(4):
             rows = context[row][mask[row] == 1]
-            expected = slow_embedding(agent.encoder, rows) if len(rows) else torch.zeros(3).double()
+            expected = self.embedding(agent.encoder, rows) if len(rows) else torch.zeros(3).double()
             torch.testing.assert_close(z[row], expected)
             torch.testing.assert_close(act[row], torch.tanh(slow_policy(agent, obs[row], expected)[0].mean))
         assert (self.script.embed(agent, context[:, :0], mask[:, :0]) == 0).all()
@@ -153,11 +165,12 @@ class Sibling:
         monkeypatch.chdir(folder)
         updates, contexts, update, adapt = [], [], self.script.update, self.script.adapt
 
-        def watch(agent, task_ids, context, segment, best, args):
+        def watch(agent, task_ids, *given):
+            *given_contexts, segment, best, args = given
             rates = [float(getattr(agent, opt).param_groups[0]["lr"]) for opt in ("opt", *self.own)]
-            given = {"task_ids": task_ids, "context": context, "segment": segment, "best": best}
-            updates.append(SimpleNamespace(**given, rates=rates))
-            return update(agent, task_ids, context, segment, best, args)
+            parts = {"task_ids": task_ids, "contexts": given_contexts, "segment": segment, "best": best}
+            updates.append(SimpleNamespace(**parts, rates=rates))
+            return update(agent, task_ids, *given)
 
         def watch_adapt(agent, context, mask, explore, clone=False):
             contexts.append(context[..., 4][mask == 1])  # rewards
@@ -176,9 +189,12 @@ class Sibling:
         assert len(updates) == 20 and set(torch.cat([u.task_ids for u in updates]).tolist()) == set(range(6))
         assert any(len(set(u.task_ids.tolist())) < 5 for u in updates)  # with replacement
         for u in updates:
-            assert u.context.shape == (5, 6, 7) and (u.context[..., 4] >= 0).all()
-            task, episode, _ = origin(u.context[..., 4])
-            assert (task == u.task_ids[:, None]).all() and (episode == episode[:, :1]).all()
+            assert len(u.contexts) == self.contexts
+            for context in u.contexts:
+                assert context.shape == (5, 6, 7) and (context[..., 4] >= 0).all()
+                task, episode, _ = origin(context[..., 4])
+                assert (task == u.task_ids[:, None]).all() and (episode == episode[:, :1]).all()
+            assert len({tuple(origin(context[..., 4])[1][:, 0].tolist()) for context in u.contexts}) == self.contexts
             check_segments(u.segment, u.task_ids, FAST)
         check_best([u.best.rew for u in updates], [u.task_ids for u in updates], numbered, FAST["anchor_share"])
         of_protocols = contexts[:20]  # one of each, but ten of online, five of np_online; then come those of pi_beta
@@ -188,7 +204,7 @@ class Sibling:
 
     def test_evaluation_is_that_of_slow_policies_and_critics(self, numbered):
         agent, args = self.make_agent(numbered)
-        check_evaluation(self.script, agent, args, numbered, partial(slow_embedding, agent.encoder))
+        check_evaluation(self.script, agent, args, numbered, partial(self.embedding, agent.encoder))
 
     @pytest.mark.parametrize("decay", [True, False])
     def test_learning_rates_fall_in_the_second_half(self, decay, numbered_path, tmp_path, monkeypatch):
@@ -213,7 +229,7 @@ class Sibling:
         best = dc.Batch(rows(5, 3), rows(5, 2), rows(5), rows(5, 3), rows(5))
         segment = dc.Segment(rows(5, 3, 3), rows(5, 3, 2), rows(5, 3), rows(5, 3, 3), rows(5, 3), rows(5))
         with OnDevice():
-            metrics = self.script.update(agent, rows().long(), rows(6, 9), segment, best, args)
+            metrics = self.script.update(agent, rows().long(), *[rows(6, 9)] * self.contexts, segment, best, args)
         assert all(value.device.type == "meta" for value in metrics.values())
 
     def test_learns_point_robot_on_the_shipped_data(self, tmp_path):

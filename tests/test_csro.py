@@ -45,7 +45,8 @@ class TestCSRO(Sibling):
     script, own = csro, {"guess_opt": ("guess", "lr")}
     method = {"club_weight": 2.5, "guess_weight": 4.0}
 
-    def slow_encoder(self, agent, opts, context, segment, args):
+    def slow_encoder(self, agent, opts, contexts, segment, args):
+        (context,) = contexts
         fit = args.guess_weight * slow_guess_loss(agent, context)
         gradients(fit, agent.guess)
         opts["guess_opt"].step()  # before the bound is taken

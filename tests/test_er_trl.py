@@ -59,7 +59,8 @@ class TestERTRL(Sibling):
     own = {"discriminator_opt": ("discriminator", "gan_lr"), "generator_opt": ("generator", "gan_lr")}
     method = {"behavior_entropy_weight": 1.5, "gan_lr": 2**-6, "noise_dim": 2, "gan_steps": 2}
 
-    def slow_encoder(self, agent, opts, context, segment, args):
+    def slow_encoder(self, agent, opts, contexts, segment, args):
+        (context,) = contexts
         batch, metrics = start(segment), {}
         z = torch.stack([slow_embedding(agent.encoder, rows) for rows in context])
         for _ in range(args.gan_steps):

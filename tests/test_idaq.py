@@ -16,7 +16,8 @@ import idaq
 class TestIDAQ(Sibling):
     script = idaq
 
-    def slow_encoder(self, agent, opts, context, segment, args):
+    def slow_encoder(self, agent, opts, contexts, segment, args):
+        (context,) = contexts
         z = torch.stack([slow_embedding(agent.encoder, rows) for rows in context])
         return args.metric_weight * slow_metric(z, TASK_IDS.tolist()), {}
 

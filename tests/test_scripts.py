@@ -29,13 +29,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_collect as dc
 import flora
 
-SCRIPTS = ["flora", "focal", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
+SCRIPTS = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 40, "log_every": 10, "eval_every": 20}
 SMALL |= {"save_every": 10, "eval_episodes": 1, "final_episodes": 2, "meta_batch": 4, "batch_size": 8}
 SMALL |= {"context_size": 8, "width": 16}
 CASES = {  # case: script, its arguments
     "flora": ("flora", {"bandit_every": 15}),
     "focal": ("focal", {}),
+    "focal_pp": ("focal_pp", {}),
     "focal-dual": ("focal", {"divergence": "dual", "entropy_weight": 0.1, "brac_alpha_lr": 0.1}),
     "unicorn": ("unicorn", {}),
     "unicorn-sup": ("unicorn", {"variant": "sup", "backbone": "sac"}),
@@ -50,17 +51,7 @@ CASES = {  # case: script, its arguments
     "meta_dt": ("meta_dt", {"world_model_updates": 20}),
     "meta_dt-sample": ("meta_dt", {"world_model_updates": 20, "prompt_select": "sample"}),
 }
-FIRST = [
-    "flora",
-    "focal",
-    "unicorn",
-    "corro-none",
-    "csro",
-    "er_trl",
-    "idaq",
-    "macaw",
-    "meta_dt",
-]  # one case of every script
+FIRST = ["corro-none" if name == "corro" else name for name in SCRIPTS]  # one case of every script
 TIMING = {"run_dir", "updates_per_sec", "cpu_s"}  # what differs between two equal runs
 scripts = pytest.mark.parametrize("name", SCRIPTS)
 every_script = pytest.mark.parametrize("case", FIRST)
