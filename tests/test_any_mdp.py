@@ -77,7 +77,7 @@ def test_drawn_ends_have_the_published_frequencies():
     rng = np.random.default_rng(0)
     drawn = [FAMILY.draw_ends(rng) for _ in range(4000)]
     start, ends, pits = (np.array(x) for x in zip(*drawn))
-    assert abs(ends[:, -1].mean() - 0.3) < 0.025 and not pits[:, -1].any()
+    assert abs(ends[:, -1].mean() - 0.3) < 0.025 and not pits[:, -1].any() and not (pits & (start > 0)).any()
     assert (ends[:, :-1] == pits[:, :-1]).all()
     none = (~pits.any(1)).mean()  # a third by the draw of the share, and small shares that meet no state
     assert 1 / 3 < none < 0.5
@@ -117,6 +117,44 @@ def test_action_values_are_those_of_value_iteration(number):
     q = value_iteration(t.transitions, expected, 0.994, greedy)
     rows = np.arange(S)
     np.testing.assert_allclose(q[rows, t.policy], q.max(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("goal_ends", [True, False])
+def test_pits_are_made_worse_and_the_last_state_better_until_they_are(goal_ends, monkeypatch):
+    start, pits = np.eye(S)[0], np.isin(np.arange(S), [4, 7])
+    ends = pits | (np.arange(S) == S - 1) & goal_ends
+    good, bad = np.full((S, A), 2.0), np.zeros((S, A))
+    good[~ends & (np.arange(S) > 12)] = 20  # far above the start
+    bad[0], bad[9], bad[np.flatnonzero(~ends)[-1]] = 10, -3, 1
+    found = {}
+    for calls in ((good,), (bad, good), (bad,) * 5):
+        answers = iter(calls)
+        monkeypatch.setattr(FAMILY, "action_values", lambda *_, answers=answers: next(answers))
+        found[len(calls)], _ = FAMILY.draw_rewards(np.random.default_rng(4), np.zeros((S, A, S)), start, ends, pits)
+        assert next(answers, None) is None
+    assert found[5] is None  # given up
+    change = found[2] - found[1]
+    worse, better = change[..., pits], change[..., -1]
+    assert -14 <= worse.min() and worse.max() <= -5  # by 0 + 3 + 1 and 1 to 10
+    scale = 1 if goal_ends else 0.01
+    assert 22 * scale - 1e-9 <= better.min() and better.max() <= 28 * scale + 1e-9  # twice 10 - 1 and 2 to 5
+    assert np.ptp(worse) < 1e-9 and np.ptp(better) < 1e-9 and abs(change[..., ~pits][..., :-1]).max() < 1e-9
+
+
+def test_rewards_and_their_noise_are_scaled_alike(monkeypatch):
+    drawn = []
+
+    def spy(*inputs, draw=FAMILY.draw_rewards):
+        drawn.append(draw(*inputs))
+        return drawn[-1]
+
+    monkeypatch.setattr(FAMILY, "draw_rewards", spy)
+    made = FAMILY.draw_task(np.random.default_rng([2502, 11]))
+    rewards, noise = drawn[-1]
+    factor = (made["rewards"] / np.where(rewards == 0, 1, rewards))[rewards != 0]
+    np.testing.assert_allclose(factor, factor[0], rtol=1e-9)
+    np.testing.assert_allclose(made["noise"], factor[0] * noise, rtol=1e-9)
+    assert abs(factor[0] - 1) > 0.1 and noise.max() > 0
 
 
 def expected_return(t, choice):
