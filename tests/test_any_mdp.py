@@ -141,6 +141,16 @@ def test_pits_are_made_worse_and_the_last_state_better_until_they_are(goal_ends,
     assert np.ptp(worse) < 1e-9 and np.ptp(better) < 1e-9 and abs(change[..., ~pits][..., :-1]).max() < 1e-9
 
 
+def test_tasks_in_which_nothing_is_gained_or_little_is_visited_are_refused():
+    for t in map(task, range(5)):
+        assert FAMILY.worth_learning(t.transitions, t.rewards, t.start, t.ends)
+        assert not FAMILY.worth_learning(t.transitions, 1e-4 * t.rewards, t.start, t.ends)  # the same policy
+        resting = 0 * t.transitions
+        resting[~t.ends] = np.eye(S)[~t.ends, None]
+        assert not FAMILY.worth_learning(resting, t.rewards, t.start, t.ends)
+        assert not FAMILY.worth_learning(0.9 * t.transitions, t.rewards, t.start, t.ends)  # an action leads nowhere
+
+
 def test_rewards_and_their_noise_are_scaled_alike(monkeypatch):
     drawn = []
 
