@@ -304,4 +304,6 @@ def test_rewards_of_recorded_transitions_can_be_read_from_the_tables():
         expected = t.rewards[s, a, j] + t.noise[s, a, j] * outcome[row, 2]
         assert FAMILY.reward(outcome, act, PARAMS[numbers])[row] == pytest.approx(expected)
         assert after[row, 2] == 1 and np.array_equal(after[row, 4:], state[row, 4:])
+    later = FAMILY.outcome(after, FAMILY.step(after, act, PARAMS[numbers]))
+    assert not (later[:, 2] == outcome[:, 2]).any()  # a noise of its own at every step
     assert len(set(outcome[:, 2])) == 20 and math.isfinite(outcome.sum()) and torch.equal(before, torch.get_rng_state())
