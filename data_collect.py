@@ -898,7 +898,7 @@ def load_dataset(env, path=None, device="cpu"):
     except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged bytes
         refuse(f"unreadable ({short(error)})")
     for key in MAY_BE_HALF:
-        if arrays.get(key, np.zeros(0)).dtype == np.float16:
+        if getattr(arrays.get(key), "dtype", None) == np.float16:  # a damaged member is read as bytes
             arrays[key] = arrays[key].astype(np.float32)
     if "header" not in arrays:
         refuse("no header, so not a dataset of this repository")

@@ -1244,7 +1244,7 @@ MUTANTS = {
     "data_collect.py": [
         Mutant("bodies are kept in single precision", "    kept_as = np.float16", "    kept_as = np.float32"),
         Mutant("points are kept in half precision", "    kept_as = np.float32", "    kept_as = np.float16"),
-        Mutant("half precision is refused", "if arrays.get(key, np.zeros(0)).dtype == np.float16:", "if False:"),
+        Mutant("half precision is refused", 'if getattr(arrays.get(key), "dtype", None) == np.float16:', "if False:"),
         Mutant("any-mdp: rewards unscaled", "rewards=100 / gap * rewards", "rewards=rewards"),
         Mutant("any-mdp: the noise unscaled", "noise=100 / gap * noise", "noise=noise"),
         Mutant(

@@ -10,6 +10,7 @@ import shutil
 import signal
 import statistics
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -897,6 +898,14 @@ def test_half_precision_is_read_as_single(numbered_path, numbered, tmp_path):
     arrays["rewards"] = arrays["rewards"].astype(np.float16)
     np.savez(tmp_path / "point-robot.npz", **arrays)
     assert "rewards has type float16" in stop_message(dc.load_dataset, "point-robot", tmp_path / "point-robot.npz")
+
+
+def test_a_member_that_is_no_array_is_refused(numbered_path, tmp_path):
+    path = tmp_path / "point-robot.npz"
+    with zipfile.ZipFile(numbered_path) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"no array" if name == "observations.npy" else old.read(name))
+    assert "observations is missing" in stop_message(dc.load_dataset, "point-robot", path)
 
 
 def test_bodies_are_kept_in_half_precision_and_points_in_single(walker_path, tiny_path):
