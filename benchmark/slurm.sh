@@ -1,6 +1,6 @@
 #!/bin/bash
 #SBATCH --cpus-per-task=1 --time=1:00:00 --requeue --open-mode=append --output=slurm-%A_%a.out --signal=B:TERM@60
-# A run per line of a list, from the repository's root:  sbatch --array=1-60 benchmark/slurm.sh benchmark/ant-dir.txt
+# A run per line of a list, from the repository's root:  sbatch --array=1-65 benchmark/slurm.sh benchmark/ant-dir.txt
 # A minute before the time is over Slurm sends TERM; the run saves its checkpoint and is queued anew, where it goes on.
 export OMP_NUM_THREADS=1
 command=$(python benchmark/missing.py "$@" --line "$SLURM_ARRAY_TASK_ID") || exit
