@@ -293,6 +293,15 @@ def test_every_run_has_its_panel(tiny_path, tmp_path, figure):
     assert width == 2 * height
 
 
+def test_panels_are_those_of_their_runs(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(look, "revisit", lambda run_dir, what: (run_dir, what))
+    runs, seen = [tmp_path / name / "seed0" for name in ("focal", "flora")], []
+    look.draw_panels(runs, tmp_path / "picture.png", lambda axis, *found: seen.append((axis.get_title, *found)), "look")
+    assert [found for _, *found in seen] == [[run_dir, "look"] for run_dir in runs]
+    assert [title() for title, *_ in seen] == ["focal", "flora"]
+
+
 def test_own_episodes_are_drawn_for_runs_that_played_ten(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = {}
