@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -32,7 +33,7 @@ KEY = ("env", "quality", "name", "seed")  # of a run
 RESULTS = (*KEY, "protocol", "updates", "return", "return_se", "normalized", "q_relative", "nearest_task_acc")
 RESULTS += ("probe_r2", "updates_per_sec", "cpu_s", "commit", "torch")
 RESULTS += ("by_task", "arms")  # returns of the tasks; last probabilities of FLORA's bandit, alpha from -1 to 0
-CURVES = (*KEY, "updates", "iid", "train", "q_error", "divergence")
+CURVES = (*KEY, "updates", "cpu_s", "iid", "train", "q_error", "divergence")
 PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "np_online", "idaq", "zero_shot", "train")
 PARTS = {  # further tables: title -> protocols
     "inner steps": [f"steps_{k}" for k in (0, 1, 5, 20)],  # MACAW
@@ -59,6 +60,16 @@ def curve(run_dir, tag):
     with open(run_dir / "metrics.csv", newline="") as file:
         points = [(int(row["step"]), float(row["value"])) for row in csv.DictReader(file) if row["tag"] == tag]
     return tuple(np.array(column) for column in zip(*points)) or (np.array([]), np.array([]))
+
+
+def cpu_seconds(run_dir):
+    """-> {updates of the policy: CPU seconds since the start, earlier phases included}, of TensorBoard's events, whose
+    steps count the updates of all phases; {} where there are none."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    if "charts/cpu_s" not in events.Tags()["scalars"]:
+        return {}
+    before = events.Scalars("eval/iid/return")[-1].step - curve(run_dir, "eval/iid/return")[0][-1]
+    return {event.step - before: event.value for event in events.Scalars("charts/cpu_s")}
 
 
 def last_probabilities(run_dir):
@@ -99,7 +110,8 @@ def rows_of(run_dir):
             rows.append(run | made | {"protocol": third, "normalized": result[f"eval/ood/normalized_{third}"]})
     tags = dict(zip(CURVES[-4:], ("eval/iid/return", "eval/train/return", "eval/iid/q_error", "stats/divergence")))
     found = {name: dict(zip(*curve(run_dir, tag))) for name, tag in tags.items()}
-    points = [run | {"updates": k} | {name: found[name].get(k) for name in tags} for k in found["iid"]]
+    found["cpu_s"] = cpu_seconds(run_dir)
+    points = [run | {"updates": k} | {name: found[name].get(k) for name in found} for k in found["iid"]]
     return rows, points
 
 
@@ -304,19 +316,30 @@ def band(axis, x, values, **style):
     axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def draw(groups, data, path):
-    """Return on the test tasks, context from their own data, against updates; band: one standard error."""
+def draw(groups, data, path, over="updates"):
+    """Return on the test tasks, context from their own data, against updates, or against the mean CPU time (cpu_s) at
+    which the seeds have done them; band: one standard error."""
     figure, axes = pyplot().subplots(figsize=(6.4, 3.8), layout="constrained")
     for name, seeds in groups.items():
-        steps = [int(row["updates"]) for row in next(iter(seeds.values()))]
+        if over == "cpu_s":  # of runs that have it
+            seeds = {seed: rows for seed, rows in seeds.items() if all(row["cpu_s"] for row in rows)}
+        if not seeds:
+            continue
+        x = np.mean([[float(row[over]) for row in rows] for rows in seeds.values()], 0)
         values = np.array([[float(row["iid"]) for row in rows] for rows in seeds.values()])
-        band(axes, steps, values, label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})")
+        band(
+            axes,
+            x / (60 if over == "cpu_s" else 1),
+            values,
+            label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})",
+        )
     for label, level, style in (
         ("expert", data.expert_returns[data.test_ids].mean(), "--"),
         ("mean return of the training data", data.behavior_return, ":"),
     ):
         axes.axhline(level, color="gray", linestyle=style, linewidth=1, label=label)
-    axes.set(xlabel="updates", ylabel="return on the test tasks (iid context)", title=data.env)
+    label = "updates" if over == "updates" else "CPU time [minutes], all phases and evaluations included"
+    axes.set(xlabel=label, ylabel="return on the test tasks (iid context)", title=data.env)
     axes.set_ylim(top=1.05 * data.expert_returns[data.test_ids].mean())
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.94), ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -360,6 +383,9 @@ def main():
     parser.add_argument("--env", nargs="+", default=["ant-dir"], help="task families")
     parser.add_argument("--files", type=Path, default=HERE, help="folder of results.csv and curves.csv")
     parser.add_argument("--figure", type=Path, help="where to write the learning curves (png)")
+    parser.add_argument(
+        "--over", choices=("updates", "cpu_s"), default="updates", help="what --figure has on its x-axis"
+    )
     parser.add_argument("--adaptation", type=Path, help="where to write the returns over own episodes (png)")
     parser.add_argument("--only", nargs="+", help="experiment names; by default all that are there")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
@@ -382,7 +408,7 @@ def main():
         if args.adaptation:
             draw_episodes(groups, env, args.adaptation)
         if args.figure:
-            draw(chosen(args.files / "curves.csv", env, args.only), dc.load_dataset(env), args.figure)
+            draw(chosen(args.files / "curves.csv", env, args.only), dc.load_dataset(env), args.figure, args.over)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags, run_script, stop_message
+from torch.utils.tensorboard import SummaryWriter
 
 import data_collect as dc
 
@@ -73,7 +74,18 @@ def test_finished_runs_are_copied_with_all_their_numbers(tmp_path):
     assert rows["iid"].items() >= wanted.items()
     assert (rows["ep_1"]["return"], rows["steps_5"]["return"], rows["far"]["normalized"]) == ("-9", "-4", "7")
     points = [tuple(row[k] for k in report.CURVES[4:]) for row in table(tmp_path / "curves.csv")]
-    assert points == [("20", "-8", "-6", "2", "0.2"), ("30", "-5", "", "3", "0.3")]
+    assert points == [("20", "", "-8", "-6", "2", "0.2"), ("30", "", "-5", "", "3", "0.3")]
+
+
+def test_curves_have_the_cpu_time_of_the_evaluation_all_phases_included(tmp_path):
+    run_dir = write_run(tmp_path / "runs", "corro", 0, [-6.0, -2.0])
+    with SummaryWriter(str(run_dir)) as writer:  # 100 updates of an earlier phase come first
+        for step, seconds in ((10, 6.0), (20, 9.0), (30, 12.0)):
+            writer.add_scalar("charts/cpu_s", seconds, 100 + step)
+            if step > 10:
+                writer.add_scalar("eval/iid/return", 0.0, 100 + step)
+    report.add(tmp_path / "runs", tmp_path)
+    assert [(row["updates"], row["cpu_s"]) for row in table(tmp_path / "curves.csv")] == [("20", "9"), ("30", "12")]
 
 
 def test_a_run_made_anew_replaces_its_rows_and_no_others(tmp_path):
@@ -322,6 +334,28 @@ def test_own_episodes_are_drawn_for_runs_that_played_ten(tmp_path, monkeypatch):
     assert all(x == list(ten) for x, _ in drawn.values())
     assert np.array_equal(drawn["focal"][1], [-ten, 5 - ten]) and np.array_equal(drawn["idaq"][1], [20 - ten])
     assert np.array_equal(drawn["idaq, its adaptation"][1], [40 - ten])
+
+
+def test_learning_curves_are_drawn_over_the_seeds_mean_cpu_time_of_runs_that_have_it(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = {}
+
+    def spy(axis, x, values, label, **style):
+        drawn[label] = list(x), values.tolist()
+
+    def rows(seconds, returns):
+        return [{"updates": str(k), "cpu_s": s, "iid": r} for k, s, r in zip((10, 20), seconds, returns)]
+
+    groups = {"focal": {0: rows("69", "12"), 1: rows(("30", "51"), "34"), 2: rows(("", ""), "56")}}
+    groups["old"] = {0: rows(("", ""), "78")}
+    data = SimpleNamespace(expert_returns=np.ones(2), test_ids=[1], behavior_return=0.5, env="point-robot")
+    monkeypatch.setattr(report, "band", spy)
+    report.draw(groups, data, tmp_path / "cpu.png", "cpu_s")
+    assert drawn == {"focal (2 seeds)": ([0.3, 0.5], [[1, 2], [3, 4]])} and (tmp_path / "cpu.png").exists()
+    drawn.clear()
+    report.draw(groups, data, tmp_path / "updates.png")
+    assert drawn.keys() == {"focal (3 seeds)", "old (1 seed)"}
+    assert drawn["focal (3 seeds)"] == ([10, 20], [[1, 2], [3, 4], [5, 6]])
 
 
 # ---- lists of runs ------------------------------------------------------------------------
