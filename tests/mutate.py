@@ -890,9 +890,30 @@ MUTANTS = {
         ),
         Mutant(
             "encoder-updates without effect",
-            "args.total_updates if args.encoder_updates is None else args.encoder_updates",
-            "args.total_updates",
+            "4 * args.total_updates if args.encoder_updates is None else args.encoder_updates",
+            "4 * args.total_updates",
         ),
+        Mutant("the encoder as short as the policy", "= 4 * args.total_updates if", "= args.total_updates if"),
+        Mutant(
+            "contexts not standardized",
+            "return (self.encoder(rows) - self.center) / self.spread",
+            "return self.encoder(rows)",
+        ),
+        Mutant("the data not standardized", "return points.sub_(agent.center).div_(agent.spread)", "return points"),
+        Mutant("the data not centered", "points.sub_(agent.center).div_", "points.div_"),
+        Mutant(
+            "standardized over test tasks, too",
+            "    train = data.train_ids\n",
+            "    train = list(range(len(data.lengths)))\n",
+        ),
+        Mutant("padding in the standardization", "(points * real[..., None]).sum(2)", "points.sum(2)"),
+        Mutant(
+            "empty episodes in the standardization",
+            "(data.lengths[train, :, None] > 0) /",
+            "(data.lengths[train, :, None] >= 0) /",
+        ),
+        Mutant("the spread of a sum, not of a component", ".sum((0, 1)).mean().sqrt()", ".sum().sqrt()"),
+        Mutant("nothing for a collapsed encoder", ".sqrt().clamp(min=1e-6)", ".sqrt()"),
         Mutant(
             "the VAE trains as long as the policy",
             "args.total_updates // 2 if args.cvae_updates",

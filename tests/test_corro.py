@@ -3,6 +3,7 @@
 The numbers of the test vectors are worked out by hand; the slow recomputations are plain loops in float64 that share
 nothing with the script but its networks' parameters."""
 
+import copy
 import math
 import re
 from types import SimpleNamespace
@@ -476,7 +477,11 @@ def test_policy_phase_infers_each_task_from_one_of_its_own_episodes(numbered, nu
     monkeypatch.setattr(  # an embedding that tells where it comes from
         corro.TransitionEncoder, "forward", lambda self, rows: rows[..., REWARD, None].expand(*rows.shape[:-1], 5)
     )
-    spy(monkeypatch, "update", lambda agent, *inputs: calls.append(inputs[:3]))
+
+    def note(agent, points, *rest):  # without the standardization
+        calls.append((points * agent.spread + agent.center, *rest[:2]))
+
+    spy(monkeypatch, "update", note)
     own = {"gamma": 0.5, "n_step": 3, "anchor_share": 0.4}
     train(numbered_path, tmp_path, total_updates=8, meta_batch=7, batch_size=9, context_size=11, **own)
     chosen = []
@@ -493,13 +498,32 @@ def test_policy_phase_infers_each_task_from_one_of_its_own_episodes(numbered, nu
     check_best([best.rew for _, _, best in calls], torch.tensor(chosen), numbered, 0.4)
 
 
-def test_embedded_dataset_is_each_transition_through_the_encoder(numbered):
+def test_embedded_dataset_is_each_transition_through_the_encoder_standardized_over_episodes(numbered):
     agent, _ = make_agent(numbered, torch.float32)
+    numbered = copy.copy(numbered)
+    numbered.lengths = numbered.lengths.clone()
+    numbered.lengths[0, -1] = 0  # no episode
     embedded = corro.embed_transitions(agent, numbered)
     assert embedded.shape == (*numbered.episodes.shape[:-1], 3) and not embedded.requires_grad
+    means = []
+    for task in TRAIN_TASKS:
+        for episode, length in zip(numbered.episodes[task], numbered.lengths[task].tolist()):
+            rows = [slow_embedding(agent, row[:-1]).detach().double() for row in episode[:length]]
+            means += [sum(rows) / length] if length else []
+    center = sum(means) / len(means)
+    spread = (sum(((z - center) ** 2).sum() for z in means) / (3 * len(means))) ** 0.5
+    torch.testing.assert_close(agent.center.double(), center)
+    assert agent.spread.item() == pytest.approx(spread.item(), rel=1e-4)
     for task, episode, step in [(0, 0, 0), (0, 3, 6), (5, 1, 2), (8, 2, 4)]:
-        expected = slow_embedding(agent, numbered.episodes[task, episode, step, :-1])
-        torch.testing.assert_close(embedded[task, episode, step], expected)
+        expected = (slow_embedding(agent, numbered.episodes[task, episode, step, :-1]) - center) / spread
+        torch.testing.assert_close(embedded[task, episode, step].double(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_collapsed_encoder_leaves_finite_embeddings(numbered):
+    agent, _ = make_agent(numbered, torch.float32)
+    with torch.no_grad():
+        agent.encoder.net[-1].weight.zero_()
+    assert corro.embed_transitions(agent, numbered).isfinite().all()
 
 
 # ---- adaptation -------------------------------------------------------------------------
@@ -511,11 +535,14 @@ def test_adapted_policy_is_the_mean_at_the_z_of_the_real_transitions(backbone, e
     agent, _ = make_agent(backbone=backbone)
     context, obs = normal(3, ROWS, CTX_DIM), normal(3, OBS_DIM, seed=2)
     mask = vectors([1] * 6, [1, 0, 1, 0, 0, 0], [0] * 6)  # the last one has no transition
+    agent.center.copy_(vectors(0.5, -0.2, 0.1))
+    agent.spread.fill_(0.3)
     z = corro.embed(agent, context, mask)
     act = corro.adapt(agent, context, mask, explore)(obs, None)
     assert act.shape == (3, ACT_DIM)
     for r in range(3):
         points = [slow_embedding(agent, row) for row, real in zip(context[r], mask[r]) if real]
+        points = [(point - agent.center) / 0.3 for point in points]
         expected = slow_z(agent, points) if points else torch.zeros(3).double()
         torch.testing.assert_close(z[r], expected)
         torch.testing.assert_close(act[r], torch.tanh(slow_policies(agent, obs[r], expected)[0]))
@@ -571,7 +598,7 @@ def test_update_is_compiled_on_demand(flag, numbered_path, tmp_path, monkeypatch
 def test_defaults_follow_the_family(monkeypatch):
     monkeypatch.setattr(dc, "load_dataset", lambda *_: pytest.exit)
     for env, expected in {"ant-dir": "reward", "point-robot-wind": "generative"}.items():
-        for given, updates in ({}, (10, 5)), ({"encoder_updates": 0, "cvae_updates": 3}, (0, 3)):
+        for given, updates in ({}, (40, 5)), ({"encoder_updates": 0, "cvae_updates": 3}, (0, 3)):
             args = corro.Args(env=env, total_updates=10, **given)
             with pytest.raises(AttributeError):  # no data
                 corro.train(args)
