@@ -17,6 +17,8 @@ Deviations, where the summary says otherwise, and choices where it is silent:
   D3  Similarity of normalized embeddings, temperature 0.1; the key encoder's rate is that of a short training. FOCAL's
       metric loss is left out (`--metric-weight`). No dropout; one layer of attention.
   D4  Backbone, batches and default settings are those of focal.py with the primal divergence, D2 to D10 there.
+  D5  Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
+      (FOCAL: 0, for which no network was trained).
 
 Run:     python focal_pp.py --env ant-dir
 Ablate:  --no-gate, --no-attention; --nce-weight 0 --metric-weight 10 (FOCAL's loss; all three: FOCAL)
@@ -251,6 +253,8 @@ class Agent(nn.Module):
         groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
         self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
+        # what is assumed without a context, set at every evaluation
+        self.register_buffer("z_mean", torch.zeros(args.z_dim), persistent=False)
 
     def fitted(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of pi_beta."""
@@ -336,12 +340,13 @@ def update(agent, task_ids, context, other, segment, best, args):
 def embed(agent, context, mask):
     """context [R, K, ctx_dim], mask [R, K] -> z [R, z_dim]."""
     with torch.no_grad():  # a few rows at a time: attention over many long contexts would take gigabytes
-        return torch.cat([agent.encoder(*rows) for rows in zip(context.split(16), mask.split(16))])
+        z = torch.cat([agent.encoder(*rows) for rows in zip(context.split(16), mask.split(16))])
+        return torch.where(mask.any(1, keepdim=True), z, agent.z_mean)  # [ours: D5]
 
 
 def adapt(agent, context, mask, explore=False, clone=False):
-    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0 (never
-    trained); explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R, obs_dim], rew [R])
+    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get
+    agent.z_mean; explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R, obs_dim], rew [R])
     -> act."""
     z = embed(agent, context, mask)
     return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
@@ -355,6 +360,7 @@ def value(agent, args, context, mask, obs):
 
 def evaluate_all(agent, data, args, protocols, episodes):
     """Returns, also of pi_beta alone ("clone"), the critic's error and the quality of z -> dict tag -> float."""
+    agent.z_mean.copy_(dc.label_contexts(data, partial(embed, agent), data.train_ids)[0].mean(0))
     q, clone = partial(value, agent, args), partial(adapt, agent, clone=True)
     results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, clone)
     return results | dc.embedding_quality(data, partial(embed, agent))

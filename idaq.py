@@ -24,6 +24,8 @@ Deviations from the paper and from the official code:
       the data's actions to +-0.999 where pi_beta is fitted to them.
   D10 The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
       (code: one step, a sample). pi_beta is fitted, with weight decay, to the best quarter of each task's data.
+  D11 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
+      (code: 0, for which no network was trained).
 
 Run:     python idaq.py --env ant-dir; the adaptation is "idaq" in the last evaluation, the protocols of all methods are
          those of focal.py
@@ -223,6 +225,8 @@ class Agent(nn.Module):
         groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
         self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
+        # what is assumed without a context, set at every evaluation
+        self.register_buffer("z_mean", torch.zeros(args.z_dim), persistent=False)
 
     def fitted(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of pi_beta."""
@@ -301,12 +305,13 @@ def update(agent, task_ids, context, segment, best, args):
 def embed(agent, context, mask):
     """context [R, K, ctx_dim], mask [R, K] -> z [R, z_dim]."""
     with torch.no_grad():
-        return agent.encoder(context, mask)
+        z = agent.encoder(context, mask)
+        return torch.where(mask.any(1, keepdim=True), z, agent.z_mean)  # [ours: D11]
 
 
 def adapt(agent, context, mask, explore=False, clone=False):
-    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0 (never
-    trained); explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R, obs_dim], rew [R])
+    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get
+    agent.z_mean; explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R, obs_dim], rew [R])
     -> act."""
     z = embed(agent, context, mask)
     return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
@@ -378,6 +383,7 @@ def explore_and_adapt(agent, data, args, episodes):
 def evaluate_all(agent, data, args, protocols, episodes):
     """Returns, also of pi_beta alone ("clone") and with all protocols of IDAQ's adaptation, the critic's error and the
     quality of z -> dict tag -> float."""
+    agent.z_mean.copy_(dc.label_contexts(data, partial(embed, agent), data.train_ids)[0].mean(0))
     q, clone = partial(value, agent, args), partial(adapt, agent, clone=True)
     results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, clone)
     if "online" in protocols:

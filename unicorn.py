@@ -32,6 +32,8 @@ Deviations from the paper and from the official code:
       (paper: one step, a sample), so that the critics come nearer to their value in as few updates. With an entropy
       term the action is a sample, too; the steps before it have no entropy. pi_beta is fitted, with weight decay, to
       the best quarter of each task's data, by the returns of the episodes.
+  D10 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
+      (code: 0, for which no network was trained).
 
 Run:     python unicorn.py --env ant-dir
 Others:  --variant ss-0, --variant sup
@@ -284,6 +286,8 @@ class Agent(nn.Module):
         groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
         self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
+        # what is assumed without a context, set at every evaluation
+        self.register_buffer("z_mean", torch.zeros(args.z_dim), persistent=False)
 
     def fitted(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of pi_beta."""
@@ -391,12 +395,13 @@ def update(agent, labels, context, segment, best, args):
 def embed(agent, context, mask):
     """context [R, K, ctx_dim], mask [R, K] -> z [R, z_dim], without noise (D1)."""
     with torch.no_grad():
-        return agent.encoder(context, mask, 0.0)
+        z = agent.encoder(context, mask, 0.0)
+        return torch.where(mask.any(1, keepdim=True), z, agent.z_mean)  # [ours: D10]
 
 
 def adapt(agent, context, mask, explore=False, clone=False):
-    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0 (never
-    trained); explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R, obs_dim], rew [R])
+    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get
+    agent.z_mean; explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R, obs_dim], rew [R])
     -> act."""
     z = embed(agent, context, mask)
     return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
@@ -410,6 +415,7 @@ def value(agent, args, context, mask, obs):
 
 def evaluate_all(agent, data, args, protocols, episodes):
     """Returns, also of pi_beta alone ("clone"), the critic's error and the quality of z -> dict tag -> float."""
+    agent.z_mean.copy_(dc.label_contexts(data, partial(embed, agent), data.train_ids)[0].mean(0))
     q = partial(value, agent, args)
     clone = partial(adapt, agent, clone=True) if agent.behavior else None
     results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, clone)

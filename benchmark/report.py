@@ -319,7 +319,9 @@ def band(axis, x, values, **style):
 def draw(groups, data, path, over="updates"):
     """Return on the test tasks, context from their own data, against updates, or against the mean CPU time (cpu_s) at
     which the seeds have done them; band: one standard error."""
-    figure, axes = pyplot().subplots(figsize=(6.4, 3.8), layout="constrained")
+    plot = pyplot()
+    figure, axes = plot.subplots(figsize=(6.4, 4.6), layout="constrained")
+    axes.set_prop_cycle(color=plot.get_cmap("tab20").colors)  # more than ten methods
     for name, seeds in groups.items():
         if over == "cpu_s":  # of runs that have it
             seeds = {seed: rows for seed, rows in seeds.items() if all(row["cpu_s"] for row in rows)}
@@ -341,7 +343,7 @@ def draw(groups, data, path, over="updates"):
     label = "updates" if over == "updates" else "CPU time [minutes], all phases and evaluations included"
     axes.set(xlabel=label, ylabel="return on the test tasks (iid context)", title=data.env)
     axes.set_ylim(top=1.05 * data.expert_returns[data.test_ids].mean())
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.94), ncols=2)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
 

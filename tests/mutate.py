@@ -451,6 +451,13 @@ MUTANTS = {
         Mutant("everything decays", '"params": rest, "weight_decay": 0.0', '"params": rest, "weight_decay": 0.3'),
     ],
     "focal.py": [
+        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
+        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
+        Mutant(
+            "the mean of z over test tasks",
+            "partial(embed, agent), data.train_ids)",
+            "partial(embed, agent), data.test_ids)",
+        ),
         *BACKBONE,
         Mutant("an entropy at the mean", "1.0 if args.entropy_weight else args.target_noise", "args.target_noise"),
         Mutant(
@@ -522,6 +529,13 @@ MUTANTS = {
         Mutant("z does not enter the networks", "(h + of_task[:, :, None])", "(h + self.b_1[:, :, None])"),
     ],
     "csro.py": [
+        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
+        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
+        Mutant(
+            "the mean of z over test tasks",
+            "partial(embed, agent), data.train_ids)",
+            "partial(embed, agent), data.test_ids)",
+        ),
         *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
         Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
         Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
@@ -572,6 +586,13 @@ MUTANTS = {
         ),
     ],
     "er_trl.py": [
+        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
+        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
+        Mutant(
+            "the mean of z over test tasks",
+            "partial(embed, agent), data.train_ids)",
+            "partial(embed, agent), data.test_ids)",
+        ),
         *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
         Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
         Mutant("target noise ignored", "args.target_noise * log_std.exp()", "log_std.exp()"),
@@ -635,6 +656,13 @@ MUTANTS = {
         ),
     ],
     "focal_pp.py": [
+        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
+        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
+        Mutant(
+            "the mean of z over test tasks",
+            "partial(embed, agent), data.train_ids)",
+            "partial(embed, agent), data.test_ids)",
+        ),
         *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
         Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
         Mutant("target noise ignored", "args.target_noise * log_std.exp()", "log_std.exp()"),
@@ -687,6 +715,13 @@ MUTANTS = {
         ),
     ],
     "idaq.py": [
+        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
+        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
+        Mutant(
+            "the mean of z over test tasks",
+            "partial(embed, agent), data.train_ids)",
+            "partial(embed, agent), data.test_ids)",
+        ),
         *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
         Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
         Mutant("target noise ignored", "args.target_noise * log_std.exp()", "log_std.exp()"),
@@ -741,6 +776,13 @@ MUTANTS = {
         ),
     ],
     "unicorn.py": [
+        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
+        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
+        Mutant(
+            "the mean of z over test tasks",
+            "partial(embed, agent), data.train_ids)",
+            "partial(embed, agent), data.test_ids)",
+        ),
         *BACKBONE,
         Mutant("an entropy at the mean", '1.0 if args.backbone == "sac" else args.target_noise', "args.target_noise"),
         Mutant("the actor minimizes Q (sac)", "log_std, pi_pre).mean() - q_mean", "log_std, pi_pre).mean() + q_mean"),
@@ -1077,6 +1119,12 @@ MUTANTS = {
         ),
     ],
     "meta_dt.py": [
+        Mutant("z not standardized", "(z - self.center) / self.spread", "z"),
+        Mutant("z not centered", "(z - self.center) / self.spread", "z / self.spread"),
+        Mutant("the standardization is never set", "            agent.transformer.standardize(sequences)\n", ""),
+        Mutant("padding in the standardization", "real[..., None] / real.sum()", "1 / real.numel()"),
+        Mutant("a spread of all components together", ".sum((0, 1)).mean().sqrt()", ".sum().sqrt()"),
+        Mutant("nothing for a z without spread", ".sqrt().clamp(min=1e-6)", ".sqrt()"),
         Mutant("the return so far, not to go", "rew.flip(-1).cumsum(-1).flip(-1)", "rew.cumsum(-1)"),
         Mutant(
             "returns-to-go off by one", "rew.flip(-1).cumsum(-1).flip(-1)", "rew.flip(-1).cumsum(-1).flip(-1) - rew"
@@ -1123,8 +1171,10 @@ MUTANTS = {
             "rows[episode[:, None], steps]",
         ),
         Mutant("steps before an episode count as valid", "valid = (steps >= 0) & (steps", "valid = (steps"),
-        Mutant("state tokens without z", "torch.cat([self.obs(obs), z], -1)", "torch.cat([self.obs(obs), 0 * z], -1)"),
-        Mutant("an action is read after itself", "slice(1 - 3 * window", "slice(2 - 3 * window"),
+        Mutant("state tokens without z", "(z - self.center) / self.spread", "0 * z"),
+        Mutant("an action is read after itself", "else 1 - 3 * window", "else 2 - 3 * window"),
+        Mutant("a rollout's action is read after itself", "slice(-2 if last", "slice(-1 if last"),
+        Mutant("rollouts compute what nobody reads", "prompt, last=True)[:, 0]", "prompt)[:, -1]"),
         Mutant("no causal mask", "(causal & valid[:, None] | itself)", "(valid[:, None] | itself)"),
         Mutant(
             "padding and dropped prompts are attended to",
@@ -1143,7 +1193,9 @@ MUTANTS = {
             "agent.transformer(window, prompt)",
         ),
         Mutant(
-            "dropout at test", "now + 1 - length, length), prompt)", "now + 1 - length, length), prompt, args.dropout)"
+            "dropout at test",
+            "length, length), prompt, last=True)",
+            "length, length), prompt, args.dropout, last=True)",
         ),
         Mutant(
             "no dropout after the attention",

@@ -141,15 +141,16 @@ class Sibling:
         agent, _ = self.make_agent()
         context, obs = make_context(0), torch.randn(4, DATA.obs_dim).double()
         mask = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]]).double()
+        agent.z_mean.copy_(vectors(0.3, -0.2, 0.7))
         act = self.script.adapt(agent, context, mask, explore)(obs, torch.zeros(4))
         z = self.script.embed(agent, context, mask)
         assert not z.requires_grad
         for row in range(4):
             rows = context[row][mask[row] == 1]
-            expected = self.embedding(agent.encoder, rows) if len(rows) else torch.zeros(3).double()
+            expected = self.embedding(agent.encoder, rows) if len(rows) else agent.z_mean
             torch.testing.assert_close(z[row], expected)
             torch.testing.assert_close(act[row], torch.tanh(slow_policy(agent, obs[row], expected)[0].mean))
-        assert (self.script.embed(agent, context[:, :0], mask[:, :0]) == 0).all()
+        assert (self.script.embed(agent, context[:, :0], mask[:, :0]) == agent.z_mean).all()
 
     def test_metric_loss_and_tanh_gaussian_vectors(self):
         loss = self.script.metric_loss(Z, torch.tensor([0, 0, 1, 1]))

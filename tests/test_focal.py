@@ -380,15 +380,16 @@ def test_adapted_policy_is_the_mean_action_at_the_embedding_of_the_real_transiti
     agent, _ = make_agent()
     context, obs = make_context(0), torch.randn(4, DATA.obs_dim).double()
     mask = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]]).double()
+    agent.z_mean.copy_(vectors(0.3, -0.2, 0.7))
     act = focal.adapt(agent, context, mask, explore)(obs, torch.zeros(4))
     z = focal.embed(agent, context, mask)
     assert not z.requires_grad
     for row in range(4):
         rows = context[row][mask[row] == 1]
-        expected = slow_embedding(agent.encoder, rows) if len(rows) else torch.zeros(3).double()
+        expected = slow_embedding(agent.encoder, rows) if len(rows) else agent.z_mean
         torch.testing.assert_close(z[row], expected)
         torch.testing.assert_close(act[row], torch.tanh(slow_policy(agent, obs[row], expected)[0].mean))
-    assert (focal.embed(agent, context[:, :0], mask[:, :0]) == 0).all()
+    assert (focal.embed(agent, context[:, :0], mask[:, :0]) == agent.z_mean).all()
 
 
 # ---- vectors of the losses --------------------------------------------------------------
@@ -541,13 +542,16 @@ def test_training_sees_training_tasks_and_every_row_its_own_task(
     assert set(origin(of_training)[0].tolist()) == set(range(6))
 
 
-def check_evaluation(script, agent, args, data, infer):
+def check_evaluation(script, agent, args, data, infer, nothing=None):
     """Returns of policy and behavior policy, and the critic's error, against those of slow policies and critics at
-    z = infer(transitions of a context)."""
+    z = infer(transitions of a context), without any `nothing`, by default the mean over the training episodes."""
     agent = agent.float()  # as the data
+    if nothing is None:
+        places = [(t, n) for t in data.train_ids for n in range(data.lengths.shape[1]) if data.lengths[t, n] > 0]
+        nothing = sum(infer(data.episodes[t, n, : data.lengths[t, n], :-1]) for t, n in places) / len(places)
 
     def latents(context, mask):
-        return [infer(rows[real == 1]) for rows, real in zip(context, mask)]
+        return [infer(rows[real == 1]) if real.any() else nothing for rows, real in zip(context, mask)]
 
     def slow_adapt(which, context, mask, explore):
         z = latents(context, mask)
@@ -562,13 +566,13 @@ def check_evaluation(script, agent, args, data, infer):
         return torch.stack([torch.stack([of(o, z) for o in pair]) for pair, z in zip(obs, latents(context, mask))])
 
     traced = []
-    expected = dc.evaluate(data, partial(slow_adapt, 0), ("train", "iid"), 3, traced)
+    expected = dc.evaluate(data, partial(slow_adapt, 0), ("train", "iid", "zero_shot"), 3, traced)
     expected |= dc.q_error(traced[1], slow_value, args.gamma)
     if agent.behavior is not None:
         clone = dc.evaluate(data, partial(slow_adapt, 1), ("iid",), 3)
         assert abs(clone["eval/iid/return"] - expected["eval/iid/return"]) > 0.1
         expected |= {tag.replace("iid", "clone"): value for tag, value in clone.items()}
-    found = script.evaluate_all(agent, data, args, ("train", "iid"), 3)
+    found = script.evaluate_all(agent, data, args, ("train", "iid", "zero_shot"), 3)
     assert {"z/nearest_task_acc", "z/probe_r2"} <= {tag for tag in found if tag.startswith("z/")}
     assert {tag: value for tag, value in found.items() if tag[:2] != "z/"} == pytest.approx(
         expected, rel=1e-4, abs=1e-4

@@ -47,6 +47,9 @@ def make_agent(obs_dim=OBS_DIM, act_dim=ACT_DIM, horizon=HORIZON, spread=0.4, **
     with torch.no_grad():
         for parameter in agent.parameters() if spread else ():
             parameter.normal_(0, spread)
+        if spread:
+            agent.transformer.center.normal_(0, spread)
+            agent.transformer.spread.fill_(1.7)
     return agent, args
 
 
@@ -148,7 +151,7 @@ def slow_transformer(net, steps, prompt, args, drop=lambda x: x):
         parts = affine(net.prompt_rtg, rtg), affine(net.prompt_obs, obs), affine(net.prompt_act, act)
         tokens += [token + net.prompt_time.weight[t] for token in parts]
     for rtg, obs, z, act, t in steps:
-        state = affine(net.state, torch.cat([affine(net.obs, obs), z]))
+        state = affine(net.state, torch.cat([affine(net.obs, obs), (z - net.center) / net.spread]))
         parts = affine(net.rtg, rtg), state, affine(net.act, act)
         tokens += [slow_norm(net.norm, token + net.time.weight[t]) for token in parts]
     tokens = [drop(token) for token in tokens]
@@ -350,7 +353,28 @@ def test_cost_of_an_update_at_the_default_sizes():
     assert 6.5 < flops.get_total_flops() / 1e9 <= 7.5
 
 
+def test_rollouts_compute_one_token_of_the_last_block():
+    agent, args = make_agent(27, 8, 200, spread=None, **DEFAULTS | {"env": "ant-dir"})
+    window, layers, width, steps = args.window, args.layers, args.width, []
+    act = meta_dt.adapt(agent, torch.zeros(2, 0, 63), torch.zeros(2, 0), targets=torch.zeros(1))
+    for _ in range(window + 1):
+        with FlopCounterMode(display=False) as flops:
+            act(torch.zeros(2, 27), torch.zeros(2))
+        steps.append(flops.get_total_flops())
+    tokens = 2 * 3 * window
+    whole = (layers - 1) * tokens * 2 * 12 * width**2  # qkv, projection and MLP of a block: 12 width^2 weights
+    keys = tokens * 2 * 2 * width**2  # of the last block
+    assert steps[-1] < 1.1 * (whole + keys)  # the rest: attention, embeddings, world model
+
+
 # ---- sequences --------------------------------------------------------------------------
+
+
+def test_z_that_is_always_the_same_stays_finite(double):
+    agent, _ = make_agent()
+    rows = torch.full((2, HORIZON, sum(agent.transformer.sizes)), 1 / 3)
+    agent.transformer.standardize(meta_dt.Sequences(rows, torch.tensor([HORIZON, 3]), None))
+    assert agent.transformer.spread == 1e-6
 
 
 def test_returns_to_go_vector():
@@ -526,7 +550,18 @@ def test_training_reads_the_training_tasks(source, which, request, tmp_path, mon
         torch.testing.assert_close(z[0], slow_z(agent.world_model.encoder, past, args), rtol=1e-3, atol=1e-5)
         return places[0]
 
+    def check_standardization(agent, args):
+        """Mean of z, and the spread of its components, over all steps of the training tasks' episodes."""
+        z = []
+        for task, n in ((task, n) for task in data.train_ids for n in range(data.lengths.shape[1])):
+            past = data.episodes[task, n, : data.lengths[task, n], : known + 1]
+            z += [slow_z(agent.world_model.encoder, past[:t], args).double().numpy() for t in range(len(past))]
+        np.testing.assert_allclose(agent.transformer.center, np.mean(z, 0), rtol=1e-3, atol=1e-5)
+        assert agent.transformer.spread.item() == pytest.approx(np.var(z, 0).mean() ** 0.5, rel=1e-3)
+
     def update_spy(agent, window, prompt, args):
+        if source == "numbered" and "transformer" not in seen:
+            check_standardization(agent, args)
         seen.append("transformer")
         assert window.rows.shape[:2] == (4 * math.ceil(20 / args.window), args.window)
         for mine, prompts in zip(zip(*window), zip(*prompt)):
@@ -593,9 +628,9 @@ def test_rollout(context, double):
 def test_return_to_go_falls_by_the_rewards(monkeypatch):
     (agent, _), windows = make_agent(), []
 
-    def forward(window, prompt):
+    def forward(window, prompt, last):
         windows.append(window)
-        return window.rows[..., -ACT_DIM:]
+        return window.rows[:, -1:, -ACT_DIM:]
 
     monkeypatch.setattr(agent.transformer, "forward", forward)
     policy = meta_dt.adapt(agent, torch.zeros(1, 0, 9), torch.zeros(1, 0), targets=torch.tensor([5.0]))

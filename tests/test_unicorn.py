@@ -209,15 +209,16 @@ def test_adapted_policy_is_the_mean_action_at_the_embedding_of_the_real_transiti
     agent, _ = make_agent()
     context, obs = make_context(0), torch.randn(4, DATA.obs_dim).double()
     mask = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]]).double()
+    agent.z_mean.copy_(vectors(0.3, -0.2, 0.7))
     act = unicorn.adapt(agent, context, mask, explore)(obs, torch.zeros(4))
     z = unicorn.embed(agent, context, mask)
     assert not z.requires_grad
     for row in range(4):
         rows = context[row][mask[row] == 1]
-        expected = slow_embedding(agent.encoder, rows, torch.zeros(len(rows), 3)) if len(rows) else torch.zeros(3)
+        expected = slow_embedding(agent.encoder, rows, torch.zeros(len(rows), 3)) if len(rows) else agent.z_mean
         torch.testing.assert_close(z[row], expected.double())
         torch.testing.assert_close(act[row], torch.tanh(slow_policy(agent, obs[row], expected.double())[0].mean))
-    assert (unicorn.embed(agent, context[:, :0], mask[:, :0]) == 0).all()
+    assert (unicorn.embed(agent, context[:, :0], mask[:, :0]) == agent.z_mean).all()
 
 
 # ---- vectors of the losses --------------------------------------------------------------
