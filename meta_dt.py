@@ -35,14 +35,13 @@ Deviations from the paper and from the official code:
       the last episodes of earlier evaluations, hence by other weights).
   D9  Observations are standardized and clipped for both networks (official: standardized, for the transformer alone).
       A fall ends an episode (official: nothing does).
-  D10 The transformer sees z standardized over the training steps (spread 0.1 before, beside observations of spread 1).
 
 Run:     python meta_dt.py --env ant-dir
 Closest to the paper, ant-dir: --meta-batch 128 --batch-size 20 --context-size 1 --lr 5e-5 --no-lr-decay
          --warmup-updates 10000 --total-updates 500000 --world-model-updates 4200000 --world-model-loss both
          --prompt-dropout 0.14 --target-return task_max
 No flag reaches: D1, the world model that is kept (D2), when prompts are dropped and drawn (D3), D4 in training, D7 to
-         D10, z as a token, s_t in the encoder, a reward decoder without s_(t+1).
+         D9, z as a token, s_t in the encoder, a reward decoder without s_(t+1).
 """
 
 import math
@@ -285,8 +284,6 @@ class Transformer(nn.Module):
         self.rtg, self.prompt_rtg = nn.Linear(1, width), nn.Linear(1, width)
         self.obs, self.prompt_obs = nn.Linear(obs_dim, EMBED), nn.Linear(obs_dim, width)
         self.state = nn.Linear(EMBED + args.z_dim, width)
-        self.register_buffer("center", torch.zeros(args.z_dim))  # of z over the training tasks, and its spread (D10)
-        self.register_buffer("spread", torch.tensor(1.0))
         self.act, self.prompt_act = nn.Linear(act_dim, width), nn.Linear(act_dim, width)
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList([Block(width, args.heads) for _ in range(args.layers)])
@@ -295,17 +292,9 @@ class Transformer(nn.Module):
     def tokens(self, window):
         """Window of rows [B, K, 1 + obs_dim + z_dim + act_dim] -> tokens [B, 3K, width]."""
         rtg, obs, z, act = window.rows.split(self.sizes, -1)
-        state = self.state(torch.cat([self.obs(obs), (z - self.center) / self.spread], -1))  # [ours: D10]
+        state = self.state(torch.cat([self.obs(obs), z], -1))
         tokens = torch.stack([self.rtg(rtg), state, self.act(act)], 2) + self.time(window.steps)[:, :, None]
         return self.norm(tokens.flatten(1, 2))
-
-    def standardize(self, sequences):
-        """Set mean and spread of z from the steps of Sequences."""
-        z = sequences.rows.split(self.sizes, -1)[2]  # [E, H, z_dim]
-        real = torch.arange(z.shape[1], device=z.device) < sequences.lengths[:, None]  # [E, H]
-        weight = real[..., None] / real.sum()
-        self.center.copy_((weight * z).sum((0, 1)))
-        self.spread.copy_((weight * (z - self.center).pow(2)).sum((0, 1)).mean().sqrt().clamp(min=1e-6))
 
     def prompt_tokens(self, prompt):
         """The same for a prompt."""
@@ -609,7 +598,6 @@ def train(args):
         if not run.stopping and not args.eval_only:
             sequences = read_tasks(agent, episodes, lengths)
             ranked = rank_episodes(sequences, lengths)
-            agent.transformer.standardize(sequences)
         while run.going():
             window, prompt = draw_windows(sequences, ranked, lengths, args, generator)
             dc.set_lr(agent.opt, args.lr * warm_up(run.step, args.warmup_updates) * run.decay)  # [ours: D6]

@@ -1119,12 +1119,6 @@ MUTANTS = {
         ),
     ],
     "meta_dt.py": [
-        Mutant("z not standardized", "(z - self.center) / self.spread", "z"),
-        Mutant("z not centered", "(z - self.center) / self.spread", "z / self.spread"),
-        Mutant("the standardization is never set", "            agent.transformer.standardize(sequences)\n", ""),
-        Mutant("padding in the standardization", "real[..., None] / real.sum()", "1 / real.numel()"),
-        Mutant("a spread of all components together", ".sum((0, 1)).mean().sqrt()", ".sum().sqrt()"),
-        Mutant("nothing for a z without spread", ".sqrt().clamp(min=1e-6)", ".sqrt()"),
         Mutant("the return so far, not to go", "rew.flip(-1).cumsum(-1).flip(-1)", "rew.cumsum(-1)"),
         Mutant(
             "returns-to-go off by one", "rew.flip(-1).cumsum(-1).flip(-1)", "rew.flip(-1).cumsum(-1).flip(-1) - rew"
@@ -1171,7 +1165,7 @@ MUTANTS = {
             "rows[episode[:, None], steps]",
         ),
         Mutant("steps before an episode count as valid", "valid = (steps >= 0) & (steps", "valid = (steps"),
-        Mutant("state tokens without z", "(z - self.center) / self.spread", "0 * z"),
+        Mutant("state tokens without z", "torch.cat([self.obs(obs), z], -1)", "torch.cat([self.obs(obs), 0 * z], -1)"),
         Mutant("an action is read after itself", "else 1 - 3 * window", "else 2 - 3 * window"),
         Mutant("a rollout's action is read after itself", "slice(-2 if last", "slice(-1 if last"),
         Mutant("rollouts compute what nobody reads", "prompt, last=True)[:, 0]", "prompt)[:, -1]"),

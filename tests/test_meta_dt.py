@@ -47,9 +47,6 @@ def make_agent(obs_dim=OBS_DIM, act_dim=ACT_DIM, horizon=HORIZON, spread=0.4, **
     with torch.no_grad():
         for parameter in agent.parameters() if spread else ():
             parameter.normal_(0, spread)
-        if spread:
-            agent.transformer.center.normal_(0, spread)
-            agent.transformer.spread.fill_(1.7)
     return agent, args
 
 
@@ -151,7 +148,7 @@ def slow_transformer(net, steps, prompt, args, drop=lambda x: x):
         parts = affine(net.prompt_rtg, rtg), affine(net.prompt_obs, obs), affine(net.prompt_act, act)
         tokens += [token + net.prompt_time.weight[t] for token in parts]
     for rtg, obs, z, act, t in steps:
-        state = affine(net.state, torch.cat([affine(net.obs, obs), (z - net.center) / net.spread]))
+        state = affine(net.state, torch.cat([affine(net.obs, obs), z]))
         parts = affine(net.rtg, rtg), state, affine(net.act, act)
         tokens += [slow_norm(net.norm, token + net.time.weight[t]) for token in parts]
     tokens = [drop(token) for token in tokens]
@@ -370,13 +367,6 @@ def test_rollouts_compute_one_token_of_the_last_block():
 # ---- sequences --------------------------------------------------------------------------
 
 
-def test_z_that_is_always_the_same_stays_finite(double):
-    agent, _ = make_agent()
-    rows = torch.full((2, HORIZON, sum(agent.transformer.sizes)), 1 / 3)
-    agent.transformer.standardize(meta_dt.Sequences(rows, torch.tensor([HORIZON, 3]), None))
-    assert agent.transformer.spread == 1e-6
-
-
 def test_returns_to_go_vector():
     rtg = meta_dt.returns_to_go(torch.tensor([1.0, 2.0, 3.0]))
     assert rtg.tolist() == [6, 5, 3]
@@ -550,18 +540,7 @@ def test_training_reads_the_training_tasks(source, which, request, tmp_path, mon
         torch.testing.assert_close(z[0], slow_z(agent.world_model.encoder, past, args), rtol=1e-3, atol=1e-5)
         return places[0]
 
-    def check_standardization(agent, args):
-        """Mean of z, and the spread of its components, over all steps of the training tasks' episodes."""
-        z = []
-        for task, n in ((task, n) for task in data.train_ids for n in range(data.lengths.shape[1])):
-            past = data.episodes[task, n, : data.lengths[task, n], : known + 1]
-            z += [slow_z(agent.world_model.encoder, past[:t], args).double().numpy() for t in range(len(past))]
-        np.testing.assert_allclose(agent.transformer.center, np.mean(z, 0), rtol=1e-3, atol=1e-5)
-        assert agent.transformer.spread.item() == pytest.approx(np.var(z, 0).mean() ** 0.5, rel=1e-3)
-
     def update_spy(agent, window, prompt, args):
-        if source == "numbered" and "transformer" not in seen:
-            check_standardization(agent, args)
         seen.append("transformer")
         assert window.rows.shape[:2] == (4 * math.ceil(20 / args.window), args.window)
         for mine, prompts in zip(zip(*window), zip(*prompt)):
