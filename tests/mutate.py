@@ -932,10 +932,11 @@ MUTANTS = {
         ),
         Mutant(
             "encoder-updates without effect",
-            "4 * args.total_updates if args.encoder_updates is None else args.encoder_updates",
-            "4 * args.total_updates",
+            "    if args.encoder_updates is None:\n        args.encoder_updates",
+            "    args.encoder_updates",
         ),
-        Mutant("the encoder as short as the policy", "= 4 * args.total_updates if", "= args.total_updates if"),
+        Mutant("the encoder in the point families as short as elsewhere", '(4 if "point" in args.env else 1)', "1"),
+        Mutant("the encoder everywhere as long as in the point families", '(4 if "point" in args.env else 1)', "4"),
         Mutant(
             "contexts not standardized",
             "return (self.encoder(rows) - self.center) / self.spread",

@@ -598,8 +598,8 @@ def test_update_is_compiled_on_demand(flag, numbered_path, tmp_path, monkeypatch
 
 def test_defaults_follow_the_family(monkeypatch):
     monkeypatch.setattr(dc, "load_dataset", lambda *_: pytest.exit)
-    for env, expected in {"ant-dir": "reward", "point-robot-wind": "generative"}.items():
-        for given, updates in ({}, (40, 5)), ({"encoder_updates": 0, "cvae_updates": 3}, (0, 3)):
+    for env, expected, encoder in ("ant-dir", "reward", 10), ("point-robot-wind", "generative", 40):
+        for given, updates in ({}, (encoder, 5)), ({"encoder_updates": 0, "cvae_updates": 3}, (0, 3)):
             args = corro.Args(env=env, total_updates=10, **given)
             with pytest.raises(AttributeError):  # no data
                 corro.train(args)
