@@ -309,6 +309,19 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def canvas():
+    plot = pyplot()
+    figure, axes = plot.subplots(figsize=(6.4, 4.6), layout="constrained")
+    axes.set_prop_cycle(color=plot.get_cmap("tab20").colors)  # more than ten methods
+    return figure, axes
+
+
+def save(figure, path):
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+
+
 def band(axis, x, values, **style):
     """Mean over the first axis of values [seeds, points] with one standard error."""
     mean, error = values.mean(0), values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
@@ -319,9 +332,7 @@ def band(axis, x, values, **style):
 def draw(groups, data, path, over="updates"):
     """Return on the test tasks, context from their own data, against updates, or against the mean CPU time (cpu_s) at
     which the seeds have done them; band: one standard error."""
-    plot = pyplot()
-    figure, axes = plot.subplots(figsize=(6.4, 4.6), layout="constrained")
-    axes.set_prop_cycle(color=plot.get_cmap("tab20").colors)  # more than ten methods
+    figure, axes = canvas()
     for name, seeds in groups.items():
         if over == "cpu_s":  # of runs that have it
             seeds = {seed: rows for seed, rows in seeds.items() if all(row["cpu_s"] for row in rows)}
@@ -343,14 +354,12 @@ def draw(groups, data, path, over="updates"):
     label = "updates" if over == "updates" else "CPU time [minutes], all phases and evaluations included"
     axes.set(xlabel=label, ylabel="return on the test tasks (iid context)", title=data.env)
     axes.set_ylim(top=1.05 * data.expert_returns[data.test_ids].mean())
-    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    save(figure, path)
 
 
 def draw_episodes(groups, env, path):
     """Return over the own episodes of the protocol `online`, and of IDAQ's adaptation; band: one standard error."""
-    figure, axes = pyplot().subplots(figsize=(6.4, 3.8), layout="constrained")
+    figure, axes = canvas()
     for name, seeds in groups.items():
         for part, label in (("own episodes", name), ("own episodes, IDAQ", f"{name}, its adaptation")):
             of_run = [{r["protocol"]: float(r["return"] or "nan") for r in rows} for rows in seeds.values()]
@@ -358,9 +367,7 @@ def draw_episodes(groups, env, path):
             if whole:  # runs of an older protocol have five episodes
                 band(axes, range(1, len(whole[0]) + 1), np.array(whole), label=label, marker=".")
     axes.set(xlabel="own episodes", ylabel="return on the test tasks", title=env)
-    axes.legend(fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    save(figure, path)
 
 
 def write(path):
