@@ -39,7 +39,7 @@ Run:     python focal.py --env ant-dir
 Closest to the paper: --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --n-step 1 --tau 0.005
          --brac-alpha 50 --brac-alpha-lr 1 --brac-alpha-max 2000 --divergence-target 0.05 --batch-size 256
          --context-size 256 --lr 3e-4 --no-lr-decay --total-updates 100000
-No flag reaches: D1, D3 to D5, D8, D9, layer normalization, the number of layers, the penalty on mean and log_std.
+No flag reaches: D1, D3 to D5, D8, D9, D11, layer normalization, the number of layers, the penalty on mean and log_std.
 """
 
 import copy

@@ -41,7 +41,7 @@ Closest to the paper, ant-dir and cheetah: --gamma 0.99 --reward-scale 1 --n-ste
          --anchor-share 1 --batch-size 256 --context-size 200 --lr 3e-4 --no-lr-decay --encoder-width 64 --z-dim 5
          --total-updates 200000; hopper and walker instead --encoder-width 128 --decoder-width 128, --z-dim 40 and 32;
          as released, but for ant-dir: --backbone sac (cheetah-vel: --entropy-weight 0)
-No flag reaches: D1 to D5, D8, layer normalization.
+No flag reaches: D1 to D5, D8, D10, layer normalization.
 """
 
 import copy
