@@ -256,6 +256,15 @@ BACKBONE = [  # what focal.py, unicorn.py, corro.py and, but for the entropy, th
     ),
     Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
 ]
+WITHOUT_CONTEXT = [  # what focal.py, unicorn.py and the siblings of focal.py share
+    Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
+    Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
+    Mutant(
+        "the mean of z over test tasks",
+        "partial(embed, agent), data.train_ids)",
+        "partial(embed, agent), data.test_ids)",
+    ),
+]
 # edits of lines that read otherwise without an entropy
 OF_THE_ENTROPY = {"the target is the maximum of the twins", "target noise ignored", "next actions without noise"}
 OF_THE_ENTROPY |= {"entropy is a cost in the target", "no decay of the learning rate"}
@@ -451,13 +460,7 @@ MUTANTS = {
         Mutant("everything decays", '"params": rest, "weight_decay": 0.0', '"params": rest, "weight_decay": 0.3'),
     ],
     "focal.py": [
-        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
-        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
-        Mutant(
-            "the mean of z over test tasks",
-            "partial(embed, agent), data.train_ids)",
-            "partial(embed, agent), data.test_ids)",
-        ),
+        *WITHOUT_CONTEXT,
         *BACKBONE,
         Mutant("an entropy at the mean", "1.0 if args.entropy_weight else args.target_noise", "args.target_noise"),
         Mutant(
@@ -529,13 +532,7 @@ MUTANTS = {
         Mutant("z does not enter the networks", "(h + of_task[:, :, None])", "(h + self.b_1[:, :, None])"),
     ],
     "csro.py": [
-        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
-        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
-        Mutant(
-            "the mean of z over test tasks",
-            "partial(embed, agent), data.train_ids)",
-            "partial(embed, agent), data.test_ids)",
-        ),
+        *WITHOUT_CONTEXT,
         *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
         Mutant("targets of the online critics", "next_q = agent.q_target(", "next_q = agent.q("),
         Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
@@ -586,13 +583,7 @@ MUTANTS = {
         ),
     ],
     "er_trl.py": [
-        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
-        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
-        Mutant(
-            "the mean of z over test tasks",
-            "partial(embed, agent), data.train_ids)",
-            "partial(embed, agent), data.test_ids)",
-        ),
+        *WITHOUT_CONTEXT,
         *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
         Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
         Mutant("target noise ignored", "args.target_noise * log_std.exp()", "log_std.exp()"),
@@ -656,13 +647,7 @@ MUTANTS = {
         ),
     ],
     "focal_pp.py": [
-        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
-        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
-        Mutant(
-            "the mean of z over test tasks",
-            "partial(embed, agent), data.train_ids)",
-            "partial(embed, agent), data.test_ids)",
-        ),
+        *WITHOUT_CONTEXT,
         *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
         Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
         Mutant("target noise ignored", "args.target_noise * log_std.exp()", "log_std.exp()"),
@@ -715,13 +700,7 @@ MUTANTS = {
         ),
     ],
     "idaq.py": [
-        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
-        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
-        Mutant(
-            "the mean of z over test tasks",
-            "partial(embed, agent), data.train_ids)",
-            "partial(embed, agent), data.test_ids)",
-        ),
+        *WITHOUT_CONTEXT,
         *(m for m in BACKBONE if m.name not in OF_THE_ENTROPY),
         Mutant("the target is the maximum of the twins", "next_act, z_fixed).amin(0)", "next_act, z_fixed).amax(0)"),
         Mutant("target noise ignored", "args.target_noise * log_std.exp()", "log_std.exp()"),
@@ -776,13 +755,7 @@ MUTANTS = {
         ),
     ],
     "unicorn.py": [
-        Mutant("z = 0 without a context", "torch.where(mask.any(1, keepdim=True), z, agent.z_mean)", "z"),
-        Mutant("the mean of z is never set", "    agent.z_mean.copy_(", "    0 * agent.z_mean.add("),
-        Mutant(
-            "the mean of z over test tasks",
-            "partial(embed, agent), data.train_ids)",
-            "partial(embed, agent), data.test_ids)",
-        ),
+        *WITHOUT_CONTEXT,
         *BACKBONE,
         Mutant("an entropy at the mean", '1.0 if args.backbone == "sac" else args.target_noise', "args.target_noise"),
         Mutant("the actor minimizes Q (sac)", "log_std, pi_pre).mean() - q_mean", "log_std, pi_pre).mean() + q_mean"),
