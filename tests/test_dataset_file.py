@@ -1111,7 +1111,7 @@ def test_evaluation_is_the_same_at_every_call_whatever_the_global_generators(tin
 
 
 def test_train_takes_ten_tasks_of_the_shipped_file_and_diverged_episodes_are_counted(monkeypatch):
-    for env, tasks in (("ant-dir", 20), ("sparse-point-robot", 80), ("point-robot-wind", 40)):
+    for env, tasks in (("ant-dir", 20), ("cheetah-vel", 20), ("sparse-point-robot", 80), ("point-robot-wind", 40)):
         assert len(dc.load_dataset(env, ROOT / f"datasets/{env}.npz").train_ids) == tasks
     data = dc.load_dataset("point-robot", ROOT / "datasets/point-robot.npz")
     assert len(data.train_ids) == 30 and data.header["command"].startswith("python data_collect.py --env point-robot")
