@@ -37,13 +37,15 @@ Deviations and choices where the paper's main text is silent:
       The paper's: --n-step 1 --target-noise 1 --anchor-share 1 --behavior-decay 0.
   D11 Policy, pi_beta and targets see the posterior's mean through the flows, as at test; a sample trains features,
       weights and encoder. With samples the policy blurs where the posterior is wider than the tasks lie apart.
-  D12 Beyond the paper, off by default: --metric-weight adds FOCAL's metric loss on the posterior's mean to (18). The
+  D12 In the point families, with their few updates, encoder and flows learn at a tenth of the rate of the others: z
+      moves less, and the networks that read it keep up.
+  D13 Beyond the paper, off by default: --metric-weight adds FOCAL's metric loss on the posterior's mean to (18). The
       value alone is content to read from the context who acted, which tells the task of its own data and misleads
       where another task's policy acted.
 
 Run:     python flora.py --env ant-dir
 Ablate:  --num-flows 0 (no flows), --alpha-min 0 (no correction), --feature-dim 1 (one feature: no decomposition)
-Beyond:  --metric-weight 400 (D12)
+Beyond:  --metric-weight 400 (D13)
 """
 
 import copy
@@ -87,7 +89,8 @@ class Args:
     # method
     gamma: float | None = None  # discount; None = ENV_ARGS
     reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
-    lr: float = 1.2e-3  # Adam's learning rate of all networks
+    lr: float = 1.2e-3  # Adam's learning rate of all networks but those of the next line
+    encoder_lr: float | None = None  # Adam's learning rate of encoder and flows (D12); None = ENV_ARGS
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
     n_step: int | None = None  # steps of the data's rewards in a target; 1 = the paper's (D10); None = ENV_ARGS
     target_noise: float = 0.0
@@ -103,7 +106,7 @@ class Args:
     likelihood_weight: float = 32.0  # transitions that log p(Q) counts for in (17), those of a batch (D2)
     kl_weight: float = 0.1  # rho2 of (17)
     feature_weight: float = 0.01  # rho3 of (18)
-    metric_weight: float = 0.0  # FOCAL's metric loss on the posterior's mean, beside (18); 0 = the paper's (D12)
+    metric_weight: float = 0.0  # FOCAL's metric loss on the posterior's mean, beside (18); 0 = the paper's (D13)
     alpha_min: float = -1.0  # most pessimistic arm of the correction; 0 = no correction, the ablation
     num_arms: int = 5  # arms between alpha_min and 0
     bandit_every: int = 500  # updates per bandit episode [gradient steps]
@@ -124,6 +127,7 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
     "": dict(
         gamma=0.97,
         reward_scale=0.5,
+        encoder_lr=1.2e-3,
         n_step=5,
         z_dim=20,
         anchor_share=0.25,
@@ -131,7 +135,7 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
         brac_alpha_lr=1e-3,
         divergence_target=0.2,
     ),
-    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
+    "point": dict(gamma=0.9, reward_scale=5.0, encoder_lr=1.2e-4, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
 }
 MAY_BE_ZERO = {"num_flows", "likelihood_weight", "kl_weight", "feature_weight", "metric_weight", "alpha_min"}
 RANGES = {"alpha_min": (-1, 0), "num_arms": (1, 20)}  # 20 arms: probability >= 0.05
@@ -314,9 +318,12 @@ class Agent(nn.Module):
         for net in (self.behavior, self.shift):
             for parameter in (net.w_3, net.b_3):
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
-        # learning rate as a tensor, so that a compiled update reads the current one
+        # learning rates as tensors, so that a compiled update reads the current ones
+        inference = [*self.encoder.parameters(), *self.flows.parameters()]
+        self.encoder_opt = torch.optim.Adam(inference, torch.tensor(args.encoder_lr), fused=True)
         fitted = list(self.behavior.parameters())
-        rest = [p for name, p in self.named_parameters() if not name.startswith("behavior.")]
+        apart = ("behavior.", "encoder.", "flows.")
+        rest = [p for name, p in self.named_parameters() if not name.startswith(apart)]
         groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
         self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
@@ -383,6 +390,7 @@ def update(agent, task_ids, context, segment, best, args):
     rew = args.reward_scale * segment.rew  # [M, B, n]
     moves = torch.cat([segment.obs, segment.act, segment.next_obs], -1)  # (s, a, s') of all its transitions
     agent.opt.zero_grad()
+    agent.encoder_opt.zero_grad()
 
     # task inference: a sample of the posterior
     noise = torch.randn(len(context), args.z_dim, device=context.device)
@@ -417,7 +425,7 @@ def update(agent, task_ids, context, segment, best, args):
     elbo = likelihood - args.kl_weight * kl.mean()  # (Eq. 17)
     encoder_loss = args.feature_weight * (loss_r + loss_psi) - elbo  # (Eq. 18)
     if args.metric_weight:
-        encoder_loss = encoder_loss + args.metric_weight * metric_loss(z_mean, task_ids)  # [ours: D12]
+        encoder_loss = encoder_loss + args.metric_weight * metric_loss(z_mean, task_ids)  # [ours: D13]
     encoder_loss.backward(inputs=[*agent.encoder.parameters(), *agent.flows.parameters()], retain_graph=True)
     loss_psi.backward(inputs=list(agent.psi.parameters()), retain_graph=True)
     loss_r.backward(inputs=[*agent.phi.parameters(), *agent.weights.parameters()])
@@ -432,6 +440,7 @@ def update(agent, task_ids, context, segment, best, args):
     actor_loss = agent.brac_alpha * divergence - q.mean()  # (Eq. 13)
     actor_loss.backward(inputs=list(agent.shift.parameters()))
     agent.opt.step()  # [ours: D6]
+    agent.encoder_opt.step()
     with torch.no_grad():
         # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
         agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
@@ -527,6 +536,7 @@ def train(args):
             segment = data.sample_segments(task_ids, args.batch_size, args.n_step, args.gamma, generator)
             best = data.sample_batch(task_ids, args.batch_size, generator, args.anchor_share)
             dc.set_lr(agent.opt, args.lr * run.decay)
+            dc.set_lr(agent.encoder_opt, args.encoder_lr * run.decay)
             run.advance(step_fn(agent, task_ids, context, segment, best, args))
         return run.finish()
 

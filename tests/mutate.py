@@ -416,6 +416,26 @@ MUTANTS = {
             "data.sample_tasks(args.meta_batch, generator)",
             "data.sample_tasks(args.meta_batch, generator) * 0 + int(data.test_ids[0])",
         ),
+        Mutant("no decay of the encoder's learning rate", "args.encoder_lr * run.decay", "args.encoder_lr"),
+        Mutant("the encoder learns at the rate of the rest", "torch.tensor(args.encoder_lr)", "torch.tensor(args.lr)"),
+        Mutant("the encoder falls to the rate of the rest", "args.encoder_lr * run.decay", "args.lr * run.decay"),
+        Mutant(
+            "the encoder takes two steps",
+            'apart = ("behavior.", "encoder.", "flows.")',
+            'apart = ("behavior.", "flows.")',
+        ),
+        Mutant(
+            "the flows take two steps",
+            'apart = ("behavior.", "encoder.", "flows.")',
+            'apart = ("behavior.", "encoder.")',
+        ),
+        Mutant("the encoder is not trained", "    agent.encoder_opt.step()\n", ""),
+        Mutant("the encoder's gradients add up", "    agent.encoder_opt.zero_grad()\n", ""),
+        Mutant(
+            "the flows are not trained",
+            "[*self.encoder.parameters(), *self.flows.parameters()]\n        self",
+            "[*self.encoder.parameters()]\n        self",
+        ),
         Mutant("no decay of the learning rate", "args.lr * run.decay", "args.lr"),
         Mutant(
             "a compiled update gives the buffers of its graph away", "donated_buffer = False", "donated_buffer = True"

@@ -24,7 +24,16 @@ POINT = SimpleNamespace(obs_dim=2, act_dim=2, ctx_dim=7)
 TASKS, BATCH, CONTEXT = 3, 4, 5  # of the random batches
 TASK_IDS = torch.tensor([4, 7, 4])
 # no value is a default of the script, and none is 0 or 1, so that a flag without effect shows
-METHOD = {"gamma": 0.8, "reward_scale": 3.0, "lr": 2e-3, "tau": 0.03, "width": 16, "encoder_width": 12, "z_dim": 3}
+METHOD = {
+    "gamma": 0.8,
+    "reward_scale": 3.0,
+    "lr": 2e-3,
+    "encoder_lr": 3e-3,
+    "tau": 0.03,
+    "width": 16,
+    "encoder_width": 12,
+    "z_dim": 3,
+}
 METHOD |= {"feature_dim": 4, "num_flows": 2, "likelihood_weight": 32.0, "kl_weight": 0.3, "feature_weight": 0.2}
 METHOD |= {"alpha_min": -0.75, "num_arms": 4, "bandit_every": 3, "bandit_lr": 0.2, "brac_alpha": 0.7}
 METHOD |= {"brac_alpha_lr": 0.02, "brac_alpha_max": 50.0, "divergence_target": 0.3}
@@ -302,7 +311,8 @@ def test_two_updates_are_those_of_a_slow_recomputation(variant, known_noise):
                 second[name] = 0.999 * second.get(name, 0) + 0.001 * grad**2
                 root = (second[name] / (1 - 0.999**step)).sqrt() + 1e-8
                 kept = 1 - args.lr * args.behavior_decay if name.startswith("behavior.") else 1.0
-                moved = kept * before[name] - args.lr * first[name] / (1 - 0.9**step) / root
+                lr = args.encoder_lr if name.startswith(("encoder.", "flows.")) else args.lr
+                moved = kept * before[name] - lr * first[name] / (1 - 0.9**step) / root
                 torch.testing.assert_close(param, moved, rtol=0, atol=1e-4 * args.lr)
             else:
                 assert name.startswith("psi_target") or param.numel() == 0, name
@@ -651,7 +661,8 @@ def traced(numbered_path, tmp_path, monkeypatch):
         def record(agent, task_ids, context, segment, best, args):
             calls.append(SimpleNamespace(context=context, segment=segment, best=best, args=args))
             calls[-1].tasks, calls[-1].arm = task_ids, agent.arm.item()
-            calls[-1].lr, calls[-1].w_x = agent.opt.param_groups[0]["lr"].item(), agent.psi.w_x.detach().clone()
+            calls[-1].lr = [opt.param_groups[0]["lr"].item() for opt in (agent.opt, agent.encoder_opt)]
+            calls[-1].w_x = agent.psi.w_x.detach().clone()
             return {"losses/count": torch.tensor(float(len(calls)))}
 
         monkeypatch.setattr(flora, "update", record)
@@ -692,9 +703,10 @@ def test_batches_and_networks_are_those_of_the_seed(traced):
 
 
 @pytest.mark.parametrize("decay, shares", [(True, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]), (False, [1] * 8)])
-def test_learning_rate_falls_to_zero_in_the_second_half(decay, shares, traced):
+def test_learning_rates_fall_to_zero_in_the_second_half(decay, shares, traced):
     calls, _ = traced(lr_decay=decay)
-    assert [call.lr for call in calls] == pytest.approx([METHOD["lr"] * share for share in shares])
+    expected = np.outer(shares, [METHOD["lr"], METHOD["encoder_lr"]])
+    np.testing.assert_allclose([call.lr for call in calls], expected, rtol=1e-6)
 
 
 def test_every_bandit_episode_credits_its_arm_and_draws_the_next(traced, monkeypatch):
@@ -754,8 +766,9 @@ def test_defaults_are_those_of_the_paper_and_of_the_family():
     assert (args.alpha_min, args.num_arms, args.feature_dim, args.num_flows) == (-1.0, 5, 32, 4)
     assert (args.weight_activation, args.bandit_feedback, args.likelihood_weight) == ("softmax", "offline", 32.0)
     assert (args.target_noise, args.tau, args.behavior_decay, args.metric_weight) == (0.0, 0.02, 0.3, 0.0)
-    names = ("gamma", "reward_scale", "n_step", "z_dim", "anchor_share", "brac_alpha", "brac_alpha_lr")
-    families = {"ant-dir": (0.97, 0.5, 5, 20, 0.25, 1.0, 1e-3), "point-robot": (0.9, 5.0, 1, 5, 0.25, 1.5, 0.0)}
+    names = ("gamma", "reward_scale", "n_step", "z_dim", "anchor_share", "brac_alpha", "brac_alpha_lr", "encoder_lr")
+    families = {"ant-dir": (0.97, 0.5, 5, 20, 0.25, 1.0, 1e-3, 1.2e-3)}
+    families["point-robot"] = (0.9, 5.0, 1, 5, 0.25, 1.5, 0.0, 1.2e-4)
     for env, values in families.items():
         resolved = dc.resolve(flora.Args(env=env), flora.ENV_ARGS, flora.MAY_BE_ZERO, flora.RANGES)
         assert tuple(getattr(resolved, name) for name in names) == values
