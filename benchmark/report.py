@@ -346,14 +346,15 @@ def draw(groups, data, path, over="updates"):
             values,
             label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})",
         )
+    expert = data.expert_returns[data.test_ids].mean()
     for label, level, style in (
-        ("expert", data.expert_returns[data.test_ids].mean(), "--"),
+        ("expert", expert, "--"),
         ("mean return of the training data", data.behavior_return, ":"),
     ):
         axes.axhline(level, color="gray", linestyle=style, linewidth=1, label=label)
     label = "updates" if over == "updates" else "CPU time [minutes], all phases and evaluations included"
     axes.set(xlabel=label, ylabel="return on the test tasks (iid context)", title=data.env)
-    axes.set_ylim(top=1.05 * data.expert_returns[data.test_ids].mean())
+    axes.set_ylim(top=expert + 0.05 * abs(expert))  # in some families all returns are negative
     save(figure, path)
 
 

@@ -358,6 +358,15 @@ def test_learning_curves_are_drawn_over_the_seeds_mean_cpu_time_of_runs_that_hav
     assert drawn["focal (3 seeds)"] == ([10, 20], [[1, 2], [3, 4], [5, 6]])
 
 
+@pytest.mark.parametrize("expert", [-20.0, 20.0])
+def test_the_expert_is_inside_the_picture(expert, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    data = SimpleNamespace(expert_returns=np.full(2, expert), test_ids=[1], behavior_return=-30.0, env="point-robot")
+    monkeypatch.setattr(report, "save", lambda figure, path: path.write_text(str(figure.axes[0].get_ylim()[1])))
+    report.draw({}, data, tmp_path / "top")
+    assert float((tmp_path / "top").read_text()) == pytest.approx(expert + 1)
+
+
 # ---- lists of runs ------------------------------------------------------------------------
 
 
