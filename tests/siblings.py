@@ -1,5 +1,5 @@
-"""What the scripts whose actor-critic is that of focal.py are tested for alike, CSRO, ER-TRL, FOCAL++ and IDAQ: whole
-updates against a slow recomputation, networks, the data of a training, learning. Their own tests have what their
+"""What the scripts whose actor-critic is that of focal.py are tested for alike, CSRO, ER-TRL, FOCAL++, IDAQ, UNICORN:
+whole updates against a slow recomputation, networks, the data of a training, learning. Their own tests have what their
 encoders add.
 """
 
@@ -27,6 +27,7 @@ class Sibling:
     """Base of a test class: names the script and says how its encoder is trained."""
 
     script = None
+    data = DATA  # sizes
     method = {}  # arguments beside METHOD
     encoder_shapes = [(48, 9), (48, 48), (5, 48)]  # of its layers with 48 hidden units, z_dim 5
     own = {}  # optimizer beside `opt`: (the network it trains, the argument that is its learning rate)
@@ -38,14 +39,18 @@ class Sibling:
         metrics that focal.py does not have."""
         raise NotImplementedError
 
+    def tasks(self, task_ids):
+        """What an update of `watched` was given as task_ids -> the tasks."""
+        return task_ids
+
     def slow_after(self, agent, args):
         """What follows the optimizer's step."""
 
-    def make_agent(self, data=DATA, **changes):
+    def make_agent(self, data=None, **changes):
         """Agent with parameters large enough that nothing is near zero -> agent, args."""
         args = self.script.Args(**METHOD | self.method | changes)
         torch.manual_seed(0)
-        agent = self.script.Agent(data, args).double()
+        agent = self.script.Agent(data or self.data, args).double()
         with torch.no_grad():
             for parameter in agent.parameters():
                 parameter.normal_(0, 0.4)
@@ -123,7 +128,7 @@ class Sibling:
 
     def sized_agent(self):
         changes = {"width": 64, "encoder_width": 48, "z_dim": 5}
-        return self.script.Agent(DATA, self.script.Args(**METHOD | self.method | changes))
+        return self.script.Agent(self.data, self.script.Args(**METHOD | self.method | changes))
 
     def test_networks_have_the_asked_sizes_and_start_as_they_should(self):
         """The last layer of both policies all but at 0; the targets at the critics, which differ."""
@@ -161,15 +166,18 @@ class Sibling:
     # ---- training
 
     def watched(self, monkeypatch, folder, path, **changes):
-        """Train -> what each update was given, with the learning rates at that time, and the contexts of the
-        evaluation."""
+        """Train on a file whose training tasks come in another order -> what each update was given, with the learning
+        rates at that time, and the contexts of the evaluation."""
         monkeypatch.chdir(folder)
+        with np.load(path) as file:
+            arrays = dict(file)
+        np.savez("numbered.npz", **arrays | {"train_ids": arrays["train_ids"][::-1]})
         updates, contexts, update, adapt = [], [], self.script.update, self.script.adapt
 
         def watch(agent, task_ids, *given):
             *given_contexts, segment, best, args = given
             rates = [float(getattr(agent, opt).param_groups[0]["lr"]) for opt in ("opt", *self.own)]
-            parts = {"task_ids": task_ids, "contexts": given_contexts, "segment": segment, "best": best}
+            parts = {"task_ids": self.tasks(task_ids), "contexts": given_contexts, "segment": segment, "best": best}
             updates.append(SimpleNamespace(**parts, rates=rates))
             return update(agent, task_ids, *given)
 
@@ -180,13 +188,13 @@ class Sibling:
         monkeypatch.setattr(self.script, "update", watch)
         monkeypatch.setattr(self.script, "adapt", watch_adapt)
         settings = {name: value for name, value in FAST.items() if name != "dual_lr"}
-        self.script.train(self.script.Args(**settings | {"dataset": str(path)} | changes))
+        self.script.train(self.script.Args(**settings | {"dataset": "numbered.npz"} | changes))
         return updates, contexts
 
     def test_training_sees_training_tasks_and_every_row_its_own_task(
-        self, numbered, numbered_path, tmp_path, monkeypatch
+        self, numbered, numbered_path, tmp_path, monkeypatch, **changes
     ):
-        updates, contexts = self.watched(monkeypatch, tmp_path, numbered_path)
+        updates, contexts = self.watched(monkeypatch, tmp_path, numbered_path, **changes)
         assert len(updates) == 20 and set(torch.cat([u.task_ids for u in updates]).tolist()) == set(range(6))
         assert any(len(set(u.task_ids.tolist())) < 5 for u in updates)  # with replacement
         for u in updates:
@@ -203,8 +211,8 @@ class Sibling:
         assert set(origin(of_test)[0].tolist()) == {6, 7, 8} and (of_test > 0).all() and (foreign < 0).all()
         assert set(origin(of_training)[0].tolist()) == set(range(6))
 
-    def test_evaluation_is_that_of_slow_policies_and_critics(self, numbered):
-        agent, args = self.make_agent(numbered)
+    def test_evaluation_is_that_of_slow_policies_and_critics(self, numbered, **changes):
+        agent, args = self.make_agent(numbered, **changes)
         check_evaluation(self.script, agent, args, numbered, partial(self.embedding, agent.encoder))
 
     @pytest.mark.parametrize("decay", [True, False])
@@ -223,9 +231,9 @@ class Sibling:
         self.watched(monkeypatch, tmp_path, numbered_path, compile=wanted, total_updates=1)
         assert compiled == [self.script.update] * wanted
 
-    def test_update_stays_on_the_device(self):
-        args = self.script.Args(**METHOD | self.method)
-        agent = to_meta(self.script.Agent(DATA, args))
+    def test_update_stays_on_the_device(self, **changes):
+        args = self.script.Args(**METHOD | self.method | changes)
+        agent = to_meta(self.script.Agent(self.data, args))
         rows = lambda *shape: torch.zeros(4, *shape, device="meta")
         best = dc.Batch(rows(5, 3), rows(5, 2), rows(5), rows(5, 3), rows(5))
         segment = dc.Segment(rows(5, 3, 3), rows(5, 3, 2), rows(5, 3), rows(5, 3, 3), rows(5, 3), rows(5))
