@@ -37,7 +37,7 @@ Deviations and choices where the paper's main text is silent:
       The paper's: --n-step 1 --target-noise 1 --anchor-share 1 --behavior-decay 0.
   D11 Policy, pi_beta and targets see the posterior's mean through the flows, as at test; a sample trains features,
       weights and encoder. With samples the policy blurs where the posterior is wider than the tasks lie apart.
-  D12 In the point families, with their few updates, encoder and flows learn at a tenth of the rate of the others: z
+  D12 In the point families, with their few updates, encoder and flows learn at a quarter of the rate of the others: z
       moves less, and the networks that read it keep up.
   D13 Beyond the paper, off by default: --metric-weight adds FOCAL's metric loss on the posterior's mean to (18). The
       value alone is content to read from the context who acted, which tells the task of its own data and misleads
@@ -135,7 +135,7 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
         brac_alpha_lr=1e-3,
         divergence_target=0.2,
     ),
-    "point": dict(gamma=0.9, reward_scale=5.0, encoder_lr=1.2e-4, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
+    "point": dict(gamma=0.9, reward_scale=5.0, encoder_lr=3e-4, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
 }
 MAY_BE_ZERO = {"num_flows", "likelihood_weight", "kl_weight", "feature_weight", "metric_weight", "alpha_min"}
 RANGES = {"alpha_min": (-1, 0), "num_arms": (1, 20)}  # 20 arms: probability >= 0.05
