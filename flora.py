@@ -37,8 +37,8 @@ Deviations and choices where the paper's main text is silent:
       The paper's: --n-step 1 --target-noise 1 --anchor-share 1 --behavior-decay 0.
   D11 Policy, pi_beta and targets see the posterior's mean through the flows, as at test; a sample trains features,
       weights and encoder. With samples the policy blurs where the posterior is wider than the tasks lie apart.
-  D12 In the point families, with their few updates, encoder and flows learn at a quarter of the rate of the others: z
-      moves less, and the networks that read it keep up.
+  D12 In the point families, with their few updates, encoder and flows learn at a quarter of the rate of the others
+      (--encoder-lr): z moves less, and the networks that read it keep up.
   D13 Beyond the paper, off by default: --metric-weight adds FOCAL's metric loss on the posterior's mean to (18). The
       value alone is content to read from the context who acted, which tells the task of its own data and misleads
       where another task's policy acted.

@@ -24,16 +24,8 @@ POINT = SimpleNamespace(obs_dim=2, act_dim=2, ctx_dim=7)
 TASKS, BATCH, CONTEXT = 3, 4, 5  # of the random batches
 TASK_IDS = torch.tensor([4, 7, 4])
 # no value is a default of the script, and none is 0 or 1, so that a flag without effect shows
-METHOD = {
-    "gamma": 0.8,
-    "reward_scale": 3.0,
-    "lr": 2e-3,
-    "encoder_lr": 3e-3,
-    "tau": 0.03,
-    "width": 16,
-    "encoder_width": 12,
-    "z_dim": 3,
-}
+METHOD = {"gamma": 0.8, "reward_scale": 3.0, "lr": 2e-3, "encoder_lr": 3e-3, "tau": 0.03, "width": 16}
+METHOD |= {"encoder_width": 12, "z_dim": 3}
 METHOD |= {"feature_dim": 4, "num_flows": 2, "likelihood_weight": 32.0, "kl_weight": 0.3, "feature_weight": 0.2}
 METHOD |= {"alpha_min": -0.75, "num_arms": 4, "bandit_every": 3, "bandit_lr": 0.2, "brac_alpha": 0.7}
 METHOD |= {"brac_alpha_lr": 0.02, "brac_alpha_max": 50.0, "divergence_target": 0.3}
