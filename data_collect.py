@@ -1265,14 +1265,19 @@ def resolve(args, env_args, may_be_zero=frozenset(), ranges={}):
     what the script adds to MAY_BE_ZERO and RANGES."""
     if args.eval_only and not args.resume:
         raise SystemExit("--eval-only needs --resume RUN_DIR")
+    fill_in(args, env_args)
+    check_arguments(args, MAY_BE_ZERO | may_be_zero, RANGES | ranges)
+    return args
+
+
+def fill_in(args, env_args):
+    """Give the arguments left at None, in place, what `resolve` says."""
     defaults = {"dataset": f"datasets/{args.env}.npz"}
     for part, values in env_args.items():
         defaults |= values if part in args.env else {}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_arguments(args, MAY_BE_ZERO | may_be_zero, RANGES | ranges)
-    return args
 
 
 def check_text(flag, value):

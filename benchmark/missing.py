@@ -2,9 +2,10 @@
 
 Run:  python benchmark/missing.py benchmark/ant-dir.txt | xargs -P 2 -I{} sh -c '{}'      # two at a time
       python benchmark/missing.py benchmark/ant-dir.txt --line 7     # that line's run alone, for an array of jobs
-After a kill the same command goes on. A run is finished if its directory has a result.json, and arguments and data are
-those that the line asks for; of several the newest counts. What another process is training is left to it. How many
-are done and how long the rest takes, by the CPU seconds of finished runs, goes to the standard error.
+After a kill the same command goes on. A run is finished if its directory has a result.json, and arguments (today's
+defaults included) and data are those that the line asks for; of several the newest counts. What another process is
+training is left to it. How many are done and how long the rest takes, by the CPU seconds of finished runs, goes to
+the standard error.
 """
 
 import argparse
@@ -55,7 +56,9 @@ def state(line, run_dir):
     """A line of a list -> "finished", "running", "begun" or "missing"; the command that makes or continues the run, or
     the CPU seconds of a finished one; (script, family)."""
     _, script, *flags = shlex.split(line)
-    args = tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
+    module = importlib.import_module(Path(script).stem)
+    args = tyro.cli(module.Args, args=flags)
+    dc.fill_in(args, module.ENV_ARGS)  # a run made when another value was the default is another run
     kind = script, args.env
     asked = {k: v for k, v in asdict(args).items() if v is not None and k not in SETTINGS_ASIDE}
     folder = Path(run_dir, args.env, args.exp_name)
@@ -63,7 +66,7 @@ def state(line, run_dir):
         if not (found / "args.json").exists():
             continue
         about = json.loads((found / "args.json").read_text())
-        same_data = about["dataset"] == header(args.dataset or f"datasets/{args.env}.npz")
+        same_data = about["dataset"] == header(args.dataset)
         if not same_data or any(about["args"].get(k) != v for k, v in asked.items()):
             continue
         if (found / "result.json").exists():

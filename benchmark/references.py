@@ -20,11 +20,15 @@ import focal  # noqa: E402
 
 
 load_dataset = dc.load_dataset
+ENV_ARGS = focal.ENV_ARGS
 
 
 @dataclass
 class Args(focal.Args):
     exp_name: str = "known-task"
+
+    def __post_init__(self):
+        self.z_dim = dc.FAMILIES[self.env].draw()[0].shape[1]  # of the true parameters
 
 
 class Known(nn.Module):
@@ -62,13 +66,8 @@ def evaluate_all(agent, data, args, protocols, episodes):
     return results | dc.evaluate(data, lambda *_: focal.adapt(agent, *train), ("train",), episodes)
 
 
-def train(args):
-    args.z_dim = dc.FAMILIES[args.env].draw()[0].shape[1]
-    return focal.train(args)
-
-
 if __name__ == "__main__":
     focal.Encoder, focal.evaluate_all = (lambda ctx_dim, z_dim, width: Known(z_dim)), evaluate_all
     dc.load_dataset = known_tasks
     dc.label_contexts = lambda data, embed: (data.told[:, 0].cpu(), list(range(len(data.told))))
-    dc.command_line(Args, train, __doc__)
+    dc.command_line(Args, focal.train, __doc__)

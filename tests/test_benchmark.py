@@ -20,7 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 import data_collect as dc
 
 sys.path.append(str(ROOT / "benchmark"))
-report, claims, look, missing = (importlib.import_module(name) for name in ("report", "claims", "look", "missing"))
+SCRIPTS = ("report", "claims", "look", "missing", "references")
+report, claims, look, missing, references = (importlib.import_module(name) for name in SCRIPTS)
 
 
 def write_run(folder, name, seed, returns, quality="mixed", stamp="1"):
@@ -367,6 +368,46 @@ def test_the_expert_is_inside_the_picture(expert, tmp_path, monkeypatch):
     assert float((tmp_path / "top").read_text()) == pytest.approx(expert + 1)
 
 
+# ---- references -------------------------------------------------------------------------
+
+
+def to_the_told_goal(data, tasks):
+    """In the place of focal.adapt: walks to the goal that is told to a row of `tasks`, known by their number."""
+
+    def adapt(agent, context, mask, explore=False, clone=False):
+        told = references.focal.Encoder(None, 2, None)(context, mask) * data.family.param_scale
+        tasks.append(len(told))
+        return lambda obs, rew: ((told - obs * data.obs_spread - data.obs_mean) * 10).clamp(-1, 1)
+
+    return adapt
+
+
+def test_the_reference_is_told_every_rows_own_task(tiny_path, monkeypatch):
+    rows = []
+    data = references.known_tasks("point-robot", tiny_path)
+    monkeypatch.setattr(references.focal, "Encoder", lambda ctx_dim, z_dim, width: references.Known(z_dim))
+    monkeypatch.setattr(references.focal, "adapt", to_the_told_goal(data, rows))
+    monkeypatch.setattr(references.focal, "value", lambda agent, args, context, mask, obs: torch.zeros(obs.shape[:2]))
+    results = references.evaluate_all(None, data, references.Args(env="point-robot", gamma=0.9), None, 2)
+    assert sorted(set(rows)) == [2 * 3, 2 * 6]  # episodes x tasks, for test and training
+    for protocol in ("iid", "train", "clone"):  # straight to a goal at distance 1: 1 + 0.9 + ... if along an axis
+        assert results[f"eval/{protocol}/return"] > -5.5, protocol
+    assert not any(key.startswith(("eval/ood", "eval/online", "eval/zero_shot")) for key in results)
+    tasks = np.array([3, 0, 7])
+    told = references.Known(2)(data.sample_context(tasks, 64, None), None)
+    assert np.allclose(told, data.task_params[tasks])  # param_scale is 1 here
+
+
+def test_the_reference_trains_and_counts_as_a_run_of_a_list(tiny_path, tmp_path):
+    settings = {"env": "point-robot", "dataset": tiny_path, "total_updates": 20, "width": 16, "final_episodes": 1}
+    line = " ".join(["python", "benchmark/references.py", *flags(settings | {"device": "cpu"})])
+    code, _, stderr = run_script(tmp_path, *line.split()[1:], "--run-dir", str(tmp_path))
+    assert code == 0, stderr
+    (run_dir,) = (tmp_path / "point-robot" / "known-task").iterdir()
+    assert json.loads((run_dir / "args.json").read_text())["args"]["z_dim"] == 2
+    assert missing.state(line, str(tmp_path))[0] == "finished"
+
+
 # ---- lists of runs ------------------------------------------------------------------------
 
 
@@ -401,6 +442,12 @@ def test_a_run_is_missing_then_running_then_to_be_continued_then_finished(tiny_p
     (tmp_path / "checkpoint.pt").rename(run_dir / "checkpoint.pt")
     (tmp_path / "aside.json").rename(run_dir / "result.json")
     about = json.loads((run_dir / "args.json").read_text())
+    assert about["args"].pop("gamma") == 0.9  # as if made before the default was this
+    (run_dir / "args.json").write_text(json.dumps(about))
+    assert missing.state(line, str(tmp_path))[0] == "missing"
+    about["args"]["gamma"] = 0.9
+    (run_dir / "args.json").write_text(json.dumps(about))
+    assert missing.state(line, str(tmp_path))[0] == "finished"
     about["dataset"]["settings"]["seed"] += 1
     (run_dir / "args.json").write_text(json.dumps(about))
     assert missing.state(line, str(tmp_path))[0] == "missing"  # of other data
