@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, OnDevice, dataset_on_meta, origin, pattern, read_rows, slow_net, to_meta
-from test_focal import check_best, check_evaluation, check_learning, check_segments
-from test_focal import make_batch, make_segment, train_on_point_robot
+from siblings import check_best, check_evaluation, check_learning, check_segments, make_batch, make_segment
+from siblings import train_on_point_robot
 
 import corro
 import data_collect as dc

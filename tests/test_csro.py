@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from siblings import Sibling
-from test_focal import TASK_IDS, gradients, slow_embedding, slow_metric, vectors
+from siblings import TASK_IDS, Sibling, gradients, slow_embedding, slow_metric, vectors
 from test_unicorn import slow_layers
 
 import csro

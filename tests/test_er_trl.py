@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import pattern, slow_net
-from siblings import Sibling
-from test_focal import TASK_IDS, gradients, make_batch, make_context, make_segment, slow_embedding, slow_metric, start
-from test_focal import vectors
+from siblings import TASK_IDS, Sibling, gradients, make_batch, make_context, make_segment, slow_embedding
+from siblings import slow_metric, start, vectors
 
 import data_collect as dc
 import er_trl

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import stop_message
-from siblings import METHOD, Sibling
-from test_focal import DATA, TASK_IDS, make_batch, make_context, make_segment, slow_embedding, slow_metric, vectors
+from siblings import DATA, METHOD, TASK_IDS, Sibling, make_batch, make_context, make_segment, slow_embedding
+from siblings import slow_metric, vectors
 from test_unicorn import slow_layers
 
 import data_collect as dc

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import origin, stop_message
-from siblings import Sibling
-from test_focal import TASK_IDS, slow_embedding, slow_metric, vectors
+from siblings import TASK_IDS, Sibling, slow_embedding, slow_metric, vectors
 
 import data_collect as dc
 import idaq

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import pattern, slow_net
-from siblings import METHOD, Sibling
-from test_focal import DATA, TASK_IDS, check_clamps, gradients, slow_actor_critic, slow_metric
-from test_focal import slow_multiplier_and_targets, vectors
+from siblings import DATA, METHOD, TASK_IDS, Sibling, check_clamps, gradients, slow_actor_critic, slow_metric
+from siblings import slow_multiplier_and_targets, vectors
 
 import data_collect as dc
 import unicorn
