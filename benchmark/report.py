@@ -11,6 +11,7 @@ there already, by family, data, experiment name and seed, is replaced, so that t
 import argparse
 import contextlib
 import csv
+import functools
 import importlib
 import io
 import json
@@ -35,6 +36,7 @@ RESULTS += ("probe_r2", "updates_per_sec", "cpu_s", "commit", "torch")
 RESULTS += ("by_task", "arms")  # returns of the tasks; last probabilities of FLORA's bandit, alpha from -1 to 0
 CURVES = (*KEY, "updates", "cpu_s", "iid", "train", "q_error", "divergence")
 PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "np_online", "idaq", "zero_shot", "train")
+SIDE_LISTS = ("ant-dir-ablations", "variants", "figure1", "bandit")  # shown where --only names a run
 PARTS = {  # further tables: title -> protocols
     "inner steps": [f"steps_{k}" for k in (0, 1, 5, 20)],  # MACAW
     "own episodes": [f"ep_{k}" for k in range(1, 11)],
@@ -172,11 +174,19 @@ def revisit(run_dir, look):
 # ---- from the files to tables and figures -------------------------------------
 
 
+@functools.cache
+def side_names():
+    """Experiment names of the runs in SIDE_LISTS."""
+    lists = [(HERE / f"{name}.txt").read_text() for name in SIDE_LISTS]
+    return set(re.findall(r"--exp-name (\S+)", "".join(lists)))
+
+
 def chosen(path, env, only, quality="mixed"):
-    """Rows of one family -> {experiment name: {seed: [rows]}}."""
+    """Rows of one family -> {experiment name: {seed: [rows]}}; without `only` those of SIDE_LISTS are left out."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in read(path):
-        if (row["env"], row["quality"]) == (env, quality) and (not only or row["name"] in only):
+        wanted = row["name"] in only if only else row["name"] not in side_names()
+        if wanted and (row["env"], row["quality"]) == (env, quality):
             groups[row["name"]][int(row["seed"])].append(row)
     return {name: dict(sorted(seeds.items())) for name, seeds in groups.items()}
 
@@ -241,12 +251,12 @@ def print_tables(groups):
             print_table([f"method, {what}", *(re.search(r"\d+|[a-z]+$", p)[0] for p in protocols)], table)
 
 
-def scores(path, env, protocol):
+def scores(path, env, protocol, only):
     """Normalized returns of one family and protocol -> {experiment name: [seeds, test tasks]}."""
     with np.load(HERE.parent / "datasets" / f"{env}.npz", allow_pickle=False) as file:
         random, expert = (file[key][file["test_ids"]] for key in ("random_returns", "expert_returns"))
     found = defaultdict(list)
-    for name, seeds in chosen(path, env, None).items():
+    for name, seeds in chosen(path, env, only).items():
         for row in of(seeds, protocol):
             found[name].append(100 * (np.array(row["by_task"].split(), float) - random) / (expert - random))
     return {name: np.array(rows) for name, rows in found.items()}
@@ -285,11 +295,11 @@ def print_comparison(path, reference, envs, only):
     reference is better."""
     table = []
     for protocol in ("iid", "ood", "online"):
-        tables = [scores(path, env, protocol) for env in envs]
+        tables = [scores(path, env, protocol, only and [*only, reference]) for env in envs]
         everywhere = set.intersection(*(set(t) for t in tables))
         if reference not in everywhere:
             raise SystemExit(f"{reference}: not in results.csv for all of {', '.join(envs)}")
-        for name in sorted(everywhere & set(only or everywhere)):
+        for name in sorted(everywhere):
             theirs, ours = ([t[who] for t in tables] for who in (name, reference))
             mean = interval(lambda sample: interquartile_mean(np.concatenate([t.ravel() for t in sample])), theirs)
             better = (
@@ -397,7 +407,7 @@ def main():
         "--over", choices=("updates", "cpu_s"), default="updates", help="what --figure has on its x-axis"
     )
     parser.add_argument("--adaptation", type=Path, help="where to write the returns over own episodes (png)")
-    parser.add_argument("--only", nargs="+", help="experiment names; by default all that are there")
+    parser.add_argument("--only", nargs="+", help="experiment names; by default all but ablations and variants")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
     parser.add_argument("--brief", action="store_true", help="normalized returns of four protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")

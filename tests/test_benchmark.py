@@ -126,6 +126,15 @@ def test_tables_have_mean_and_standard_error_over_seeds(tmp_path, capsys):
     assert list(only) == ["focal"] and not report.chosen(tmp_path / "results.csv", "ant-dir", None)
 
 
+def test_variants_are_shown_only_where_they_are_named(tmp_path):
+    for name in ("flora", "flora-no-flows", "macaw-buffer", "figure1-mixed-full", "bandit-offline", "flora-metric"):
+        write_run(tmp_path / "runs", name, 0, [-4.0, -6.0])
+    report.add(tmp_path / "runs", tmp_path)
+    assert list(report.chosen(tmp_path / "results.csv", "point-robot", None)) == ["flora", "flora-metric"]
+    only = ["flora", "macaw-buffer"]
+    assert list(report.chosen(tmp_path / "results.csv", "point-robot", only)) == only
+
+
 def test_arms_and_variants_are_averaged_over_their_own_runs(tmp_path, capsys):
     for seed in range(2):
         write_run(tmp_path / "runs", "bandit-offline", seed, [-6.0, -2.0])
