@@ -178,6 +178,20 @@ def slow_multiplier_and_targets(agent, divergence, args):
             target.copy_((1 - args.tau) * target + args.tau * source)
 
 
+def slow_metrics(agent, z, encoder, actor, sums):
+    """What an update reports: losses of encoder and policy, `sums` of slow_actor_critic, spread of z [M, z_dim]."""
+    return {
+        "losses/encoder": encoder,
+        "losses/q": sums["q"],
+        "losses/actor": actor,
+        **({"losses/behavior": sums["behavior"]} if agent.behavior is not None else {}),
+        "stats/q_mean": sums["value"],
+        "stats/divergence": sums["divergence"],
+        "stats/brac_alpha": agent.brac_alpha,
+        "z/between_std": sum(z[:, d].std() for d in range(z.shape[1])) / z.shape[1],
+    }
+
+
 def assert_same_update(agent, twin, metrics, expected):
     """Metrics, gradients, parameters and buffers, or that there is no gradient."""
     assert metrics.keys() == expected.keys()
@@ -364,17 +378,7 @@ class Sibling:
         opts["opt"].step()
         self.slow_after(agent, args)
         slow_multiplier_and_targets(agent, sums["divergence"], args)
-        return {
-            "losses/encoder": encoder,
-            "losses/q": sums["q"],
-            "losses/actor": actor,
-            "losses/behavior": sums["behavior"],
-            "stats/q_mean": sums["value"],
-            "stats/divergence": sums["divergence"],
-            "stats/brac_alpha": agent.brac_alpha,
-            "z/between_std": sum(z[:, d].std() for d in range(args.z_dim)) / args.z_dim,
-            **metrics,
-        }
+        return slow_metrics(agent, z, encoder, actor, sums) | metrics
 
     def check_updates(self, updates=2, **changes):
         """Call it with `known_noise` in place."""

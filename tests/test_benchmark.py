@@ -380,12 +380,12 @@ def test_the_expert_is_inside_the_picture(expert, tmp_path, monkeypatch):
 # ---- references -------------------------------------------------------------------------
 
 
-def to_the_told_goal(data, tasks):
-    """In the place of focal.adapt: walks to the goal that is told to a row of `tasks`, known by their number."""
+def to_the_told_goal(data, rows):
+    """In the place of focal.adapt: every row walks to the goal that it is told; their number goes to `rows`."""
 
     def adapt(agent, context, mask, explore=False, clone=False):
         told = references.focal.Encoder(None, 2, None)(context, mask) * data.family.param_scale
-        tasks.append(len(told))
+        rows.append(len(told))
         return lambda obs, rew: ((told - obs * data.obs_spread - data.obs_mean) * 10).clamp(-1, 1)
 
     return adapt

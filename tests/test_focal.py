@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import OnDevice, origin, pattern, slow_net, to_meta
 from siblings import DATA, METHOD, TASK_IDS, Sibling, Z, check_clamps, gradients, make_batch, make_context, make_segment
-from siblings import slow_actor_critic, slow_embedding, slow_metric, slow_multiplier_and_targets, slow_policy, start
-from siblings import vectors
+from siblings import slow_actor_critic, slow_embedding, slow_metric, slow_metrics, slow_multiplier_and_targets
+from siblings import slow_policy, start, vectors
 from torch.utils.flop_counter import flop_registry
 
 import data_collect as dc
@@ -92,16 +92,8 @@ class TestFocal(Sibling):
             gradients(sums["behavior"], agent.behavior)
         opts["opt"].step()
         slow_multiplier_and_targets(agent, sums["divergence"], args)
-        return {
-            "losses/encoder": metric,
-            "losses/q": sums["q"],
-            "losses/actor": actor,
-            **({"losses/behavior": sums["behavior"]} if dual_loss is None else {"losses/dual": dual_loss}),
-            "stats/q_mean": sums["value"],
-            "stats/divergence": sums["divergence"],
-            "stats/brac_alpha": agent.brac_alpha,
-            "z/between_std": sum(fixed[:, d].std() for d in range(args.z_dim)) / args.z_dim,
-        }
+        metrics = slow_metrics(agent, fixed, metric, actor, sums)
+        return metrics if dual_loss is None else metrics | {"losses/dual": dual_loss}
 
     PRIMAL = [{}, {"target_noise": 0.5}, {"target_noise": 1.0, "n_step": 1}, {"entropy_weight": 0.3}]
 
