@@ -4,8 +4,8 @@ Run:  python benchmark/claims.py figure1 --figure docs/figure1.png   # critic's 
       python benchmark/claims.py bandit                              # probabilities of its arms, by feedback
       python benchmark/claims.py length --env point-robot            # return by the length of the context
       python benchmark/claims.py drift                               # tasks that change inside an episode
-The first two read the runs of figure1.txt and bandit.txt from curves.csv and results.csv, the others load the finished
-runs below --runs (--only: some of them) and play their policies on the test tasks.
+The first two read the runs of figure1.txt, ablations.txt and bandit.txt from curves.csv and results.csv, the others
+load the finished runs below --runs (--only: some of them) and play their policies on the test tasks.
 """
 
 import argparse
@@ -24,7 +24,11 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import data_collect as dc  # noqa: E402
 
 QUALITIES = ("random", "random.weak", "medium", "mixed", "expert")  # weak: --brac-alpha 0.1, hardly an anchor
-VARIANTS = ("full", "no-flows", "no-correction", "neither", "plain")  # plain: one feature, so no decomposition
+VARIANTS = ("no-flows", "no-correction", "neither", "plain", "all-episodes")  # plain: one feature, so no decomposition
+GROUPS = {  # data -> variant -> experiment; of figure1.txt, then of ablations.txt beside the ordinary runs
+    **{data: {v: f"figure1-{data}-{v}" for v in ("full", *VARIANTS)} for data in QUALITIES},
+    "shipped": {"full": "flora"} | {v: f"flora-{v}" for v in VARIANTS},
+}
 STEPS, GAP, GAP_SPREAD = 1_000, 250, 10  # of a non-stationary episode; steps between two tasks, normal
 EPISODES = 4  # per test task
 
@@ -45,48 +49,42 @@ def axes(columns, rows=1):
 
 def figure1(files, env, figure):
     """Error of the critic and distance of the policy from the data, per quality of the data and variant of FLORA.
-    Paired by seed: what a variant's return has more than the full method's."""
-    runs = defaultdict(lambda: defaultdict(list))  # experiment name -> seed -> rows of curves.csv
+    Paired by seed: what the policy's return has more than its clone's, and a variant's more than the full method's."""
+    curves, final = defaultdict(lambda: defaultdict(list)), defaultdict(dict)  # experiment -> seed ->
     for row in read(files / "curves.csv"):
-        if row["env"] == env and row["name"].startswith("figure1-"):
-            runs[row["name"]][int(row["seed"])].append(row)
-    final = {
-        name: {int(row["seed"]): float(row["return"]) for row in read(files / "results.csv") if is_final(row, name)}
-        for name in runs
-    }
-    curves = {"Q error": "q_error", "D_KL(pi || pi_beta)": "divergence"}
-    fig, grid = axes(len(QUALITIES), len(curves)) if figure else (None, None)
+        if row["env"] == env:
+            curves[row["name"]][row["seed"]].append(row)
+    for row in read(files / "results.csv"):
+        if row["env"] == env and row["protocol"] in ("iid", "clone"):
+            final[row["name"], row["protocol"]][row["seed"]] = float(row["return"])
+    groups = {data: {v: name for v, name in names.items() if name in curves} for data, names in GROUPS.items()}
+    groups = {data: names for data, names in groups.items() if len(names) > 1}  # the full method alone shows nothing
+    if not groups:
+        lists, file = "figure1.txt or ablations.txt", files / "curves.csv"
+        raise SystemExit(f"no run of {lists} on {env} in {file}; see benchmark/README.md")
+    quantities = {"Q error": "q_error", "D_KL(pi || pi_beta)": "divergence"}
+    fig, grid = axes(len(groups), len(quantities)) if figure else (None, None)
     table = []
-    for column, quality in enumerate(QUALITIES):
-        for variant in VARIANTS:
-            name = f"figure1-{quality}-{variant}"
-            if name not in runs:
-                continue
-            found = {
-                c: np.array([[float(r[c]) for r in rows] for rows in runs[name].values()]) for c in curves.values()
-            }
-            full = final.get(f"figure1-{quality}-full", {})
-            gain = [value - full[seed] for seed, value in final[name].items() if seed in full and variant != "full"]
-            cells = [[*final[name].values()], found["q_error"][:, -1], abs(found["q_error"]).max(1)]
-            cells += [found["divergence"][:, -1]] + [gain] * bool(gain)
-            table.append([quality, variant, str(len(final[name])), *map(spread, cells)] + [""] * (not gain))
-            steps = [int(row["updates"]) for row in next(iter(runs[name].values()))]
-            for row, (label, c) in enumerate(curves.items() if figure else ()):
-                band(grid[row, column], steps, found[c], label=variant)
-                grid[row, column].set(title=f"{quality} data" if row == 0 else "", ylabel="" if column else label)
-    if not table:
-        raise SystemExit(f"no run of figure1.txt on {env} in {files / 'curves.csv'}; see benchmark/README.md")
-    header = ["data", "variant", "seeds", "iid", "Q error", "largest |Q error|", "divergence", "iid - full's"]
-    print_table(header, table)
+    for column, (data, names) in enumerate(groups.items()):
+        for variant, name in names.items():
+            rows = curves[name].values()
+            found = {c: np.array([[float(r[c]) for r in seed] for seed in rows]) for c in quantities.values()}
+            own, full = final[name, "iid"], final[names.get("full"), "iid"] if variant != "full" else {}
+            cells = [[*own.values()], found["q_error"][:, -1], abs(found["q_error"]).max(1), found["divergence"][:, -1]]
+            for other in (final[name, "clone"], full):
+                cells.append([own[seed] - other[seed] for seed in own if seed in other])
+            table.append([data, variant, str(len(own)), *(spread(cell) if len(cell) else "" for cell in cells)])
+            steps = [int(row["updates"]) for row in next(iter(rows))]
+            for line, (label, c) in enumerate(quantities.items() if figure else ()):
+                band(grid[line, column], steps, found[c], label=variant)
+                grid[line, column].set(title=f"{data} data" if line == 0 else "", ylabel="" if column else label)
+    header = ["data", "variant", "seeds", "iid", "Q error", "largest |Q error|", "divergence"]
+    print_table([*header, "iid - clone's", "iid - full's"], table)
     if figure:
         grid[0, 0].legend(fontsize=7, frameon=False)
         for axis in grid[-1]:
             axis.set_xlabel("updates")
         fig.savefig(figure, dpi=140)
-
-
-def is_final(row, name):
-    return (row["name"], row["protocol"]) == (name, "iid")
 
 
 # ---- what moves the bandit's arms ---------------------------------------------

@@ -36,7 +36,7 @@ RESULTS += ("probe_r2", "updates_per_sec", "cpu_s", "commit", "torch")
 RESULTS += ("by_task", "arms")  # returns of the tasks; last probabilities of FLORA's bandit, alpha from -1 to 0
 CURVES = (*KEY, "updates", "cpu_s", "iid", "train", "q_error", "divergence")
 PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "np_online", "idaq", "zero_shot", "train")
-SIDE_LISTS = ("ant-dir-ablations", "variants", "figure1", "bandit")  # shown where --only names a run
+SIDE_LISTS = ("ablations", "variants", "figure1", "bandit")  # shown where --only names a run
 PARTS = {  # further tables: title -> protocols
     "inner steps": [f"steps_{k}" for k in (0, 1, 5, 20)],  # MACAW
     "own episodes": [f"ep_{k}" for k in range(1, 11)],
