@@ -42,8 +42,9 @@ Deviations and choices where the paper's main text is silent:
   D13 Beyond the paper, off by default: --metric-weight adds FOCAL's metric loss on the posterior's mean to (18). The
       value alone is content to read from the context who acted, which tells the task of its own data and misleads
       where another task's policy acted.
-  D14 The rewards' scale is a tenth of the other scripts'. Beyond errors of 1 Huber's loss (11) is no square, and on
-      ant-dir two thirds of them were beyond, now one fifth; in (18) these losses grow with the scale against the ELBO.
+  D14 The rewards' scale is a tenth of the other scripts', and phi starts near 0. Beyond errors of 1 Huber's loss (11) is
+      no square, and on ant-dir two thirds of them were beyond; in (18) these losses grow with the scale against the
+      ELBO; and what of a random phi cancels in phi^T W, (5) never removes, but psi sums it up over the future.
 
 Run:     python flora.py --env ant-dir
 Ablate:  --num-flows 0 (no flows), --alpha-min 0 (no correction), --feature-dim 1 (one feature: no decomposition)
@@ -317,7 +318,7 @@ class Agent(nn.Module):
         self.psi_target = copy.deepcopy(self.psi).requires_grad_(False)
         self.behavior = MLP(1, obs_dim, z_dim, width, 2 * act_dim)
         self.shift = MLP(1, obs_dim, z_dim, width, 2 * act_dim)  # of pi from pi_beta
-        for net in (self.behavior, self.shift):
+        for net in (self.behavior, self.shift, self.phi):
             for parameter in (net.w_3, net.b_3):
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
         # learning rates as tensors, so that a compiled update reads the current ones

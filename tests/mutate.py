@@ -478,6 +478,7 @@ MUTANTS = {
         Mutant("both networks share the errors' spread", "error.var((1, 2), correction=0)", "error.var(correction=0)"),
         Mutant("pi_beta without weight decay", '"weight_decay": args.behavior_decay', '"weight_decay": 0.0'),
         Mutant("everything decays", '"params": rest, "weight_decay": 0.0', '"params": rest, "weight_decay": 0.3'),
+        Mutant("the features start at random", "(self.behavior, self.shift, self.phi)", "(self.behavior, self.shift)"),
     ],
     "focal.py": [
         *WITHOUT_CONTEXT,
