@@ -42,8 +42,8 @@ Deviations and choices where the paper's main text is silent:
   D13 Beyond the paper, off by default: --metric-weight adds FOCAL's metric loss on the posterior's mean to (18). The
       value alone is content to read from the context who acted, which tells the task of its own data and misleads
       where another task's policy acted.
-  D14 The rewards' scale is a tenth of the other scripts', and phi starts near 0. Beyond errors of 1 Huber's loss (11) is
-      no square, and on ant-dir two thirds of them were beyond; in (18) these losses grow with the scale against the
+  D14 The rewards' scale is a tenth of the other scripts', and phi starts near 0. Beyond errors of 1 Huber's loss (11)
+      is no square, and on ant-dir two thirds of them were beyond; in (18) these losses grow with the scale against the
       ELBO; and what of a random phi cancels in phi^T W, (5) never removes, but psi sums it up over the future.
 
 Run:     python flora.py --env ant-dir
