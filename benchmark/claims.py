@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import data_collect as dc  # noqa: E402
 
-QUALITIES = ("random", "random.weak", "medium", "mixed", "expert")  # weak: --brac-alpha 0.1, hardly an anchor
+QUALITIES = ("random", "random.weak", "medium", "mixed", "expert")  # weak: --brac-alpha 0.01, hardly an anchor
 VARIANTS = ("no-flows", "no-correction", "neither", "plain", "all-episodes")  # plain: one feature, so no decomposition
 GROUPS = {  # data -> variant -> experiment; of figure1.txt, then of ablations.txt beside the ordinary runs
     **{data: {v: f"figure1-{data}-{v}" for v in ("full", *VARIANTS)} for data in QUALITIES},
