@@ -44,9 +44,11 @@ class Known(nn.Module):
 
 
 def known_tasks(env, path=None, device="cpu"):
-    """The dataset with contexts [M, 1, ctx_dim] that hold the scaled parameters of their task and nothing else."""
+    """The dataset with contexts [M, 1, ctx_dim] that hold the parameters of their task and nothing else, standardized
+    over the training tasks: of speeds between 0 and 1 the networks see too little."""
     data = load_dataset(env, path, device)
-    params = torch.as_tensor(data.task_params / data.family.param_scale, dtype=torch.float32, device=data.device)
+    params = torch.as_tensor(data.task_params, dtype=torch.float32, device=data.device)
+    params = (params - params[data.train_ids].mean(0)) / params[data.train_ids].std(0)
     data.told = nn.functional.pad(params, (0, data.ctx_dim - params.shape[1]))[:, None]  # [T, 1, ctx_dim]
     data.sample_context = lambda task_ids, size, generator: data.told[task_ids]
     return data

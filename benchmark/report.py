@@ -262,11 +262,16 @@ def scores(path, env, protocol, only):
     return {name: np.array(rows) for name, rows in found.items()}
 
 
-def interquartile_mean(values):
-    """Mean of the middle half of all values."""
-    ordered = np.sort(values, axis=None)
-    cut = len(ordered) // 4
-    return ordered[cut : len(ordered) - cut].mean()
+def interquartile_mean(tables):
+    """Mean of the middle half of the values in tables [seeds, tasks], one per family. Each table weighs the same, as
+    families differ in their numbers of seeds and tasks."""
+    values, weights = (
+        np.concatenate(part) for part in zip(*((t.ravel(), np.full(t.size, 1 / t.size)) for t in tables))
+    )
+    order = values.argsort()
+    upper = weights[order].cumsum() / len(tables)
+    lower = upper - weights[order] / len(tables)
+    return np.average(values[order], weights=(upper.clip(0.25, 0.75) - lower.clip(0.25, 0.75)).clip(0))
 
 
 def improvement(ours, theirs):
@@ -276,15 +281,17 @@ def improvement(ours, theirs):
     return ((difference > 0) + 0.5 * (difference == 0)).mean()
 
 
-def resampled(tables, rng):
-    """Tables [seeds, tasks] with seeds and tasks drawn anew, within each table."""
-    return [t[rng.integers(len(t), size=len(t))][:, rng.integers(t.shape[1], size=t.shape[1])] for t in tables]
+def resampled(samples, rng):
+    """Samples, one per method, each a list of tables [seeds, tasks], one per family -> the same with seeds drawn anew
+    in each table, and tasks in each family: one draw for all methods, as tasks are compared with themselves."""
+    tasks = [rng.integers(table.shape[1], size=table.shape[1]) for table in samples[0]]
+    return [[t[rng.integers(len(t), size=len(t))][:, drawn] for t, drawn in zip(s, tasks)] for s in samples]
 
 
 def interval(statistic, *samples, draws=2_000):
-    """Statistic of lists of tables and its 95 % interval, by a bootstrap stratified over families -> text."""
+    """Statistic of samples and its 95 % interval, by a bootstrap stratified over families -> text."""
     rng = np.random.default_rng(0)
-    found = [statistic(*(resampled(tables, rng) for tables in samples)) for _ in range(draws)]
+    found = [statistic(*resampled(samples, rng)) for _ in range(draws)]
     low, high = np.quantile(found, (0.025, 0.975))
     digits = 0 if abs(high) > 1.5 else 2
     return f"{statistic(*samples):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -292,22 +299,22 @@ def interval(statistic, *samples, draws=2_000):
 
 def print_comparison(path, reference, envs, only):
     """Over families: interquartile mean of the normalized returns of tasks and seeds, and the probability that the
-    reference is better."""
-    table = []
-    for protocol in ("iid", "ood", "online"):
+    reference is better; of the methods that all families have."""
+    seeds, cells, protocols = {}, defaultdict(dict), ("iid", "ood", "online")
+    for protocol in protocols:
         tables = [scores(path, env, protocol, only and [*only, reference]) for env in envs]
         everywhere = set.intersection(*(set(t) for t in tables))
         if reference not in everywhere:
             raise SystemExit(f"{reference}: not in results.csv for all of {', '.join(envs)}")
+        ours = [t[reference] for t in tables]
         for name in sorted(everywhere):
-            theirs, ours = ([t[who] for t in tables] for who in (name, reference))
-            mean = interval(lambda sample: interquartile_mean(np.concatenate([t.ravel() for t in sample])), theirs)
-            better = (
-                "" if name == reference else interval(lambda a, b: np.mean([*map(improvement, a, b)]), ours, theirs)
-            )
-            table.append([protocol, name, "/".join(str(len(t)) for t in theirs), mean, better])
-    header = ["protocol", "method", "seeds", "interquartile mean, normalized", f"P({reference} is better)"]
-    print_table(header, table)
+            theirs = [t[name] for t in tables]
+            seeds[name] = "/".join(str(len(t)) for t in theirs)
+            better = interval(lambda a, b: np.mean([*map(improvement, a, b)]), ours, theirs)
+            cells[name][protocol] = [interval(interquartile_mean, theirs), "" if name == reference else better]
+    header = ["method", "seeds", *(column for p in protocols for column in (p, f"P({reference} is better), {p}"))]
+    blank = ["", ""]
+    print_table(header, [[n, seeds[n], *sum((cells[n].get(p, blank) for p in protocols), [])] for n in sorted(cells)])
 
 
 def pyplot():

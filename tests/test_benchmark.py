@@ -175,27 +175,64 @@ def test_without_a_run_one_line_says_so(tmp_path):
 
 
 def test_interquartile_mean_and_probability_of_improvement_vectors():
-    assert report.interquartile_mean(np.array([[100.0, -9.0, 2.0, 3.0], [4.0, -50.0, 5.0, 6.0]])) == (2 + 3 + 4 + 5) / 4
-    assert report.interquartile_mean(np.array([7.0])) == 7
+    mean = report.interquartile_mean
+    assert mean([np.array([[100.0, -9.0, 2.0, 3.0], [4.0, -50.0, 5.0, 6.0]])]) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert mean([np.array([[7.0]])]) == 7
+    # five values: three quarters of the second and of the fourth, the third whole
+    assert mean([np.array([[9.0, 1.0, 5.0, 2.0, -90.0]])]) == pytest.approx((0.75 * 1 + 2 + 0.75 * 5) / 2.5)
+    # a family of one run of one task weighs as much as one of four: of the order 0 1 2 3 | 10 it is the upper half
+    assert mean([np.array([[10.0]]), np.array([[3.0, 2.0], [1.0, 0.0]])]) == pytest.approx((2 + 3 + 2 * 10) / 4)
     ours, theirs = np.array([[1.0, 5.0], [3.0, 5.0]]), np.array([[2.0, 5.0]])
     assert report.improvement(ours, theirs) == (0 + 1 + 0.5 + 0.5) / 4
     assert report.improvement(theirs, ours) == 1 - report.improvement(ours, theirs)
 
 
-def test_intervals_draw_seeds_and_tasks_within_a_family():
+def test_intervals_draw_seeds_in_each_table_and_tasks_in_each_family():
     first, second = np.arange(6.0).reshape(2, 3), 100 + np.arange(20.0).reshape(4, 5)
-    drawn = [report.resampled([first, second], np.random.default_rng(k)) for k in range(50)]
-    for a, b in drawn:
-        assert (a.shape, b.shape) == (first.shape, second.shape) and set(a.flat) <= set(first.flat) and b.min() >= 100
-        rows = [set(row // 5) for row in b - 100]
-        assert all(len(row) == 1 for row in rows)  # whole seeds
-        assert len({tuple((row - 100) % 5) for row in b}) == 1  # the same tasks of all of them
-    assert len({tuple(a.flat) for a, _ in drawn}) > 20
+    other = 200 + np.arange(30.0).reshape(6, 5)
+    drawn = [report.resampled(([first, second], [first, other]), np.random.default_rng(k)) for k in range(50)]
+    for (a, b), (c, d) in drawn:
+        assert (a.shape, b.shape) == (first.shape, second.shape) and set(a.flat) <= set(first.flat)
+        assert (c.shape, d.shape) == (first.shape, other.shape)
+        for table, start in ((b, 100), (d, 200)):
+            assert table.min() >= start and all(len(set(row // 5)) == 1 for row in table - start)  # whole seeds
+        assert len({tuple(row % 5) for row in (*b, *d)}) == 1  # the same tasks of all seeds and of both methods
+    assert len({tuple(a.flat) for (a, _), _ in drawn}) > 20
+    assert any((b // 5 - 20 != (d // 5 - 40)[:4]).any() for (_, b), (_, d) in drawn)  # seeds of their own
     text = report.interval(lambda sample: np.mean(sample[0]), [np.array([[0.0, 100.0]] * 8)], draws=500)
     assert text == "50 [0, 100]"
     noise = np.random.default_rng(0).standard_normal((400, 1)) * 10 + 50
     mean, low, high = (float(x.strip("[],")) for x in report.interval(lambda s: s[0].mean(), [noise]).split())
     assert mean == round(noise.mean()) and low == mean - 1 and high == mean + 1  # 1.96 * 10 / 20
+
+
+def test_comparison_is_task_by_task_of_the_methods_that_all_families_have(monkeypatch, capsys):
+    """A method that is better on every task is so in every draw of the tasks, however far these lie apart."""
+    flora, focal = np.array([[0.0, 100.0], [0.0, 100.0]]), np.array([[-1.0, 99.0]])
+    found = {"x": {"flora": flora, "focal": focal, "corro": focal}, "y": {"flora": flora, "focal": focal[:, ::-1] + 1}}
+
+    def scores(path, env, protocol, only):
+        return found[env] if protocol != "online" else {"flora": found[env]["flora"]}
+
+    monkeypatch.setattr(report, "scores", scores)
+    report.print_comparison(None, "flora", ["x"], None)
+    report.print_comparison(None, "flora", ["x", "y"], None)
+    one, both = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
+        for part in capsys.readouterr().out.strip().split("\n\n")
+    )
+    assert one[0] == ["method", "seeds", *sum(([p, f"P(flora is better), {p}"] for p in ("iid", "ood", "online")), [])]
+    means, better = ["50 [0, 100]", "49 [-1, 99]"], "1.00 [1.00, 1.00]"
+    assert one[2] == ["corro", "1", means[1], better, means[1], better, "", ""]
+    assert one[3] == ["flora", "2", means[0], "", means[0], "", means[0], ""]
+    assert [row[0] for row in one[2:]] == ["corro", "flora", "focal"] and [row[0] for row in both[2:]] == [
+        "flora",
+        "focal",
+    ]
+    # the mean of 1 (x) and of a half (y: tasks exchanged, better on one of two)
+    assert both[3][1] == "1/1" and both[3][3] == "0.75 [0.50, 1.00]"
+    monkeypatch.setattr(report, "scores", lambda *_: {"focal": focal})
+    assert "flora: not in results.csv for all of x" in stop_message(report.print_comparison, None, "flora", ["x"], None)
 
 
 def test_tables_in_a_file_are_made_anew_and_its_text_stays(tmp_path):
@@ -398,7 +435,8 @@ def to_the_told_goal(data, rows):
     """In the place of focal.adapt: every row walks to the goal that it is told; their number goes to `rows`."""
 
     def adapt(agent, context, mask, explore=False, clone=False):
-        told = references.focal.Encoder(None, 2, None)(context, mask) * data.family.param_scale
+        train = torch.as_tensor(data.task_params[data.train_ids])
+        told = references.focal.Encoder(None, 2, None)(context, mask) * train.std(0) + train.mean(0)
         rows.append(len(told))
         return lambda obs, rew: ((told - obs * data.obs_spread - data.obs_mean) * 10).clamp(-1, 1)
 
@@ -418,7 +456,8 @@ def test_the_reference_is_told_every_rows_own_task(tiny_path, monkeypatch):
     assert not any(key.startswith(("eval/ood", "eval/online", "eval/zero_shot")) for key in results)
     tasks = np.array([3, 0, 7])
     told = references.Known(2)(data.sample_context(tasks, 64, None), None)
-    assert np.allclose(told, data.task_params[tasks])  # param_scale is 1 here
+    train = data.task_params[data.train_ids]
+    assert np.allclose(told, (data.task_params[tasks] - train.mean(0)) / train.std(0, ddof=1), atol=1e-5)
 
 
 def test_the_reference_trains_and_counts_as_a_run_of_a_list(tiny_path, tmp_path):
