@@ -1393,7 +1393,8 @@ class Run:
         self.evaluate_agent = functools.partial(evaluate, agent, data, args)
         self.embed = functools.partial(embed, agent)
         self.steps, self.phase = dict.fromkeys(phases, 0), "policy"  # updates done per phase
-        self.results, self.timed, self.born, self.rows = {}, 0.0, time.process_time(), 1
+        self.timed, self.born, self.rows = 0.0, time.process_time(), 1
+        self.recorded = None  # updates after which the last evaluation was logged
         self.stopping, self.closing = [], contextlib.ExitStack()
         if args.resume:
             self.dir = Path(args.resume)
@@ -1434,6 +1435,7 @@ class Run:
             if not 0 <= saved["seconds"] < math.inf or min(saved["rows"] - 1, *saved["steps"].values()) < 0:
                 raise ValueError("negative numbers")
             self.steps, self.rows, self.born = saved["steps"], saved["rows"], self.born - saved["seconds"]
+            self.recorded = saved.get("recorded")
         except BAD_CONTENT:
             raise SystemExit(f"--resume {self.dir}: checkpoint.pt does not fit these arguments; start anew")
         planned = saved["args"]["total_updates"]
@@ -1523,7 +1525,8 @@ class Run:
         return self.step < self.total
 
     def advance(self, metrics):
-        """Count an update; log, evaluate and save when it is time. metrics: dict tag -> 0-d tensor."""
+        """Count an update; log, evaluate and save when it is time; the last evaluation is for `finish`, after the
+        checkpoint. metrics: dict tag -> 0-d tensor."""
         args = self.args
         self.steps[self.phase] += 1
         last = self.step == self.total
@@ -1533,10 +1536,8 @@ class Run:
         if self.step % args.log_every == 0:
             self.log(values)
             self.print_progress(values)
-        if self.phase == "policy" and (self.step % args.eval_every == 0 or last):
-            self.results = self.evaluate() if last else self.evaluate(("iid", "train"), args.eval_episodes)
-            self.log(self.results)
-            print("  " + eval_line(self.results), flush=True)
+        if self.phase == "policy" and self.step % args.eval_every == 0 and not last:
+            self.record(self.evaluate(("iid", "train"), args.eval_episodes))
         if self.step % args.save_every == 0 or last:
             self.save()
         self.tick = time.perf_counter()
@@ -1571,6 +1572,11 @@ class Run:
         self.csv.flush()
         self.rows += len(values)
 
+    def record(self, results):
+        """Log and show an evaluation."""
+        self.log(results)
+        print("  " + eval_line(results), flush=True)
+
     def print_progress(self, values):
         """One line with the speed, the time that is left and all losses."""
         done, elapsed = self.step - self.start_step, time.time() - self.start
@@ -1587,15 +1593,17 @@ class Run:
         self.writer.flush()  # what a resumed run builds on is on the disk, should this one be killed
         state = training_state(self.agent) | {"generator": self.generator.get_state(), "steps": self.steps}
         state |= {"version": RUN_VERSION, "args": asdict(self.args), "data": self.data.header}
-        state |= {"rows": self.rows, "seconds": time.process_time() - self.born}
+        state |= {"rows": self.rows, "seconds": time.process_time() - self.born, "recorded": self.recorded}
         if all(p.isfinite().all() for p in self.agent.parameters()):
             atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
     def finish(self):
         """-> dict: the last evaluation, run_dir, step, updates_per_sec, cpu_s (of all threads, resumed runs
-        together); also in result.json."""
+        together); also in result.json. A signal ends the evaluation at once: the checkpoint is written already."""
+        again = f"python {Path(sys.argv[0]).name} --resume {self.dir}"
         if self.args.eval_only:
-            results = self.evaluate()
+            with note_signals(f"evaluate with: {again} --eval-only"):
+                results = self.evaluate()
             print(f"{self.dir} after {self.step} updates, in full in eval.json\n  " + eval_line(results))
             write_json(self.dir / "eval.json", {"step": self.step} | results)
             return results | {"run_dir": str(self.dir)}
@@ -1604,19 +1612,21 @@ class Run:
             return self.result
         if self.stopping:
             self.save()
-            script = Path(sys.argv[0]).name
-            where = f"{self.step} updates ({self.phase})"
-            print(f"interrupted after {where}; continue with: python {script} --resume {self.dir}")
+            print(f"interrupted after {self.step} updates ({self.phase}); continue with: {again}")
             raise SystemExit(128 + self.stopping[0])
-        if not self.results:  # the run was cut off between the last checkpoint and result.json
-            self.results = self.evaluate()
+        with note_signals(f"all updates are done; evaluate with: {again}"):
+            results = self.evaluate()
+        if self.recorded != self.step:  # else result.json was lost
+            self.record(results)
+        self.recorded = self.step
         z, labels = label_contexts(self.data, self.embed)
         self.writer.add_embedding(z, metadata=labels, global_step=self.updates, tag="z")
         speed = (self.step - self.start_step) / self.timed if self.timed else 0.0
-        self.results |= {"run_dir": str(self.dir), "step": self.step}
-        self.results |= {"updates_per_sec": speed, "cpu_s": time.process_time() - self.born}
-        write_json(self.dir / "result.json", self.results)
-        return self.results
+        results |= {"run_dir": str(self.dir), "step": self.step}
+        results |= {"updates_per_sec": speed, "cpu_s": time.process_time() - self.born}
+        write_json(self.dir / "result.json", results)
+        self.save()  # with the evaluation's rows, for a run that is continued further
+        return results
 
 
 def versions():

@@ -1835,12 +1835,12 @@ MUTANTS = {
         Mutant("resumed runs may change the data", 'if self.data.header != saved["data"]:', "if False:"),
         Mutant(
             "the last evaluation is as all others",
-            'self.evaluate() if last else self.evaluate(("iid", "train"), args.eval_episodes)',
-            'self.evaluate(("iid", "train"), args.eval_episodes)',
+            "results = self.evaluate()\n        if self.recorded",
+            'results = self.evaluate(("iid", "train"), self.args.eval_episodes)\n        if self.recorded',
         ),
         Mutant(
             "every evaluation is as the last",
-            'self.evaluate() if last else self.evaluate(("iid", "train"), args.eval_episodes)',
+            'self.evaluate(("iid", "train"), args.eval_episodes)',
             "self.evaluate()",
         ),
         Mutant(
@@ -1872,6 +1872,17 @@ MUTANTS = {
             "broken parameters are saved", "if all(p.isfinite().all() for p in self.agent.parameters()):", "if True:"
         ),
         Mutant("no checkpoint before the end", "if self.step % args.save_every == 0 or last:", "if last:"),
+        Mutant(
+            "no checkpoint before the last evaluation",
+            "if self.step % args.save_every == 0 or last:",
+            "if self.step % args.save_every == 0:",
+        ),
+        Mutant(
+            "the last evaluation's rows are lost when a run goes on",
+            "        self.save()  # with the evaluation",
+            "        # with",
+        ),
+        Mutant("the last evaluation is logged twice", "if self.recorded != self.step:  # else", "if True:  # else"),
         Mutant(
             "a family's own arguments do not win",
             "defaults |= values if part in args.env else {}",

@@ -323,6 +323,32 @@ def test_signal_saves_and_says_how_to_resume(name, number, tiny_path, tmp_path):
     assert sum(load(run_dir)["steps"].values()) >= 20 and not (run_dir / "result.json").exists()
 
 
+def test_signal_in_the_last_evaluation_ends_it_at_once_and_no_update_is_lost(straight, tiny_path, tmp_path, capsys):
+    evaluate_all = flora.evaluate_all
+
+    def interrupted(agent, data, args, protocols, episodes):
+        if protocols == dc.PROTOCOLS:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate_all(agent, data, args, protocols, episodes)
+
+    def ends(start, *hints):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(flora, "evaluate_all", interrupted)
+            start()
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert stop.value.code == 128 + signal.SIGTERM and all(hint in last for hint in ("interrupted", *hints))
+
+    ends(lambda: run("flora", tiny_path, tmp_path, save_every=7), "all updates are done", "--resume")
+    (run_dir,) = tmp_path.glob("*/*/*")
+    assert load(run_dir)["steps"]["policy"] == 40 and not (run_dir / "result.json").exists()
+    ends(lambda: resume("flora", run_dir, eval_only=True), f"--resume {run_dir} --eval-only")
+    assert not (run_dir / "eval.json").exists()
+    resume("flora", run_dir)
+    assert_same_run(run_dir, straight("flora").run_dir)
+    rows = [(step, tag) for step, tag, _ in read_rows(run_dir)]
+    assert len(set(rows)) == len(rows) and (40, "eval/ood/return") in rows
+
+
 def test_program_killed_by_a_signal_resumes_to_the_straight_run(tiny_path, tmp_path):
     settings = {"total_updates": 250, "eval_every": 100, "save_every": 50}
     (tmp_path / "killed").mkdir()
@@ -373,6 +399,7 @@ def test_finished_run_can_be_continued_further(copied):
     result = resume("flora", copied, total_updates=60)
     assert result["step"] == load(copied)["steps"]["policy"] == 60
     assert [step for step, tag, _ in read_rows(copied) if tag == "losses/reward"] == [10, 20, 30, 40, 50, 60]
+    assert [step for step, tag, _ in read_rows(copied) if tag == "eval/ood/return"] == [40, 60]
 
 
 def test_finished_run_can_be_evaluated_with_other_settings(straight, tmp_path):
