@@ -1,11 +1,13 @@
 """The FLORA paper's claims about its critic and its inference, as tables and figures of finished runs.
 
 Run:  python benchmark/claims.py figure1 --figure docs/figure1.png   # critic's error and divergence over the training
+      python benchmark/claims.py features --env ant-dir              # how many features the critic really has
       python benchmark/claims.py bandit                              # probabilities of its arms, by feedback
       python benchmark/claims.py length --env point-robot            # return by the length of the context
       python benchmark/claims.py drift                               # tasks that change inside an episode
-The first two read the runs of figure1.txt, ablations.txt and bandit.txt from curves.csv and results.csv, the others
-load the finished runs below --runs (--only: some of them) and play their policies on the test tasks.
+figure1 and bandit read the runs of figure1.txt, ablations.txt and bandit.txt from curves.csv and results.csv, the
+others load the finished runs below --runs (--only: some of them); length and drift play their policies on the test
+tasks.
 """
 
 import argparse
@@ -85,6 +87,36 @@ def figure1(files, env, figure):
         for axis in grid[-1]:
             axis.set_xlabel("updates")
         fig.savefig(figure, dpi=140)
+
+
+# ---- a: how many features the critic really has --------------------------------
+
+
+def shares(features):
+    """features [.., D] -> part of their variance that lies in the first, and in the first two principal directions."""
+    rows = features.flatten(0, -2).double()
+    squares = torch.linalg.svdvals(rows - rows.mean(0)) ** 2
+    return (squares.cumsum(0) / squares.sum())[:2].numpy()
+
+
+def directions(script, agent, data, args):
+    """-> `shares` of phi, then of psi, over transitions of all training tasks, z from their contexts [4]."""
+    generator = torch.Generator().manual_seed(0)
+    context = data.sample_context(data.train_tasks, args.context_size, generator)
+    batch = data.sample_batch(data.train_tasks, 256, generator)
+    z, move = script.embed(agent, context, torch.ones_like(context[..., 0])), torch.cat([batch.obs, batch.act], -1)
+    with torch.no_grad():
+        phi, psi = agent.phi(torch.cat([move, batch.next_obs], -1), z)[0], agent.psi(move, z)[0]
+    return np.concatenate([shares(phi), shares(psi)])
+
+
+def features(runs):
+    rows = []
+    for name, seeds in runs.items():
+        found = np.array([revisit(run_dir, directions) for run_dir in seeds.values()])
+        rows.append([name, str(len(found)), *(spread(column) for column in found.T)])
+    header = [f"{what}, {first}" for what in ("phi", "psi") for first in ("first", "first two")]
+    print_table(["variance in principal directions", "seeds", *header], rows)
 
 
 # ---- what moves the bandit's arms ---------------------------------------------
@@ -204,22 +236,25 @@ def drift(runs, figure):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("claim", choices=("figure1", "bandit", "length", "drift"))
+    parser.add_argument("claim", choices=("figure1", "features", "bandit", "length", "drift"))
     parser.add_argument("--env", default="point-robot-wind")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
     parser.add_argument("--figure", type=Path, help="where to write the figure (png)")
-    parser.add_argument("--only", nargs="+", help="experiment names; by default all that are there")
+    parser.add_argument("--only", nargs="+", help="experiment names; by default all, of features flora alone")
     args = parser.parse_args()
     if args.claim == "figure1":
         return figure1(HERE, args.env, args.figure)
     if args.claim == "bandit":
         return bandit(HERE, args.env)
     runs = finished_runs(args.runs / args.env)
+    args.only = args.only or (["flora"] if args.claim == "features" else None)
     passed = ("figure1-", "bandit-", "known-task")  # the last has no context
     runs = {n: seeds for n, seeds in runs.items() if (n in args.only if args.only else not n.startswith(passed))}
     if not runs:
         raise SystemExit(f"no finished run for this in {args.runs / args.env}; make them: see benchmark/README.md")
-    if args.claim == "length":
+    if args.claim == "features":
+        features(runs)
+    elif args.claim == "length":
         length(runs, args.figure, dc.FAMILIES[args.env].horizon)
     else:
         drift(runs, args.figure)

@@ -272,6 +272,32 @@ class Recorder:
         return lambda obs, rew: torch.full((len(obs), 2), 0.05) * torch.tensor([1.0, -1.0])
 
 
+def test_number_of_features_by_their_variance(tiny):
+    """phi on a line in three dimensions, across tasks too; psi with variances in the ratio of 4 : 2 : 1."""
+    axes = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2**0.5, 0.0], [0.0, 0.0, 1.0]])
+    cube = torch.tensor([[a, b, c] for a in (-1.0, 1.0) for b in (-1.0, 1.0) for c in (-1.0, 1.0)]) @ axes
+    seen = []
+
+    def embed(agent, context, mask):
+        assert len(context) == len(tiny.train_tasks) and mask.all()
+        return context.new_zeros(len(context), 1)
+
+    def network(outputs, inputs):
+        def forward(x, z):
+            seen.append(x.shape)
+            assert x.shape[-1] == inputs and len(z) == len(x)
+            return outputs(x)[None]
+
+        return forward
+
+    line = torch.tensor([3.0, -1.0, 2.0])
+    phi = network(lambda x: x[..., :1] * line + 5, 2 * tiny.obs_dim + tiny.act_dim)
+    psi = network(lambda x: cube.repeat(len(x), 32, 1) + 7, tiny.obs_dim + tiny.act_dim)
+    agent, args = SimpleNamespace(phi=phi, psi=psi), SimpleNamespace(context_size=4)
+    assert claims.directions(SimpleNamespace(embed=embed), agent, tiny, args) == pytest.approx([1, 1, 4 / 7, 6 / 7])
+    assert len(seen) == 2
+
+
 def test_context_of_the_given_length(tiny):
     script = Recorder()
     returns = claims.by_length([1, 3, 20], script, None, tiny, None)
