@@ -171,7 +171,8 @@ def drifting(own, script, agent, data, args):
     """Play STEPS steps in which the task is drawn anew from the test tasks about every GAP steps.
 
     own: the context is the last steps, as many as an episode has, at first an offline episode of the first task; else
-    it is an offline episode of the current task at any time: what is lost against it is lost by the delay.
+    it is an offline episode of the current task at any time: what is lost against it is lost by the delay. A cheetah's
+    way begins at 0 with each task.
     -> rewards [R, STEPS], steps since the task was drawn [R, STEPS]."""
     family = copy.copy(data.family)
     window, family.horizon = family.horizon, STEPS
@@ -195,6 +196,11 @@ def drifting(own, script, agent, data, args):
         new = (switch == t).any(1)
         env.task_ids[new] = rng.choice(data.test_ids, rows)[new]
         age = np.where(new, 0, age + 1)
+        if (
+            isinstance(family, dc.Cheetah) and new.any()
+        ):  # it observes how far it ran, in the data for an episode at most
+            env.state[new, 1] = 0
+            obs = data.standardize(torch.as_tensor(family.observe(env.state).astype(np.float32)))
         if not own and new.any():
             told, whole = offline(env.task_ids, t)
             changed = torch.as_tensor(new)

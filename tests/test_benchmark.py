@@ -306,6 +306,30 @@ def test_context_of_the_given_length(tiny):
         assert mask[:, :n].eq(1).all() and mask[:, n:].eq(0).all()
 
 
+def test_cheetahs_way_begins_anew_with_each_task(monkeypatch):
+    """It observes how far it ran: without that, x leaves what the data have, and every policy fails."""
+    for name, value in (("STEPS", 40), ("GAP", 15), ("GAP_SPREAD", 3), ("EPISODES", 1)):
+        monkeypatch.setattr(claims, name, value)
+    data, way, seen, real = dc.load_dataset("cheetah-vel"), [], [], dc.TaskEnv.step
+
+    def step(env, act):
+        way.append(env.state[:, 1].copy())
+        return real(env, act)
+
+    def adapt(agent, context, mask):
+        def policy(obs, rew):
+            seen.append(obs[:, 17] * data.obs_spread[17] + data.obs_mean[17])
+            return torch.ones(len(obs), 6)
+
+        return policy
+
+    monkeypatch.setattr(dc.TaskEnv, "step", step)
+    _, since = claims.drifting(False, SimpleNamespace(adapt=adapt), None, data, SimpleNamespace())
+    way, seen, new = np.array(way).T, torch.stack(seen, 1).numpy(), since == 0
+    assert new[:, 1:].any(1).all() and (way[:, 1:][new[:, 1:]] == 0).all() and abs(way[:, 1:][~new[:, 1:]]).min() > 0
+    assert np.allclose(seen, way, atol=1e-4)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_drifting_tasks_and_their_contexts(tiny, own, monkeypatch):
     monkeypatch.setattr(claims, "STEPS", 120)
