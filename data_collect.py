@@ -1436,6 +1436,8 @@ class Run:
                 raise ValueError("negative numbers")
             self.steps, self.rows, self.born = saved["steps"], saved["rows"], self.born - saved["seconds"]
             self.recorded = saved.get("recorded")
+            if not fits(self.recorded, int | None):
+                raise ValueError("no number of updates")
         except BAD_CONTENT:
             raise SystemExit(f"--resume {self.dir}: checkpoint.pt does not fit these arguments; start anew")
         planned = saved["args"]["total_updates"]

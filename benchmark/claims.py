@@ -196,10 +196,8 @@ def drifting(own, script, agent, data, args):
         new = (switch == t).any(1)
         env.task_ids[new] = rng.choice(data.test_ids, rows)[new]
         age = np.where(new, 0, age + 1)
-        if (
-            isinstance(family, dc.Cheetah) and new.any()
-        ):  # it observes how far it ran, in the data for an episode at most
-            env.state[new, 1] = 0
+        if isinstance(family, dc.Cheetah) and new.any():
+            env.state[new, 1] = 0  # it observes how far it ran; the data know no farther than an episode
             obs = data.standardize(torch.as_tensor(family.observe(env.state).astype(np.float32)))
         if not own and new.any():
             told, whole = offline(env.task_ids, t)

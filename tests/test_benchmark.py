@@ -225,10 +225,8 @@ def test_comparison_is_task_by_task_of_the_methods_that_all_families_have(monkey
     means, better = ["50 [0, 100]", "49 [-1, 99]"], "1.00 [1.00, 1.00]"
     assert one[2] == ["corro", "1", means[1], better, means[1], better, "", ""]
     assert one[3] == ["flora", "2", means[0], "", means[0], "", means[0], ""]
-    assert [row[0] for row in one[2:]] == ["corro", "flora", "focal"] and [row[0] for row in both[2:]] == [
-        "flora",
-        "focal",
-    ]
+    names = [[row[0] for row in table[2:]] for table in (one, both)]
+    assert names == [["corro", "flora", "focal"], ["flora", "focal"]]
     # the mean of 1 (x) and of a half (y: tasks exchanged, better on one of two)
     assert both[3][1] == "1/1" and both[3][3] == "0.75 [0.50, 1.00]"
     monkeypatch.setattr(report, "scores", lambda *_: {"focal": focal})
