@@ -128,6 +128,7 @@ EVAL_ONLY = {"target_return"}  # not of the training: may differ when a run is r
 EMBED = 16  # size of an embedded observation, action or reward
 CLIP, WORLD_MODEL_CLIP = 0.25, 1.0  # largest norms of the gradient
 BEST = 3  # episodes that give prompts with --prompt-episodes best
+CPU_ROWS = 50  # rows that act at once on a CPU: to get memory for more takes it as long as to compute
 
 # ---- sequences --------------------------------------------------------------
 #
@@ -141,6 +142,9 @@ class Window(NamedTuple):
     rows: torch.Tensor  # [B, K, D], zeros outside the episode
     steps: torch.Tensor  # [B, K] within 0..H-1
     valid: torch.Tensor  # [B, K] True inside the episode
+
+    def split(self, count):
+        return [Window(*parts) for parts in zip(*(tensor.split(count) for tensor in self))]
 
 
 def cut(rows, lengths, episode, start, count):
@@ -493,8 +497,9 @@ def adapt(agent, context, mask, explore=False, *, targets):
     task by task -> policy(obs [R, obs_dim], rew [R]) -> act [R, act_dim]; it keeps the history of one episode."""
     args, model, transformer = agent.args, agent.world_model, agent.transformer
     with_prompt = context.shape[1] > 0 and args.prompt_dropout < 1
-    prompt = find_prompt(agent, context, mask) if with_prompt else None
     device, count, act_dim = context.device, len(context), transformer.sizes[-1]
+    size = min(count, CPU_ROWS) if device.type == "cpu" else count
+    prompts = find_prompt(agent, context, mask).split(size) if with_prompt else [None] * math.ceil(count / size)
     every = torch.arange(count, device=device)
     seen = torch.zeros(count, agent.horizon, sum(model.encoder.sizes), device=device)  # (obs, act, rew)
     rows = torch.zeros(count, agent.horizon, sum(transformer.sizes), device=device)  # as in Sequences
@@ -510,7 +515,8 @@ def adapt(agent, context, mask, explore=False, *, targets):
         z = model.infer(seen, now, every, now, args.context_horizon)
         rows[:, t, :-act_dim] = torch.cat([rtg[:, None], obs, z], -1)
         length = min(t + 1, args.window)
-        act = transformer(cut(rows, now + 1, every, now + 1 - length, length), prompt, last=True)[:, 0]
+        windows = cut(rows, now + 1, every, now + 1 - length, length).split(size)
+        act = torch.cat([transformer(*parts, last=True)[:, 0] for parts in zip(windows, prompts)])
         rows[:, t, -act_dim:] = act
         seen[:, t, :-1] = torch.cat([obs, act], -1)
         t += 1

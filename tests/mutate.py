@@ -1123,6 +1123,8 @@ MUTANTS = {
         Mutant(
             "a rollout adds its rewards", "rtg = rtg - rew / args.return_scale", "rtg = rtg + rew / args.return_scale"
         ),
+        Mutant("prompts of other rows at test", "zip(windows, prompts)", "zip(windows, prompts[::-1])"),
+        Mutant("all rows act at once", 'if device.type == "cpu" else count', 'if device.type == "none" else count'),
         Mutant(
             "the prompt is what is predicted best",
             "return scores.argmax(1)",
@@ -1163,7 +1165,7 @@ MUTANTS = {
         Mutant("state tokens without z", "torch.cat([self.obs(obs), z], -1)", "torch.cat([self.obs(obs), 0 * z], -1)"),
         Mutant("an action is read after itself", "else 1 - 3 * window", "else 2 - 3 * window"),
         Mutant("a rollout's action is read after itself", "slice(-2 if last", "slice(-1 if last"),
-        Mutant("rollouts compute what nobody reads", "prompt, last=True)[:, 0]", "prompt)[:, -1]"),
+        Mutant("rollouts compute what nobody reads", "*parts, last=True)[:, 0]", "*parts)[:, -1]"),
         Mutant("no causal mask", "(causal & valid[:, None] | itself)", "(valid[:, None] | itself)"),
         Mutant(
             "padding and dropped prompts are attended to",
@@ -1181,11 +1183,7 @@ MUTANTS = {
             "agent.transformer(window, prompt, args.dropout)",
             "agent.transformer(window, prompt)",
         ),
-        Mutant(
-            "dropout at test",
-            "length, length), prompt, last=True)",
-            "length, length), prompt, args.dropout, last=True)",
-        ),
+        Mutant("dropout at test", "*parts, last=True)", "*parts, args.dropout, last=True)"),
         Mutant(
             "no dropout after the attention",
             "F.dropout(self.project(attended), dropout, dropout > 0)",
