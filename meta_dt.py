@@ -21,8 +21,9 @@ Deviations from the paper and from the official code:
   D2  The world model of the last update is kept (official: the best on the test tasks' data). Several steps of each
       episode train it (official: independent transitions).
   D3  Prompts are dropped with a probability, so that one network serves zero- and few-shot (official: none in the first
-      updates, then always), and drawn anew in every update (official: once), never from the window's own episode, but
-      from the best three others of its task, or from all others (official: from three that are stored for the task).
+      updates, then always), and drawn anew in every update (official: once), from any episode of the task but the
+      window's own, as the protocols give any (official: from three that are stored for the task; `--prompt-episodes
+      best` draws from the best three others).
   D4  The prompt starts where the error of its k steps is largest, as in the paper; in training it is drawn in
       proportion to that error (official: drawn also at test, where the sum runs to the end of the episode, and errors
       of next observations mix raw and standardized ones).
@@ -35,11 +36,13 @@ Deviations from the paper and from the official code:
       the last episodes of earlier evaluations, hence by other weights).
   D9  Observations are standardized and clipped for both networks (official: standardized, for the transformer alone).
       A fall ends an episode (official: nothing does).
+  D10 Windows are of each task's best quarter of episodes, as pi_beta in the other scripts: on data of all phases the
+      return to aim at hardly picks the good ones (official: of all episodes; `--episode-share 1`).
 
 Run:     python meta_dt.py --env ant-dir
 Closest to the paper, ant-dir: --meta-batch 128 --batch-size 20 --context-size 1 --lr 5e-5 --no-lr-decay
          --warmup-updates 10000 --total-updates 500000 --world-model-updates 4200000 --world-model-loss both
-         --prompt-dropout 0.14 --target-return task_max
+         --prompt-dropout 0.14 --target-return task_max --episode-share 1
 No flag reaches: D1, the world model that is kept (D2), when prompts are dropped and drawn (D3), D4 in training, D7 to
          D9, z as a token, s_t in the encoder, a reward decoder without s_(t+1).
 """
@@ -96,10 +99,12 @@ class Args:
     """return to aim at, unscaled: a number; train_top = mean return of a task's best quarter of episodes, mean over the
     training tasks; train_mean_max, train_max = a task's best return, mean or maximum over them; task_max = the best in
     the test task's own data, which is knowledge about it (D5)"""
+    episode_share: float = 0.25
+    """share of each task's episodes, of the best, that windows are cut from (D10); 1 = the paper's"""
     prompt_length: int | None = None  # steps of the prompt (k) [steps]; None = ENV_ARGS
-    prompt_episodes: Literal["best", "any"] = "best"
-    """which episodes give prompts, of the task's in training and of those that a protocol gives at test: the best
-    three, or any (D3)"""
+    prompt_episodes: Literal["any", "best"] = "any"
+    """which episodes give prompts, of the task's in training and of those that a protocol gives at test: any, or the
+    best three (D3)"""
     prompt_select: Literal["argmax", "sample", "random", "last"] = "argmax"
     """where the prompt starts in its episode: largest error of the world model (in training as sample: the same start
     every time would be learned by heart), drawn in proportion to the error, anywhere, or as late as possible (D4)"""
@@ -122,7 +127,8 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
     "rand-params": dict(window=8, prompt_length=3),
 }
 MAY_BE_ZERO = {"world_model_updates", "warmup_updates", "weight_decay", "dropout", "prompt_dropout", "target_return"}
-RANGES = {"dropout": (0, 1), "prompt_dropout": (0, 1), "target_return": (-1_000_000, 1_000_000)}
+SHARES = ("dropout", "episode_share", "prompt_dropout")
+RANGES = dict.fromkeys(SHARES, (0, 1)) | {"target_return": (-1_000_000, 1_000_000)}
 EVAL_ONLY = {"target_return"}  # not of the training: may differ when a run is resumed
 
 EMBED = 16  # size of an embedded observation, action or reward
@@ -357,18 +363,18 @@ class Agent(nn.Module):
 # ---- update of the world model ----------------------------------------------
 
 
-def draw_episodes(lengths, count, generator):
-    """Uniform tasks, of each a uniform episode: lengths [U, N], 0 = no episode, these come last -> task [count], and
-    episode [count], numbered through all tasks."""
+def draw_episodes(lengths, count, generator, share=1.0):
+    """Uniform tasks, of each one of its first episodes, a `share` of them, rounded up: lengths [U, N], 0 = no episode,
+    these come last -> task [count], number of the episode in its task [count]."""
     draw = torch.rand(2, count, device=lengths.device, generator=generator)
     task = (draw[0] * len(lengths)).long()
-    return task, task * lengths.shape[1] + (draw[1] * (lengths[task] > 0).sum(1)).long()
+    return task, (draw[1] * (share * (lengths[task] > 0).sum(1)).ceil()).long()
 
 
 def draw_steps(lengths, args, generator):
     """--context-size steps of one episode of each of --meta-batch tasks: lengths [U, N] -> episode, step, both [B]."""
-    _, episode = draw_episodes(lengths, args.meta_batch, generator)
-    episode = episode.repeat_interleave(args.context_size)
+    task, number = draw_episodes(lengths, args.meta_batch, generator)
+    episode = (task * lengths.shape[1] + number).repeat_interleave(args.context_size)
     draw = torch.rand(len(episode), device=lengths.device, generator=generator)
     return episode, (draw * lengths.flatten()[episode]).long()
 
@@ -440,7 +446,8 @@ def draw_windows(sequences, ranked, lengths, args, generator):
     """Windows of random episodes, each with a prompt from another episode of its task: ranked [U, N] of
     `rank_episodes`, lengths [U, N] -> Windows of K and of k steps; a dropped prompt has no valid step."""
     count = args.meta_batch * math.ceil(args.batch_size / args.window)
-    task, episode = draw_episodes(lengths, count, generator)
+    task, number = draw_episodes(lengths, count, generator, args.episode_share)
+    episode = ranked[task, number]  # [ours: D10]
     draw = torch.rand(3, count, device=lengths.device, generator=generator)
 
     last = (draw[0] * sequences.lengths[episode]).long()

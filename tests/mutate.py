@@ -1123,6 +1123,8 @@ MUTANTS = {
         Mutant(
             "a rollout adds its rewards", "rtg = rtg - rew / args.return_scale", "rtg = rtg + rew / args.return_scale"
         ),
+        Mutant("windows of all episodes", "generator, args.episode_share)", "generator)"),
+        Mutant("episodes of no whole share are left out", ".sum(1)).ceil())", ".sum(1)).floor())"),
         Mutant("prompts of other rows at test", "zip(windows, prompts)", "zip(windows, prompts[::-1])"),
         Mutant("all rows act at once", 'if device.type == "cpu" else count', 'if device.type == "none" else count'),
         Mutant(

@@ -458,27 +458,29 @@ def test_steps_of_the_world_model_are_uniform():
     assert_shares(in_rows(pairs), {(a, b): 1 for a in range(3) for b in range(3)})
 
 
-@pytest.mark.parametrize("which", ["best", "any"])
+@pytest.mark.parametrize("which, share", [("best", 1.0), ("any", 1.0), ("any", 0.5)])
 @pytest.mark.parametrize("how", ["argmax", "sample", "random", "last"])
-def test_windows_and_prompts_are_drawn_as_stated(how, which):
-    """Windows: uniform over tasks, their episodes and the last step. Prompts: of the best three other episodes of the
-    task or of all others, uniform; the start by its score, also with argmax; dropped or not independently of all
-    that."""
+def test_windows_and_prompts_are_drawn_as_stated(how, which, share):
+    """Windows: uniform over tasks, the best share of their episodes and the last step. Prompts: of the best three other
+    episodes of the task or of all others, uniform; the start by its score, also with argmax; dropped or not
+    independently of all that."""
     lengths = torch.tensor([[12, 12, 12, 12, 10], [12, 12, 9, 0, 0]])
     sequences, ranked = numbered_sequences(lengths), torch.tensor([[3, 0, 4, 2, 1], [6, 5, 7, 9, 8]])
-    _, args = make_agent(meta_batch=10_000, batch_size=13, prompt_select=how, prompt_dropout=0.3, prompt_episodes=which)
+    changes = {"prompt_select": how, "prompt_dropout": 0.3, "prompt_episodes": which, "episode_share": share}
+    _, args = make_agent(meta_batch=10_000, batch_size=13, **changes)
     window, prompt = meta_dt.draw_windows(sequences, ranked, lengths, args, torch.Generator().manual_seed(0))
     count = lengths.flatten().tolist()
     assert window.rows.shape == (30_000, 6, 2) and prompt.rows.shape == (30_000, 3, 2)  # 13 steps: 3 windows of 6
     own, first = window.rows[:, 0, 0].long(), window.steps[:, 0]
     other, start = prompt.rows[:, 0, 0].long(), prompt.steps[:, 0]
     expected, pairs = Counter(), {}
-    for n in range(8):
-        others = [m for m in ranked[n // 5].tolist() if m != n and count[m] > 0]
+    cut_from = [(3, 0, 4, 2, 1), (6, 5, 7)] if share == 1 else [(3, 0, 4), (6, 5)]  # half of five, of three, rounded up
+    for task, n in [(task, n) for task in (0, 1) for n in cut_from[task]]:
+        others = [m for m in ranked[task].tolist() if m != n and count[m] > 0]
         others = others[:3] if which == "best" else others
-        pairs |= {(n, m): 1 / (10 if n < 5 else 6) / len(others) for m in others}
+        pairs |= {(n, m): 1 / len(cut_from[task]) / len(others) for m in others}
         for last in range(count[n]):
-            expected[n, max(last - 5, 0)] += 1 / (10 if n < 5 else 6) / count[n]
+            expected[n, max(last - 5, 0)] += 1 / len(cut_from[task]) / count[n]
     assert_shares(in_rows(own, first), expected)
     assert_shares(in_rows(own, other), pairs)
     for m in set(other.tolist()):
@@ -805,7 +807,8 @@ def test_defaults_of_the_official_code():
     ours = {"lr": 5e-4, "lr_decay": True, "prompt_dropout": 0.25, "prompt_select": "argmax", "meta_batch": 16}
     ours |= {
         "target_return": "train_top",
-        "prompt_episodes": "best",
+        "prompt_episodes": "any",
+        "episode_share": 0.25,
         "batch_size": 32,
         "context_size": 64,
         "total_updates": 8_000,
