@@ -51,7 +51,8 @@ def axes(columns, rows=1):
 
 def figure1(files, env, figure):
     """Error of the critic and distance of the policy from the data, per quality of the data and variant of FLORA.
-    Paired by seed: what the policy's return has more than its clone's, and a variant's more than the full method's."""
+    Paired by seed: what the policy's return has more than its clone's, and a variant's return and critic's error more
+    than the full method's."""
     curves, final = defaultdict(lambda: defaultdict(list)), defaultdict(dict)  # experiment -> seed ->
     for row in read(files / "curves.csv"):
         if row["env"] == env:
@@ -71,17 +72,19 @@ def figure1(files, env, figure):
         for variant, name in names.items():
             rows = curves[name].values()
             found = {c: np.array([[float(r[c]) for r in seed] for seed in rows]) for c in quantities.values()}
-            own, full = final[name, "iid"], final[names.get("full"), "iid"] if variant != "full" else {}
+            own, full = final[name, "iid"], names.get("full") if variant != "full" else None
             cells = [[*own.values()], found["q_error"][:, -1], abs(found["q_error"]).max(1), found["divergence"][:, -1]]
-            for other in (final[name, "clone"], full):
+            for other in (final[name, "clone"], final[full, "iid"]):
                 cells.append([own[seed] - other[seed] for seed in own if seed in other])
+            errors = [{s: float(each[-1]["q_error"]) for s, each in curves[n].items()} for n in (name, full)]
+            cells.append([errors[0][seed] - errors[1][seed] for seed in errors[0] if seed in errors[1]])
             table.append([data, variant, str(len(own)), *(spread(cell) if len(cell) else "" for cell in cells)])
             steps = [int(row["updates"]) for row in next(iter(rows))]
             for line, (label, c) in enumerate(quantities.items() if figure else ()):
                 band(grid[line, column], steps, found[c], label=variant)
                 grid[line, column].set(title=f"{data} data" if line == 0 else "", ylabel="" if column else label)
     header = ["data", "variant", "seeds", "iid", "Q error", "largest |Q error|", "divergence"]
-    print_table([*header, "iid - clone's", "iid - full's"], table)
+    print_table([*header, "iid - clone's", "iid - full's", "Q error - full's"], table)
     if figure:
         grid[0, 0].legend(fontsize=7, frameon=False)
         for axis in grid[-1]:

@@ -146,8 +146,8 @@ def test_arms_and_variants_are_averaged_over_their_own_runs(tmp_path, capsys):
     assert "| bandit-offline | 2 | 0.20 ± 0.00 | 0.40 ± 0.00 | 0.60 ± 0.00 |" in capsys.readouterr().out
     claims.figure1(tmp_path, "point-robot", None)
     *_, full, plain, _ = capsys.readouterr().out.splitlines()
-    assert full.split(" | ")[:4] == ["| random", "full", "2", "-4.00 ± 0.00"] and full.endswith("|  |  |")
-    assert plain.split(" | ")[3] == "-3.25 ± 0.75" and plain.endswith("|  | 0.75 ± 0.75 |")
+    assert full.split(" | ")[:4] == ["| random", "full", "2", "-4.00 ± 0.00"] and full.endswith("|  |  |  |")
+    assert plain.split(" | ")[3] == "-3.25 ± 0.75" and plain.endswith("|  | 0.75 ± 0.75 | 0.00 ± 0.00 |")
 
 
 def test_variants_are_paired_with_their_clone_and_with_the_full_method_by_seed(tmp_path, capsys):
@@ -156,12 +156,15 @@ def test_variants_are_paired_with_their_clone_and_with_the_full_method_by_seed(t
     for seed, value, clone in ((2, -1.0, -3.5), (1, -3.0, -4.5)):
         path = write_run(tmp_path / "runs", "flora-plain", seed, [value, value]) / "result.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eval/clone/return": clone}))
+        path = path.with_name("metrics.csv")
+        path.write_text(path.read_text().replace("q_error,3.0", f"q_error,{3 + seed}"))  # the last one
     report.add(tmp_path / "runs", tmp_path)
     capsys.readouterr()
     claims.figure1(tmp_path, "point-robot", None)
     *_, full, plain, _ = capsys.readouterr().out.splitlines()
-    assert full.split(" | ")[:4] == ["| shipped", "full", "3", "-4.00 ± 1.15"] and full.endswith("|  |  |")
-    assert plain.split(" | ")[1:4] == ["plain", "2", "-2.00 ± 1.00"] and plain.endswith("| 2.00 ± 0.50 | 2.00 ± 1.00 |")
+    assert full.split(" | ")[:4] == ["| shipped", "full", "3", "-4.00 ± 1.15"] and full.endswith("|  |  |  |")
+    assert plain.split(" | ")[1:4] == ["plain", "2", "-2.00 ± 1.00"]
+    assert plain.endswith("| 2.00 ± 0.50 | 2.00 ± 1.00 | 1.50 ± 0.50 |")
 
 
 def test_without_a_run_one_line_says_so(tmp_path):
