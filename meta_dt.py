@@ -134,7 +134,7 @@ EVAL_ONLY = {"target_return"}  # not of the training: may differ when a run is r
 EMBED = 16  # size of an embedded observation, action or reward
 CLIP, WORLD_MODEL_CLIP = 0.25, 1.0  # largest norms of the gradient
 BEST = 3  # episodes that give prompts with --prompt-episodes best
-CPU_ROWS = 50  # rows that act at once on a CPU: to get memory for more takes it as long as to compute
+CPU_ROWS = 50  # rows that act at once on a CPU: tensors of many more need memory anew at every step, which is slow
 
 # ---- sequences --------------------------------------------------------------
 #
@@ -150,6 +150,7 @@ class Window(NamedTuple):
     valid: torch.Tensor  # [B, K] True inside the episode
 
     def split(self, count):
+        """-> list of Windows of `count` rows each, the last of what is left."""
         return [Window(*parts) for parts in zip(*(tensor.split(count) for tensor in self))]
 
 
@@ -443,7 +444,7 @@ def draw_rank(draw, count, args):
 
 
 def draw_windows(sequences, ranked, lengths, args, generator):
-    """Windows of random episodes, each with a prompt from another episode of its task: ranked [U, N] of
+    """Windows of random ones of the best episodes, each with a prompt from another episode of its task: ranked [U, N] of
     `rank_episodes`, lengths [U, N] -> Windows of K and of k steps; a dropped prompt has no valid step."""
     count = args.meta_batch * math.ceil(args.batch_size / args.window)
     task, number = draw_episodes(lengths, count, generator, args.episode_share)
