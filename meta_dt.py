@@ -444,8 +444,8 @@ def draw_rank(draw, count, args):
 
 
 def draw_windows(sequences, ranked, lengths, args, generator):
-    """Windows of random ones of the best episodes, each with a prompt from another episode of its task: ranked [U, N] of
-    `rank_episodes`, lengths [U, N] -> Windows of K and of k steps; a dropped prompt has no valid step."""
+    """Windows of random ones of the best episodes, each with a prompt from another episode of its task: ranked [U, N]
+    of `rank_episodes`, lengths [U, N] -> Windows of K and of k steps; a dropped prompt has no valid step."""
     count = args.meta_batch * math.ceil(args.batch_size / args.window)
     task, number = draw_episodes(lengths, count, generator, args.episode_share)
     episode = ranked[task, number]  # [ours: D10]
