@@ -1464,6 +1464,7 @@ MUTANTS = {
             "seed = seed + np.arange(self.num_envs)",
             "seed = seed + np.zeros(self.num_envs, int)",
         ),
+        Mutant("any last evaluation of a checkpoint", "not fits(self.recorded, int | None)", "False"),
         Mutant("recorded actions are not clipped", "act[live].clip(-1, 1), rew[live]", "act[live], rew[live]"),
         Mutant(
             "only a fall in the last step is recorded",

@@ -713,6 +713,7 @@ DAMAGE = {  # whole checkpoints with one wrong field
     "random state": lambda saved: saved.update(rng=[]),
     "steps": lambda saved: saved.update(steps={}),
     "rows": lambda saved: saved.update(rows="many"),
+    "last evaluation": lambda saved: saved.update(recorded="late"),
 }
 
 
