@@ -2,13 +2,15 @@
 
 Run:  python benchmark/missing.py benchmark/ant-dir.txt | xargs -P 2 -I{} sh -c '{}'      # two at a time
       python benchmark/missing.py benchmark/ant-dir.txt --line 7     # that line's run alone, for an array of jobs
+      python benchmark/missing.py benchmark/ant-dir.txt --results benchmark/results.csv   # what nobody has added so far
 After a kill the same command goes on. A run is finished if its directory has a result.json, and arguments (today's
 defaults included) and data are those that the line asks for; of several the newest counts. What another process is
-training is left to it. How many are done and how long the rest takes, by the CPU seconds of finished runs, goes to
+training is left to it. With --results what has rows there is finished as well, whatever code and data made them. How many are done and how long the rest takes, by the CPU seconds of finished runs, goes to
 the standard error.
 """
 
 import argparse
+import csv
 import fcntl
 import importlib
 import json
@@ -52,14 +54,27 @@ def being_trained(run_dir):
         os.close(folder)
 
 
-def state(line, run_dir):
+def recorded(path):
+    """Rows of results.csv -> {(family, experiment name, seed, updates): CPU seconds, None if unknown}."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (row["env"], row["name"], int(row["seed"]), int(row["updates"])): float(row["cpu_s"]) if row["cpu_s"] else None
+        for row in rows
+    }
+
+
+def state(line, run_dir, known=()):
     """A line of a list -> "finished", "running", "begun" or "missing"; the command that makes or continues the run, or
-    the CPU seconds of a finished one; (script, family)."""
+    the CPU seconds of a finished one; (script, family). known: runs of `recorded` that are finished too."""
     _, script, *flags = shlex.split(line)
     module = importlib.import_module(Path(script).stem)
     args = tyro.cli(module.Args, args=flags)
     dc.fill_in(args, module.ENV_ARGS)  # a run made when another value was the default is another run
     kind = script, args.env
+    run = args.env, args.exp_name, args.seed, args.total_updates
+    if run in known:
+        return "finished", known[run], kind
     asked = {k: v for k, v in asdict(args).items() if v is not None and k not in SETTINGS_ASIDE}
     folder = Path(run_dir, args.env, args.exp_name)
     for found in sorted(folder.glob(f"seed{args.seed}-*"), key=lambda path: path.stat().st_mtime, reverse=True):
@@ -94,13 +109,20 @@ def main():
     parser.add_argument("lists", type=Path, nargs="+", help="files with a command a line")
     parser.add_argument("--line", type=int, help="look at this line alone, counted from 1 through all lists")
     parser.add_argument("--run-dir", default="runs", help="parent of all run directories")
+    parser.add_argument("--results", type=Path, help="a results.csv: what has rows there is finished")
     args = parser.parse_args()
+    for path in [*args.lists, *filter(None, [args.results])]:
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file")
     lines = [line for path in args.lists for line in path.read_text().splitlines() if line.strip()]
+    if other := [line for line in lines if not line.startswith("python ")]:
+        raise SystemExit(f"not a command of a list: {other[0]}")
     if args.line is not None:
         if not 1 <= args.line <= len(lines):
             raise SystemExit(f"--line {args.line}: there are {len(lines)} lines")
         lines = lines[args.line - 1 : args.line]
-    states = [state(line, args.run_dir) for line in lines]
+    known = recorded(args.results) if args.results else {}
+    states = [state(line, args.run_dir, known) for line in lines]
     for kind, command, _ in states:
         if kind in OPEN:
             print(command)

@@ -566,6 +566,28 @@ def test_a_run_is_missing_then_running_then_to_be_continued_then_finished(tiny_p
     assert missing.state(line, str(tmp_path))[0] == "missing"  # of other data
 
 
+def test_what_has_rows_in_a_results_file_is_not_missing(tiny_path, tmp_path, capsys, monkeypatch):
+    line, _ = run_line(tmp_path, tiny_path, 3, 40)
+    lists = tmp_path / "list.txt"
+    lists.write_text("\n".join([line, f"{line} --exp-name other", f"{line} --seed 4", f"{line} --total-updates 50"]))
+    results = tmp_path / "results.csv"
+    columns = ("env", "name", "seed", "updates", "cpu_s")
+    row, old = ("point-robot", "focal", 3, 40, 7.5), ("point-robot", "focal", 4, 40, "")  # CPU seconds are optional
+    results.write_text("\n".join(",".join(map(str, cells)) for cells in (columns, row, old)))
+    command = ["missing.py", str(lists), "--run-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*command, "--results", str(results)])
+    missing.main()
+    printed = capsys.readouterr()
+    left = [f"{line} {flag} --run-dir {tmp_path}" for flag in ("--exp-name other", "--total-updates 50")]
+    assert printed.out.splitlines() == left and printed.err.startswith("2 of 4 finished")
+    for wrong in ([*command, "--results", "nix.csv"], ["missing.py", "nix.txt"], ["missing.py", str(results)]):
+        monkeypatch.setattr("sys.argv", wrong)
+        with pytest.raises(
+            SystemExit, match="nix.csv: no such file|nix.txt: no such file|not a command of a list: env"
+        ):
+            missing.main()
+
+
 def test_time_left_is_that_of_like_runs():
     focal, flora = ("focal.py", "ant-dir"), ("flora.py", "ant-dir")
     finished = [("finished", 10.0, focal), ("finished", 30.0, focal), ("finished", None, focal)]
