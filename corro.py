@@ -20,10 +20,11 @@ Deviations from the paper and from the official code:
   D4  Time limits are no terminations, falls are (code: neither).
   D5  All losses of a step use the parameters from before the step.
   D6  The policy is the fitted behavior policy plus a learned shift of mean and log_std.
-  D7  Layer normalization in critics and policies; the learning rate falls to 0 in the second half. Sizes of the
-      transition encoder and of z are those of focal.py.
+  D7  Layer normalization in critics and policies; the learning rate of phase 3 falls to 0 in its second half. Sizes of
+      the transition encoder and of z are those of focal.py.
   D8  The noise of --negatives reward is relative to the spread of the rewards. The code's is 0.5 whatever they are: 1.8
       times the spread in point-robot, but 0.34 of it in ant-dir, where our encoder collapses to a constant.
+      By default negatives follow what differs between tasks (paper: generative on cheetah-vel too, none on hopper).
   D9  log_std is clamped to [-5, 2], pi_beta's to [-3, 1] (code: [-20, 2]), and the data's actions to +-0.999 where
       pi_beta is fitted to them.
   D10 The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
@@ -39,7 +40,7 @@ Deviations from the paper and from the official code:
 Run:     python corro.py --env ant-dir
 Closest to the paper, ant-dir: --backbone sac --gamma 0.99 --reward-scale 1 --n-step 1 --tau 0.005 --batch-size 256
          --context-size 200 --lr 3e-4 --no-lr-decay --encoder-lr 3e-4 --encoder-width 64 --z-dim 5 --reward-noise 0.34
-         --total-updates 200000; hopper and walker: --encoder-width 128, --z-dim 40 and 32, without --reward-noise
+         --total-updates 200000; hopper and walker: --encoder-width 128, --z-dim 40 and 32, hopper --negatives none
 No flag reaches: D1, D3 to D5, D9, D11, layer normalization.
 """
 
@@ -83,7 +84,7 @@ class Args:
     # method
     gamma: float | None = None  # discount; None = ENV_ARGS
     reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
-    lr: float = 1.2e-3  # Adam's learning rate of all networks
+    lr: float = 1.2e-3  # Adam's learning rate of aggregator, critics and policies
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
     n_step: int | None = None  # steps of the data's rewards in a target; 1 = the paper's (D10); None = ENV_ARGS
     target_noise: float = 0.0
@@ -279,7 +280,7 @@ class Agent(nn.Module):
         obs_dim, act_dim, z_dim, width = data.obs_dim, data.act_dim, args.z_dim, args.width
         self.encoder = TransitionEncoder(data.ctx_dim, z_dim, args.encoder_width)
         self.encoder_opt = torch.optim.Adam(self.encoder.parameters(), args.encoder_lr, fused=True)
-        self.register_buffer("center", torch.zeros(z_dim))  # of the embeddings, and their spread (D11)
+        self.register_buffer("center", torch.zeros(z_dim))  # of the episodes' mean embeddings, and their spread (D11)
         self.register_buffer("spread", torch.tensor(1.0))
         self.aggregator = Aggregator(z_dim)
         if args.negatives == "generative":
@@ -456,8 +457,8 @@ def embed(agent, context, mask):
 
 
 def adapt(agent, context, mask, explore=False, clone=False):
-    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0, the
-    mean of the training tasks; explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R,
+    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get z = 0, close
+    to the mean of the training tasks; explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R,
     obs_dim], rew [R]) -> act."""
     z = embed(agent, context, mask)
     return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]

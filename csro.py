@@ -5,23 +5,24 @@ official code https://github.com/MoreanP/CSRO, a fork of FOCAL's
 The context of a new task is collected by another policy than that of the data, and an encoder that has learned to
 read who acted is led astray. So FOCAL's metric loss is joined by an upper bound of the mutual information between the
 embedding of a transition and its (s, a), which stand for the behavior policy: a variational network guesses the
-embedding from (s, a), and the encoder makes its guesses no better than those for the task's other transitions (CLUB).
+embedding from (s, a), and the encoder is trained so that a guess fits its own embedding no better than those of the
+context's other transitions (CLUB).
 At test the first context is collected at random, not by a policy that presumes a task: protocol `np_online`.
 
 Equations: [VD] fit of the variational network; [minMI] the bound; the metric loss is that of focal.py.
 
 Deviations from the paper and from the official code:
-  D1  The bound as in the code: without CLUB's factor 1/2, a mean over the dimensions of z, all pairs of one task's
-      transitions, a transition with itself included. The mean over pairs in closed form, not as a tensor of all pairs.
+  D1  The bound as in the code (no factor 1/2, a mean over the dimensions of z, a transition with itself included), but
+      over the pairs of one context, so of one episode (D8; code: of the task); in closed form, without their tensor.
   D2  The divergence D_KL(pi || pi_beta) is BRAC's primal estimate, the closed form against a behavior policy fitted to
-      the data, as in the other scripts (code: FOCAL's dual critic, with the penalty on its output).
-  D3  Twin critics with targets (code: besides them a V network with a target). No entropy term.
+      the data (code: FOCAL's dual critic, with the penalty on its output). All settings of the backbone are focal.py's.
+  D3  Twin critics with targets (code: twin critics without, and a V network with a target). No entropy term.
   D4  Time limits are no terminations (code: every trajectory terminates).
   D5  All losses of a step use the parameters from before the step, but for the variational network's: its step comes
       first, or else the bound would be none.
   D6  The policy is the fitted behavior policy plus a learned shift of mean and log_std.
-  D7  Layer normalization in all networks on (transition, z); the learning rate falls to 0 in the second half. Encoder
-      and variational network have two hidden layers (code: three), and the size of z is that of focal.py.
+  D7  Layer normalization in all networks on (transition, z), two hidden layers in all networks (code: three), size of z
+      as in focal.py; the learning rate falls to 0 in the second half. No penalty on the policy's mean and log_std.
   D8  Tasks with replacement (code: without, so that there is no positive pair and no attraction); a training context is
       drawn with replacement from one episode (code: transitions of the task). The encoder sees (s, a, r, s') in all
       families (code: s' only where the dynamics differ).
@@ -192,18 +193,18 @@ class Critics(MLP):
 
 # ---- losses -----------------------------------------------------------------
 
-EPS = 1e-3  # of the metric loss, as in the official code
+EPS = 1e-3  # of the metric loss, as in FOCAL's official code
 
 
 def metric_loss(z, task_ids):
-    """z [M, z_dim], task_ids [M] -> scalar, over all pairs: root distance within a task, inverse distance across."""
+    """z [M, z_dim], task_ids [M] -> scalar over pairs: root mean square within a task, inverse mean square across."""
     distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
     pairs = torch.ones_like(distance).triu(1)
     same = pairs * (task_ids[:, None] == task_ids)
     other = pairs - same
     pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
     push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
-    return pull + push  # [code] metric loss with inverse-square repulsion
+    return pull + push  # [FOCAL's code] metric loss with inverse-square repulsion
 
 
 def guess_loss(each, mean, var):
@@ -213,7 +214,7 @@ def guess_loss(each, mean, var):
 
 def club(each, mean, var):
     """Bound of the information that (s, a) have on the embeddings: how much better the guesses mean, var fit their own
-    embeddings than those of all the task's transitions, all [M, K, z_dim] -> scalar."""
+    embeddings than those of all transitions of the context, all [M, K, z_dim] -> scalar."""
     own = (each - mean).pow(2)
     center, spread = each.mean(1, keepdim=True), each.var(1, correction=0, keepdim=True)
     of_all = (center - mean).pow(2) + spread  # the mean over l of (each_l - mean_k)^2

@@ -2,25 +2,26 @@
 
 Nakhaei, Scannell, Pajarinen, AAAI 2025, https://arxiv.org/abs/2412.14834
 official code https://github.com/MohammadrezaNakhaei/ER-TRL, a fork of CSRO's
-If z tells which policy collected the context, the actions given z are concentrated. So FOCAL's metric loss is joined by
-the entropy of the behavior policy given z, which the encoder maximizes. That policy is not known: a conditional GAN
+If z tells which task's policy acted, the actions given z are concentrated. So FOCAL's metric loss is joined by the
+entropy of the behavior policy given z, which the encoder maximizes. That policy is not known: a conditional GAN
 imitates its actions from (s, z, noise), and the entropy is that of a Gaussian with the covariance of a task's imitated
 actions. No gradient of reinforcement learning reaches z.
 
-Equations: [D], [G] losses of the GAN; [H] the entropy; the metric loss is that of focal.py. The sheet of the equations
-is the official code; of the paper only the abstract was read.
+Equations: [D], [G] losses of the GAN; [H] the entropy; the metric loss is that of focal.py. Equations and settings are
+the official code's; of the paper only the abstract was at hand.
 
 Deviations from the official code:
   D1  The GAN, too, takes z as a constant (code: its gradients in the encoder are dropped afterwards).
   D2  The divergence D_KL(pi || pi_beta) is BRAC's primal estimate, the closed form against a behavior policy fitted to
-      the data, as in the other scripts (code: FOCAL's dual critic, with the penalty on its output).
-  D3  Twin critics with targets (code: a V network with a target). No entropy term of the policy.
+      the data (code: FOCAL's dual critic, with the penalty on its output). All settings of the backbone are focal.py's.
+  D3  Twin critics with targets (code: twin critics without, and a V network with a target). No entropy of the policy.
   D4  Time limits are no terminations (code: every trajectory terminates).
   D5  All losses of a step use the parameters from before the step, but for the GAN's: its steps come first, so that the
       entropy is that of actions which it has just learned to imitate.
   D6  The policy is the fitted behavior policy plus a learned shift of mean and log_std.
-  D7  Layer normalization in all networks on (transition, z), with two hidden layers of one width; the learning rate
-      falls to 0 in the second half. The encoder has two hidden layers (code: three).
+  D7  Layer normalization in all networks on (transition, z), two hidden layers of one width in all networks (code:
+      three, discriminator two); the learning rate falls to 0 in the second half. No penalty on the policy's mean and
+      log_std.
   D8  Tasks with replacement (code: without, so that there is no positive pair and no attraction); a training context is
       drawn with replacement from one episode (code: transitions of the task). The encoder sees (s, a, r, s') in all
       families (code: s' only where the dynamics differ).
@@ -189,18 +190,18 @@ class Generator(MLP):
 
 # ---- losses -----------------------------------------------------------------
 
-EPS = 1e-3  # of the metric loss, as in the official code
+EPS = 1e-3  # of the metric loss, as in FOCAL's official code
 
 
 def metric_loss(z, task_ids):
-    """z [M, z_dim], task_ids [M] -> scalar, over all pairs: root distance within a task, inverse distance across."""
+    """z [M, z_dim], task_ids [M] -> scalar over pairs: root mean square within a task, inverse mean square across."""
     distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
     pairs = torch.ones_like(distance).triu(1)
     same = pairs * (task_ids[:, None] == task_ids)
     other = pairs - same
     pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
     push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
-    return pull + push  # [code] metric loss with inverse-square repulsion
+    return pull + push  # [FOCAL's code] metric loss with inverse-square repulsion
 
 
 def discriminator_loss(real, fake):

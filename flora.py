@@ -22,8 +22,8 @@ Deviations and choices where the paper's main text is silent:
       (`offline`, weak and optimistic); `rollout` plays episodes on ten training tasks, the paper's reading,
       which is environment interaction. Both scaled by the data's return spread, differences clipped to
       +-1, probabilities floored at 0.05.
-  D5  Flow parameters are global, with Rezende & Mohamed's correction so that every flow is invertible,
-      shifted so that u = 0 stays the identity.
+  D5  Flow parameters are global, with Rezende & Mohamed's correction so that every flow is invertible, shifted so that
+      u = 0 stays the identity. What they bend is PEARL's product of one Gaussian per transition of the context.
   D6  All losses of a step use the parameters from before the step.
   D7  The policy is the fitted behavior policy plus a learned shift of mean and log_std. As two networks
       of their own, they differed by 0.6 nats at any rho1, and the policy lagged behind plain imitation.
@@ -35,8 +35,8 @@ Deviations and choices where the paper's main text is silent:
       as the next action: with one step, samples and tau 0.005, the critic of ant-dir ended at half of its value.
       pi_beta is fitted, with weight decay, to the quarter of each task's transitions that its best episodes hold.
       The paper's: --n-step 1 --target-noise 1 --anchor-share 1 --behavior-decay 0.
-  D11 Policy, pi_beta and targets see the posterior's mean through the flows, as at test; a sample trains features,
-      weights and encoder. With samples the policy blurs where the posterior is wider than the tasks lie apart.
+  D11 Policy, pi_beta and what targets bootstrap from see the posterior's mean through the flows, as at test; all else,
+      phi in (11) too, a sample. With samples the policy blurs where the posterior is wider than the tasks lie apart.
   D12 In the point families, with their few updates, encoder and flows learn at a quarter of the rate of the others
       (--encoder-lr): z moves less, and the networks that read it keep up.
   D13 Beyond the paper, off by default: --metric-weight adds FOCAL's metric loss on the posterior's mean to (18). The
@@ -44,7 +44,7 @@ Deviations and choices where the paper's main text is silent:
       where another task's policy acted.
   D14 The rewards' scale is a tenth of the other scripts', and phi starts near 0. Beyond errors of 1 Huber's loss (11)
       is no square, and on ant-dir two thirds of them were beyond; in (18) these losses grow with the scale against the
-      ELBO; and what of a random phi cancels in phi^T W, (5) never removes, but psi sums it up over the future.
+      ELBO; and the part of a random phi that cancels in phi^T W is untouched by (5), but psi sums it up.
 
 Run:     python flora.py --env ant-dir
 Ablate:  --num-flows 0 (no flows), --alpha-min 0 (no correction), --feature-dim 1 (one feature: no decomposition)
@@ -100,7 +100,7 @@ class Args:
     """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = the policy's
     mean (D10)"""
     tau: float = 0.02  # rate at which the target networks follow (zeta)
-    width: int = 256  # hidden units of policy, features and successor features, two layers
+    width: int = 256  # hidden units of policies and features, two layers, and of the weights' network, one
     encoder_width: int = 200  # hidden units of the encoder, two layers
     z_dim: int | None = None  # size of the task latent; None = ENV_ARGS
     feature_dim: int = 32  # number of features D
@@ -255,18 +255,18 @@ def value_log_likelihood(psi, weights, q_target):
     return -0.5 * (variance + 1e-6).log().mean()  # first term of (Eq. 17)  [ours: D2]
 
 
-EPS = 1e-3  # of the metric loss, as in the official code
+EPS = 1e-3  # of the metric loss, as in FOCAL's official code
 
 
 def metric_loss(z, task_ids):
-    """z [M, z_dim], task_ids [M] -> scalar, over all pairs: root distance within a task, inverse distance across."""
+    """z [M, z_dim], task_ids [M] -> scalar over pairs: root mean square within a task, inverse mean square across."""
     distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
     pairs = torch.ones_like(distance).triu(1)
     same = pairs * (task_ids[:, None] == task_ids)
     other = pairs - same
     pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
     push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
-    return pull + push  # [code] metric loss with inverse-square repulsion
+    return pull + push  # [FOCAL's code] metric loss with inverse-square repulsion
 
 
 def perplexity(weights):
@@ -305,7 +305,7 @@ def tanh_gaussian_logp(mean, log_std, pre):
 
 
 class Agent(nn.Module):
-    """Networks, targets, the multiplier rho1, the bandit, and the optimizer."""
+    """Networks, targets, the multiplier rho1, the bandit, and the optimizers."""
 
     def __init__(self, data, args):
         super().__init__()

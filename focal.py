@@ -12,20 +12,20 @@ Deviations from the paper and from the two official codes:
       negative pairs averaged apart. Tasks are drawn with replacement, as in [latest]; in [ICLR] without, so that there
       is no positive pair and no attraction.
   D2  The divergence D_KL(pi || pi_beta) is by default BRAC's primal estimate, the closed form against a behavior policy
-      fitted to the data, because an update costs less than half (README, "Cost of an update") and has no inner loop.
-      `--divergence dual` is the paper's critic, with a penalty on its gradient, as BRAC defines it; `--gp-mode output`
-      has it on the critic's output, as in both codes.
+      fitted to the data, because an update costs less than half (docs/RESULTS.md, "Cost of an update") and has no
+      inner loop. `--divergence dual` is the paper's critic, with a penalty on its gradient, as BRAC defines it;
+      `--gp-mode output` has it on the critic's output, as in both codes.
   D3  Twin critics with targets, as in [latest] ([ICLR]: a V network with a target). The divergence regularizes the
       policy, as in [ICLR] ([latest]: the critics' target only). No entropy term unless --entropy-weight is given.
-  D4  Time limits are no terminations, as in [latest] ([ICLR]: every trajectory terminates).
-  D5  All losses of a step use the parameters from before the step, but for the dual critic, trained first; its value
-      at the data is that of its last step's batch. Its learning rate stays.
+  D4  Time limits are no terminations, as in [latest] ([ICLR]: every trajectory terminates); falls are ([latest]: not).
+  D5  All losses of a step use the parameters from before the step, but for the dual critic: its --dual-iters steps come
+      first, and its value at the data is that in the last of them, of that step's batch. Its learning rate stays.
   D6  With the primal divergence the policy is the fitted behavior policy plus a learned shift of mean and log_std.
   D7  Layer normalization in all networks on transitions but the encoder, all with two hidden layers, as in [latest]
       ([ICLR] and paper: three); the learning rate falls to 0 in the second half. No penalty on the policy's mean and
       log_std.
   D8  A training context is drawn with replacement from one episode (paper and [ICLR]: transitions of the task;
-      [latest]: one whole trajectory).
+      [latest]: one whole trajectory), of (s, a, r, s') in all families ([ICLR]: s' only where the dynamics differ).
   D9  Observations are standardized; log_std is clamped to [-5, 2], pi_beta's to [-3, 1] (codes: at -20 from below), and
       the data's actions to +-0.999 where pi_beta is fitted to them.
   D10 The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
@@ -36,9 +36,9 @@ Deviations from the paper and from the two official codes:
       (codes: 0, for which no network was trained).
 
 Run:     python focal.py --env ant-dir
-Closest to the paper: --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --n-step 1 --tau 0.005
-         --brac-alpha 50 --brac-alpha-lr 1 --brac-alpha-max 2000 --divergence-target 0.05 --batch-size 256
-         --context-size 256 --lr 3e-4 --no-lr-decay --total-updates 100000
+Closest to the paper, cheetah-vel: --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --n-step 1
+         --tau 0.005 --brac-alpha 50 --brac-alpha-lr 1 --brac-alpha-max 2000 --divergence-target 0.05 --batch-size 256
+         --context-size 100 --lr 3e-4 --no-lr-decay --total-updates 100000
 No flag reaches: D1, D3 to D5, D8, D9, D11, layer normalization, the number of layers, the penalty on mean and log_std.
 """
 
@@ -182,18 +182,18 @@ class Critics(MLP):
 
 # ---- losses -----------------------------------------------------------------
 
-EPS = 1e-3  # of the metric loss, as in the official code
+EPS = 1e-3  # of the metric loss, as in FOCAL's official code
 
 
 def metric_loss(z, task_ids):
-    """z [M, z_dim], task_ids [M] -> scalar, over all pairs: root distance within a task, inverse distance across."""
+    """z [M, z_dim], task_ids [M] -> scalar over pairs: root mean square within a task, inverse mean square across."""
     distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
     pairs = torch.ones_like(distance).triu(1)
     same = pairs * (task_ids[:, None] == task_ids)
     other = pairs - same
     pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
     push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
-    return pull + push  # [code] metric loss with inverse-square repulsion
+    return pull + push  # [FOCAL's code] metric loss with inverse-square repulsion
 
 
 def dual_divergence(c_data, c_policy):

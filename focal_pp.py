@@ -11,14 +11,14 @@ encoder, that of its own task (InfoNCE with a momentum encoder).
 Equations: [gate], [attention], [InfoNCE], [momentum].
 
 Deviations, where the summary says otherwise, and choices where it is silent:
-  D1  The gate is a softmax over the context and its weights are summed: with a mean they would be divided twice. The
-      attention is over the transitions; in the code's traces it is over a sequence of length 1, so no attention.
-  D2  Other contexts of a query's own task, which the batch holds where a task was drawn twice, are no negatives.
-  D3  Similarity of normalized embeddings, temperature 0.1; the key encoder's rate is that of a short training. FOCAL's
-      metric loss is left out (`--metric-weight`). No dropout; one layer of attention.
-  D4  Backbone, batches and default settings are those of focal.py with the primal divergence, D2 to D10 there.
-  D5  Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
+  D1  InfoNCE in place of FOCAL's metric loss (`--metric-weight`), of normalized embeddings, at temperature 0.1; the key
+      encoder's rate is that of a short training. Other contexts of a query's own task, which the batch holds where a
+      task was drawn twice, are no negatives. D2 to D10, batches and settings: focal.py's, with the primal divergence.
+  D11 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
       (FOCAL: 0, for which no network was trained).
+  D12 The gate weighs the embeddings after the attention (summary: two paths, added) by a softmax of values in (0, 1),
+      so that weights differ by a factor e at most. One attention over the transitions (traces: blocks with feed-forward
+      layers, over sequences of length 1, so no attention); no dropout.
 
 Run:     python focal_pp.py --env ant-dir
 Ablate:  --no-gate, --no-attention; --nce-weight 0 --metric-weight 10 (FOCAL's loss; all three: FOCAL)
@@ -74,7 +74,7 @@ class Args:
     width: int = 256  # hidden units of policy and critics, two layers
     encoder_width: int = 200  # hidden units of the encoder, two layers, a multiple of the heads
     z_dim: int | None = None  # size of the task latent; None = ENV_ARGS
-    metric_weight: float = 0.0  # factor on FOCAL's metric loss (D3)
+    metric_weight: float = 0.0  # factor on FOCAL's metric loss (D1)
     nce_weight: float = 1.0  # factor on the contrastive loss
     temperature: float = 0.1  # of the similarities
     momentum: float = 0.99  # share of itself that the key encoder keeps at an update
@@ -155,14 +155,14 @@ class Encoder(nn.Module):
             return mask / mask.sum(1, keepdim=True).clamp(min=1)
         gate = torch.sigmoid(self.widen(torch.tanh(self.narrow(h)))).mean(-1)
         weight = gate.exp() * mask
-        return weight / weight.sum(1, keepdim=True).clamp(min=1e-8)  # [gate] [ours: D1]
+        return weight / weight.sum(1, keepdim=True).clamp(min=1e-8)  # [gate] [ours: D12]
 
     def attend(self, h, mask):
         """h [M, K, width], mask [M, K] -> what each transition sees in the real ones [M, K, width]."""
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in self.qkv(h).chunk(3, -1))
         real = (mask > 0) | (mask.sum(1, keepdim=True) == 0)  # of an empty context nothing is used afterwards
         seen = F.scaled_dot_product_attention(query, key, value, real[:, None, None].expand(-1, -1, mask.shape[1], -1))
-        return self.mix(seen.transpose(1, 2).flatten(2))  # [attention] [ours: D1]
+        return self.mix(seen.transpose(1, 2).flatten(2))  # [attention] [ours: D12]
 
     def forward(self, context, mask):
         """context [M, K, ctx_dim], mask [M, K] 1 = real -> z [M, z_dim] in (-1, 1); 0 without any transition."""
@@ -186,18 +186,18 @@ class Critics(MLP):
 
 # ---- losses -----------------------------------------------------------------
 
-EPS = 1e-3  # of the metric loss, as in the official code
+EPS = 1e-3  # of the metric loss, as in FOCAL's official code
 
 
 def metric_loss(z, task_ids):
-    """z [M, z_dim], task_ids [M] -> scalar, over all pairs: root distance within a task, inverse distance across."""
+    """z [M, z_dim], task_ids [M] -> scalar over pairs: root mean square within a task, inverse mean square across."""
     distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
     pairs = torch.ones_like(distance).triu(1)
     same = pairs * (task_ids[:, None] == task_ids)
     other = pairs - same
     pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
     push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
-    return pull + push  # [code] metric loss with inverse-square repulsion
+    return pull + push  # [FOCAL's code] metric loss with inverse-square repulsion
 
 
 def contrastive_loss(query, key, task_ids, temperature):
@@ -206,7 +206,7 @@ def contrastive_loss(query, key, task_ids, temperature):
     similarity = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / temperature  # [M, M]
     own = torch.arange(len(task_ids), device=task_ids.device)
     twins = (task_ids[:, None] == task_ids) & (own[:, None] != own)
-    return F.cross_entropy(similarity.masked_fill(twins, -math.inf), own)  # [InfoNCE] [ours: D2, D3]
+    return F.cross_entropy(similarity.masked_fill(twins, -math.inf), own)  # [InfoNCE] [ours: D1]
 
 
 def gaussian_kl(mean, log_std, mean_b, log_std_b):
@@ -233,7 +233,7 @@ def tanh_gaussian_logp(mean, log_std, pre):
 
 
 class Agent(nn.Module):
-    """Networks, targets, the weight of the divergence, and the optimizers."""
+    """Networks, targets, the weight of the divergence, and the optimizer."""
 
     def __init__(self, data, args):
         super().__init__()
@@ -247,7 +247,7 @@ class Agent(nn.Module):
         for net in (self.behavior, self.shift):
             for parameter in (net.w_3, net.b_3):
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
-        # learning rates as tensors, so that a compiled update reads the current ones
+        # learning rate as a tensor, so that a compiled update reads the current one
         fitted = list(self.behavior.parameters())
         rest = [p for name, p in self.named_parameters() if not name.startswith("behavior.")]
         groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
@@ -341,7 +341,7 @@ def embed(agent, context, mask):
     """context [R, K, ctx_dim], mask [R, K] -> z [R, z_dim]."""
     with torch.no_grad():  # a few rows at a time: attention over many long contexts would take gigabytes
         z = torch.cat([agent.encoder(*rows) for rows in zip(context.split(16), mask.split(16))])
-        return torch.where(mask.any(1, keepdim=True), z, agent.z_mean)  # [ours: D5]
+        return torch.where(mask.any(1, keepdim=True), z, agent.z_mean)  # [ours: D11]
 
 
 def adapt(agent, context, mask, explore=False, clone=False):

@@ -12,23 +12,24 @@ Deviations from the paper and from the official code:
   D1  The quantifier of uncertainty is the return, the paper's best; those by an ensemble of models are not here. A
       rejected episode leaves the accepted ones as they are (code: the best episode itself is lost after a rejection).
   D2  The divergence D_KL(pi || pi_beta) is BRAC's primal estimate, the closed form against a behavior policy fitted to
-      the data, as in the other scripts (code: FOCAL's dual critic, with the penalty on its output).
-  D3  Twin critics with targets (code: besides them a V network with a target). No entropy term.
+      the data (code: FOCAL's dual critic, with the penalty on its output). All settings of the backbone are focal.py's.
+  D3  Twin critics with targets (code: twin critics without, and a V network with a target). No entropy term.
   D4  Time limits are no terminations (code: every trajectory terminates).
   D5  All losses of a step use the parameters from before the step.
   D6  The policy is the fitted behavior policy plus a learned shift of mean and log_std.
-  D7  Layer normalization in all networks on (transition, z); the learning rate falls to 0 in the second half. The
-      encoder has two hidden layers (code: three), and the size of z is that of focal.py.
-  D8  A training context is drawn with replacement from one episode (code: transitions of the task).
-  D9  Observations are standardized; log_std is clamped to [-5, 2], pi_beta's to [-3, 1] (code: at -20 from below), and
+  D7  Layer normalization in all networks on (transition, z), two hidden layers in all networks (code: three), size of z
+      as in focal.py; the learning rate falls to 0 in the second half. No penalty on the policy's mean and log_std.
+  D8  A training context is drawn with replacement from one episode (code: transitions of the task), of (s, a, r, s') in
+      all families (code: s' only where the dynamics differ).
+  D9  Observations are standardized; log_std is clamped to [-5, 2], pi_beta's to [-3, 1] (code: to [-20, 0]), and
       the data's actions to +-0.999 where pi_beta is fitted to them.
   D10 The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
       (code: one step, a sample). pi_beta is fitted, with weight decay, to the best quarter of each task's data.
   D11 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
       (code: 0, for which no network was trained).
 
-Run:     python idaq.py --env ant-dir; the adaptation is "idaq" in the last evaluation, the protocols of all methods are
-         those of focal.py
+Run:     python idaq.py --env ant-dir; the adaptation is "idaq" in the last evaluation; all other protocols give what
+         focal.py gives with the same seed, bit for bit
 """
 
 import copy
@@ -168,18 +169,18 @@ class Critics(MLP):
 
 # ---- losses -----------------------------------------------------------------
 
-EPS = 1e-3  # of the metric loss, as in the official code
+EPS = 1e-3  # of the metric loss, as in FOCAL's official code
 
 
 def metric_loss(z, task_ids):
-    """z [M, z_dim], task_ids [M] -> scalar, over all pairs: root distance within a task, inverse distance across."""
+    """z [M, z_dim], task_ids [M] -> scalar over pairs: root mean square within a task, inverse mean square across."""
     distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
     pairs = torch.ones_like(distance).triu(1)
     same = pairs * (task_ids[:, None] == task_ids)
     other = pairs - same
     pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
     push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
-    return pull + push  # [code] metric loss with inverse-square repulsion
+    return pull + push  # [FOCAL's code] metric loss with inverse-square repulsion
 
 
 def gaussian_kl(mean, log_std, mean_b, log_std_b):
@@ -370,9 +371,7 @@ def explore_and_adapt(agent, data, args, episodes):
         done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
         steps = torch.as_tensor(done["lengths"], device=device)[:, None]
         own = (torch.arange(data.family.horizon, device=device) < steps) * better
-        before = (
-            torch.where(better, 0.0, kept) if reference else kept
-        )  # the reference stage keeps its best episode alone
+        before = torch.where(better & reference, 0.0, kept)  # the reference stage keeps its best episode alone
         context = torch.cat([context, dc.transitions(done, device=device)[..., :-1]], 1)
         kept = torch.cat([before, own.float()], 1)
         best, best_z = torch.maximum(best, returns), z if best_z is None else torch.where(better, z, best_z)
@@ -381,8 +380,8 @@ def explore_and_adapt(agent, data, args, episodes):
 
 
 def evaluate_all(agent, data, args, protocols, episodes):
-    """Returns, also of pi_beta alone ("clone") and with all protocols of IDAQ's adaptation, the critic's error and the
-    quality of z -> dict tag -> float."""
+    """Returns, also of pi_beta alone ("clone") and, if "online" is asked for, of IDAQ's adaptation, the critic's error
+    and the quality of z -> dict tag -> float."""
     agent.z_mean.copy_(dc.label_contexts(data, partial(embed, agent), data.train_ids)[0].mean(0))
     q, clone = partial(value, agent, args), partial(adapt, agent, clone=True)
     results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, clone)
@@ -398,10 +397,8 @@ def train(args):
     """Train and evaluate -> what dc.Run.finish returns."""
     args = dc.resolve(args, ENV_ARGS, MAY_BE_ZERO)
     if args.reference_episodes >= args.adapt_episodes:
-        what = (
-            f"--reference-episodes {args.reference_episodes}: must be less than --adapt-episodes {args.adapt_episodes}"
-        )
-        raise SystemExit(what)
+        what = f"must be less than --adapt-episodes {args.adapt_episodes}"
+        raise SystemExit(f"--reference-episodes {args.reference_episodes}: {what}")
     data = dc.load_dataset(args.env, args.dataset, args.device)
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)

@@ -16,8 +16,8 @@ Deviations from the paper and from the official code:
   D2  The inner rows are of one episode, as the contexts of the evaluation, and spread over it; the outer rows are of
       the task's other episodes. Official code: both of the whole buffer, possibly overlapping (`--inner-rows buffer`),
       the inner ones in succession, every seventh transition. Each inner step sees all inner rows (official code: its
-      part of them). `--inner-rows` and `--inner-segment` are about the training only; evaluation contexts are those of
-      all methods.
+      part of them). `--inner-rows` and `--inner-segment` are about the training only; evaluation contexts are one
+      episode, those of all methods (official code: 256 rows of the whole buffer).
   D3  The advantage head takes relu(h) and the action; the official code clips negative actions too.
   D4  Observations are standardized and clipped; returns are divided by their spread in the training data, a constant
       of the dataset.
@@ -28,16 +28,17 @@ Deviations from the paper and from the official code:
   D7  Larger outer learning rates for far fewer updates; all three fall to 0 in the second half. More tasks per update,
       drawn with replacement (official code: without), and fewer transitions of each.
   D8  Online fine-tuning moves the weights that adaptation has generated, not the parameters they come from. It starts
-      after the first own episode (official code: the 25th), keeps all own episodes (official code: 50,000 transitions)
-      and evaluates one episode every tenth time (official code: three, each time).
+      from a recorded episode of the task (official code: a batch of random-policy data). Its steps begin after the
+      first own episode (official code: the 25th), it keeps all own episodes (official code: 50,000 transitions) and
+      evaluates one episode every tenth time (official code: three, each time).
 
 Run:     python macaw.py --env ant-dir
 Ablate:  --no-weight-transform | --no-adv-head | --first-order | --no-terminal-bootstrap | --inner-segment start
 Closest to the paper: --gamma 0.99 --meta-batch 5 --batch-size 256 --context-size 256 --inner-rows buffer --lr 1e-4
          --value-lr 1e-5 --no-lr-decay --total-updates 1000000 --online-ft 100 --ft-lr 1e-5, which is what the official
-         code sets
-No flag reaches: D1 after a termination, inner rows in succession and its part for each inner step (D2), D3 to D6, tasks
-         without replacement (D7), D8.
+         code sets but for 100 (its loop runs 500; the paper reports the first 100)
+No flag reaches: D1 after a termination, inner rows in succession and its part for each inner step, evaluation contexts
+         of the whole buffer (D2), D3 to D6, tasks without replacement (D7), D8.
 """
 
 import math
@@ -217,7 +218,7 @@ def monte_carlo(rew, mask, ended, gamma):
         ahead = rew[..., t] * mask[..., t] + gamma * ahead
         discount = discount * (1 - (1 - gamma) * mask[..., t])
         ret[..., t], tail[..., t] = ahead, discount
-    return ret, tail  # [code: D1] the discount is 0 in a whole episode that the task ended
+    return ret, tail  # [code: D1] tail is 0 throughout an episode that the task ended
 
 
 def masked_mean(x, mask):
@@ -450,8 +451,8 @@ def fine_tune(agent, data, args):
 
     def play(episode, std):
         def act(obs, rew):
-            act = agent.act(policy, data.standardize(obs)[:, None])[:, 0]
-            return (act + std * torch.randn(act.shape, device=device, generator=generator)).clamp(-1, 1)
+            mean = agent.act(policy, data.standardize(obs)[:, None])[:, 0]
+            return (mean + std * torch.randn(mean.shape, device=device, generator=generator)).clamp(-1, 1)
 
         with torch.no_grad():
             return dc.rollout(env, act, (20_000 + 97 * tasks + episode).tolist(), device)

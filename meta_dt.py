@@ -27,13 +27,14 @@ Deviations from the paper and from the official code:
   D4  The prompt starts where the error of its k steps is largest, as in the paper; in training it is drawn in
       proportion to that error (official: drawn also at test, where the sum runs to the end of the episode, and errors
       of next observations mix raw and standardized ones).
-  D5  The return to aim at is known from the training tasks, and one that their data often reach; `--target-return
-      task_max` is the official one, the best in the test task's own data, which no agent on a new task knows.
+  D5  The return to aim at is one number, known from the training tasks: the mean of their best quarters, easy on some
+      tasks and out of reach on others; `--target-return task_max` is the official one, the best in the test task's own
+      data, which no agent on a new task knows.
   D6  The learning rate is larger and falls to 0 in the second half, for trainings far shorter than the official ones.
   D7  Windows are those of a rollout: the K steps up to a uniform one, early on the first K (official: from a uniform
       step on, so that few show how an episode starts, and those at its end are short).
   D8  At test the prompt is of an episode that the protocol gives, in `online` of one of the agent's own (official: of
-      the last episodes of earlier evaluations, hence by other weights).
+      one of the best three of the last episodes of earlier evaluations, hence by other weights).
   D9  Observations are standardized and clipped for both networks (official: standardized, for the transformer alone).
       A fall ends an episode (official: nothing does).
   D10 Windows are of each task's best quarter of episodes, as pi_beta in the other scripts: on data of all phases the
@@ -42,7 +43,7 @@ Deviations from the paper and from the official code:
 Run:     python meta_dt.py --env ant-dir
 Closest to the paper, ant-dir: --meta-batch 128 --batch-size 20 --context-size 1 --lr 5e-5 --no-lr-decay
          --warmup-updates 10000 --total-updates 500000 --world-model-updates 4200000 --world-model-loss both
-         --prompt-dropout 0.14 --target-return task_max --episode-share 1
+         --prompt-dropout 0.14 --target-return task_max --episode-share 1 --prompt-episodes best
 No flag reaches: D1, the world model that is kept (D2), when prompts are dropped and drawn (D3), D4 in training, D7 to
          D9, z as a token, s_t in the encoder, a reward decoder without s_(t+1).
 """
@@ -327,8 +328,8 @@ class Transformer(nn.Module):
         x = F.dropout(tokens, dropout, dropout > 0)
         for block in self.blocks[:-1]:
             x = block(x, mask, dropout)
-        states = slice(-2 if last else 1 - 3 * window.steps.shape[1], None, 3)  # the window's state tokens
-        return torch.tanh(self.head(self.final_norm(self.blocks[-1](x, mask, dropout, states))))
+        wanted = slice(-2 if last else 1 - 3 * window.steps.shape[1], None, 3)  # of the window: places 1, 4, .. of 3K
+        return torch.tanh(self.head(self.final_norm(self.blocks[-1](x, mask, dropout, wanted))))
 
 
 # ---- losses -----------------------------------------------------------------
@@ -393,7 +394,9 @@ def update_world_model(agent, episodes, lengths, episode, step, args):
     return {
         "losses/world_model": loss.detach(),
         "stats/world_model_grad": norm,
-        "z/between_std": z.detach().std(0, correction=min(1, len(z) - 1)).mean(),
+        "z/between_std": z.detach()
+        .std(0, correction=min(1, len(z) - 1))
+        .mean(),  # of single steps, mostly within tasks
     }
 
 
@@ -455,8 +458,7 @@ def draw_windows(sequences, ranked, lengths, args, generator):
     window = sequences.cut(episode, (last - args.window + 1).clamp(min=0), args.window)  # [ours: D7]
 
     rank = draw_rank(draw[1], (lengths[task] > 0).sum(1) - 1, args)  # [ours: D3]
-    is_own = ranked[task] == episode[:, None]  # [B, N]
-    rank += is_own.cumsum(1).gather(1, rank[:, None])[:, 0]  # the window's own episode is skipped
+    rank += rank >= number  # the window's own episode, whose rank is number, is skipped
     other = ranked[task, rank]
     how = "sample" if args.prompt_select == "argmax" else args.prompt_select  # [ours: D4]
     prompt = sequences.cut(other, select(sequences.scores[other], how, generator), args.prompt_length)

@@ -16,12 +16,13 @@ difference and of the reward, whose log-variances are softly bounded by learned 
 Deviations from the paper and from the official code:
   D1  The encoder's noise is on in training and off in evaluation (code: on in both).
   D2  The divergence D_KL(pi || pi_beta) of the paper's BRAC against a behavior policy fitted to the data, in closed
-      form. The code has BRAC for ant-dir alone, with the dual critic's estimate and without its gradient, so that it
-      acts on the critics' target and not on the policy; its other four configurations are plain SAC, `--backbone sac`.
+      form; no entropy term. The code has BRAC for ant-dir alone, with log pi in the policy's loss and the dual critic's
+      estimate, which without its gradient acts on the critics' target and not on the policy; its other four
+      configurations are plain SAC, `--backbone sac`.
   D3  Tasks are drawn anew in every update (code: for 200 updates). A training context is drawn with replacement from
       one episode (code: the whole one); the terminal flag is not an input. Observations are standardized, and the
       differences of states are those of standardized ones.
-  D4  Time limits are no terminations.
+  D4  Time limits are no terminations, falls are (code: neither).
   D5  All losses of a step use the parameters from before the step.
   D6  The policy is the fitted behavior policy plus a learned shift of mean and log_std.
   D7  Layer normalization in all networks on (transition, z); the learning rate falls to 0 in the second half. Width of
@@ -35,13 +36,13 @@ Deviations from the paper and from the official code:
   D10 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
       (code: 0, for which no network was trained).
 
-Run:     python unicorn.py --env ant-dir
-Others:  --variant ss-0, --variant sup
+Run:     python unicorn.py --env ant-dir; others: --variant ss-0, --variant sup
 Closest to the paper, ant-dir and cheetah: --gamma 0.99 --reward-scale 1 --n-step 1 --target-noise 1 --tau 0.005
-         --anchor-share 1 --batch-size 256 --context-size 200 --lr 3e-4 --no-lr-decay --encoder-width 64 --z-dim 5
-         --total-updates 200000; hopper and walker instead --encoder-width 128 --decoder-width 128, --z-dim 40 and 32;
-         as released, but for ant-dir: --backbone sac (cheetah-vel: --entropy-weight 0)
-No flag reaches: D1 to D5, D8, D10, layer normalization.
+         --anchor-share 1 --behavior-decay 0 --batch-size 256 --context-size 200 --lr 3e-4 --no-lr-decay --z-dim 5
+         --encoder-width 64 --total-updates 200000; hopper and walker instead --encoder-width 128 --decoder-width 128,
+         --z-dim 40 and 32; as released: ant-dir --brac-alpha 0.2 --brac-alpha-lr 0, the others --backbone sac
+         (cheetah-vel: --entropy-weight 0; cheetah-dir and walker: --metric-weight 0.01 and 0.7)
+No flag reaches: D1 to D6, D8, D10, layer normalization.
 """
 
 import copy
@@ -203,18 +204,18 @@ class Critics(MLP):
 
 # ---- losses -----------------------------------------------------------------
 
-EPS = 1e-3  # of the metric loss, as in the official code
+EPS = 1e-3  # of the metric loss, as in FOCAL's official code
 
 
 def metric_loss(z, task_ids):
-    """z [M, z_dim], task_ids [M] -> scalar, over all pairs: root distance within a task, inverse distance across."""
+    """z [M, z_dim], task_ids [M] -> scalar over pairs: root mean square within a task, inverse mean square across."""
     distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
     pairs = torch.ones_like(distance).triu(1)
     same = pairs * (task_ids[:, None] == task_ids)
     other = pairs - same
     pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
     push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
-    return pull + push  # [code] metric loss with inverse-square repulsion
+    return pull + push  # [FOCAL's code] metric loss with inverse-square repulsion
 
 
 def soft_clamp(x, low, high):
@@ -229,7 +230,7 @@ def gaussian_nll(mean, log_var, target):
 
 
 def reconstruction_loss(decoder, obs, act, z, target):
-    """Likelihood of target [M, K, dim] given (obs, act, z), and the pull on the limits -> scalar."""
+    """Negative log-likelihood of target [M, K, dim] given (obs, act, z), and the pull on the limits -> scalar."""
     limits = 0.01 * (decoder.high.sum() - decoder.low.sum())
     return gaussian_nll(*decoder(obs, act, z), target) + limits
 

@@ -35,6 +35,11 @@ STEPS, GAP, GAP_SPREAD = 1_000, 250, 10  # of a non-stationary episode; steps be
 EPISODES = 4  # per test task
 
 
+def of_data(row):
+    """Is it of the data that its name says? The ordinary runs and the ablations are of the shipped ones."""
+    return row["quality"] == "mixed" or row["name"].startswith("figure1-")
+
+
 def spread(values, digits=2):
     """Mean ± standard error over the first axis, as text."""
     values = np.asarray(values, float)
@@ -55,10 +60,10 @@ def figure1(files, env, figure):
     than the full method's."""
     curves, final = defaultdict(lambda: defaultdict(list)), defaultdict(dict)  # experiment -> seed ->
     for row in read(files / "curves.csv"):
-        if row["env"] == env:
+        if row["env"] == env and of_data(row):
             curves[row["name"]][row["seed"]].append(row)
     for row in read(files / "results.csv"):
-        if row["env"] == env and row["protocol"] in ("iid", "clone"):
+        if row["env"] == env and of_data(row) and row["protocol"] in ("iid", "clone"):
             final[row["name"], row["protocol"]][row["seed"]] = float(row["return"])
     groups = {data: {v: name for v, name in names.items() if name in curves} for data, names in GROUPS.items()}
     groups = {data: names for data, names in groups.items() if len(names) > 1}  # the full method alone shows nothing

@@ -4,9 +4,9 @@ Run:  python benchmark/missing.py benchmark/ant-dir.txt | xargs -P 2 -I{} sh -c 
       python benchmark/missing.py benchmark/ant-dir.txt --line 7     # that line's run alone, for an array of jobs
       python benchmark/missing.py benchmark/ant-dir.txt --results benchmark/results.csv   # what nobody has added so far
 After a kill the same command goes on. A run is finished if its directory has a result.json, and arguments (today's
-defaults included) and data are those that the line asks for; of several the newest counts. What another process is
-training is left to it. With --results what has rows there is finished as well, whatever code and data made them. How many are done and how long the rest takes, by the CPU seconds of finished runs, goes to
-the standard error.
+defaults included) and data are those that the line asks for; of several the newest counts. With --results what has rows
+there is finished too, whatever code and data made them. What another process is training is left to it. How many are
+done and how long the rest takes, by the CPU seconds of finished runs, goes to the standard error.
 """
 
 import argparse
@@ -54,27 +54,24 @@ def being_trained(run_dir):
         os.close(folder)
 
 
-def recorded(path):
-    """Rows of results.csv -> {(family, experiment name, seed, updates): CPU seconds, None if unknown}."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        (row["env"], row["name"], int(row["seed"]), int(row["updates"])): float(row["cpu_s"]) if row["cpu_s"] else None
-        for row in rows
-    }
+def recorded(rows, args):
+    """Rows of a results.csv of the run that args ask for; where the dataset's file is not here, of any data."""
+    asked = {"env": args.env, "name": args.exp_name, "seed": str(args.seed), "updates": str(args.total_updates)}
+    if about := header(args.dataset):
+        asked["quality"] = about["settings"]["quality"]
+    return [row for row in rows if asked.items() <= row.items()]
 
 
-def state(line, run_dir, known=()):
+def state(line, run_dir, rows=()):
     """A line of a list -> "finished", "running", "begun" or "missing"; the command that makes or continues the run, or
-    the CPU seconds of a finished one; (script, family). known: runs of `recorded` that are finished too."""
+    the CPU seconds of a finished one; (script, family). rows: of a results.csv, whose runs are finished too."""
     _, script, *flags = shlex.split(line)
     module = importlib.import_module(Path(script).stem)
     args = tyro.cli(module.Args, args=flags)
     dc.fill_in(args, module.ENV_ARGS)  # a run made when another value was the default is another run
     kind = script, args.env
-    run = args.env, args.exp_name, args.seed, args.total_updates
-    if run in known:
-        return "finished", known[run], kind
+    if kept := recorded(rows, args):
+        return "finished", kept[0]["cpu_s"] and float(kept[0]["cpu_s"]), kind
     asked = {k: v for k, v in asdict(args).items() if v is not None and k not in SETTINGS_ASIDE}
     folder = Path(run_dir, args.env, args.exp_name)
     for found in sorted(folder.glob(f"seed{args.seed}-*"), key=lambda path: path.stat().st_mtime, reverse=True):
@@ -121,8 +118,8 @@ def main():
         if not 1 <= args.line <= len(lines):
             raise SystemExit(f"--line {args.line}: there are {len(lines)} lines")
         lines = lines[args.line - 1 : args.line]
-    known = recorded(args.results) if args.results else {}
-    states = [state(line, args.run_dir, known) for line in lines]
+    rows = list(csv.DictReader(args.results.open(newline=""))) if args.results else []
+    states = [state(line, args.run_dir, rows) for line in lines]
     for kind, command, _ in states:
         if kind in OPEN:
             print(command)

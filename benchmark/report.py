@@ -253,53 +253,62 @@ def print_tables(groups):
 
 def scores(path, env, protocol, only):
     """Normalized returns of one family and protocol -> {experiment name: [seeds, test tasks]}."""
-    with np.load(HERE.parent / "datasets" / f"{env}.npz", allow_pickle=False) as file:
+    dataset = HERE.parent / "datasets" / f"{env}.npz"
+    if not dataset.is_file():
+        raise SystemExit(f"{dataset}: no such file; see benchmark/README.md")
+    with np.load(dataset, allow_pickle=False) as file:
         random, expert = (file[key][file["test_ids"]] for key in ("random_returns", "expert_returns"))
     found = defaultdict(list)
     for name, seeds in chosen(path, env, only).items():
         for row in of(seeds, protocol):
-            found[name].append(100 * (np.array(row["by_task"].split(), float) - random) / (expert - random))
+            values = 100 * (np.array(row["by_task"].split(), float) - random) / (expert - random)
+            if abs(values.mean() - float(row["normalized"])) > 0.1:
+                raise SystemExit(f"{name}, seed {row['seed']}: not of {dataset}, so not to be compared with others")
+            found[name].append(values)
     return {name: np.array(rows) for name, rows in found.items()}
 
 
-def interquartile_mean(tables):
-    """Mean of the middle half of the values in tables [seeds, tasks], one per family. Each table weighs the same, as
-    families differ in their numbers of seeds and tasks."""
-    values, weights = (
-        np.concatenate(part) for part in zip(*((t.ravel(), np.full(t.size, 1 / t.size)) for t in tables))
-    )
-    order = values.argsort()
-    upper = weights[order].cumsum() / len(tables)
-    lower = upper - weights[order] / len(tables)
-    return np.average(values[order], weights=(upper.clip(0.25, 0.75) - lower.clip(0.25, 0.75)).clip(0))
+def interquartile_mean(table, seeds, tasks):
+    """Mean of the middle half of the values of table [seeds, tasks], in D samples that hold each seed and each task as
+    often as seeds [D, seeds] and tasks [D, tasks] say -> [D]."""
+    order = table.argsort(axis=None)
+    counts = (seeds[:, :, None] * tasks[:, None]).reshape(len(seeds), -1)[:, order]
+    upper = counts.cumsum(1) / counts.sum(1, keepdims=True)
+    inside = np.diff(upper.clip(0.25, 0.75), prepend=0.25)  # of each value the part in the middle half
+    return inside @ table.flat[order] / 0.5
 
 
-def improvement(ours, theirs):
-    """[seeds, tasks] each -> probability that a run of ours is better than one of theirs on the same task; a tie counts
-    half (Agarwal et al. 2021)."""
-    difference = ours[:, None] - theirs[None]
-    return ((difference > 0) + 0.5 * (difference == 0)).mean()
+def improvement(ours, theirs, our_seeds, their_seeds, tasks):
+    """Probability that a run of ours is better than one of theirs on the same task; a tie counts half (Agarwal et al.
+    2021). ours, theirs [seeds, tasks]; counts in D samples as above -> [D]."""
+    difference = ours[:, None] - theirs
+    better = (difference > 0) + 0.5 * (difference == 0)  # [our seeds, their seeds, tasks]
+    pairs = our_seeds[:, :, None] * their_seeds[:, None]  # [D, our seeds, their seeds]
+    return np.einsum("dij,dk,ijk->d", pairs, tasks, better, optimize=True) / better.size
 
 
-def resampled(samples, rng):
-    """Samples, one per method, each a list of tables [seeds, tasks], one per family -> the same with seeds drawn anew
-    in each table, and tasks in each family: one draw for all methods, as tasks are compared with themselves."""
-    tasks = [rng.integers(table.shape[1], size=table.shape[1]) for table in samples[0]]
-    return [[t[rng.integers(len(t), size=len(t))][:, drawn] for t, drawn in zip(s, tasks)] for s in samples]
+def resampled(number, rng, draws):
+    """How often a sample holds each of `number` things, first the given one, then `draws` of as many with replacement
+    -> [1 + draws, number]."""
+    return np.concatenate([np.ones((1, number)), rng.multinomial(number, np.full(number, 1 / number), size=draws)])
 
 
-def interval(statistic, *samples, draws=2_000):
-    """Statistic of samples and its 95 % interval, by a bootstrap stratified over families -> text."""
-    rng = np.random.default_rng(0)
-    found = [statistic(*resampled(samples, rng)) for _ in range(draws)]
-    low, high = np.quantile(found, (0.025, 0.975))
+def interval(statistic, *methods, draws=2_000):
+    """Mean over families of a statistic of one table [seeds, tasks] per method, and its 95 % interval by a bootstrap
+    over seeds and tasks. methods: lists of tables, one per family -> text."""
+    rng, found = np.random.default_rng(0), []
+    for tables in zip(*methods):
+        tasks = resampled(tables[0].shape[1], rng, draws)  # the same of all methods: compared with themselves
+        found.append(statistic(*tables, *(resampled(len(table), rng, draws) for table in tables), tasks))
+    means = np.mean(found, 0)
+    low, high = np.quantile(means[1:], (0.025, 0.975))
     digits = 0 if abs(high) > 1.5 else 2
-    return f"{statistic(*samples):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{means[0]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def print_comparison(path, reference, envs, only):
-    """Over families: interquartile mean of the normalized returns of tasks and seeds, and the probability that the
-    reference is better; of the methods that all families have."""
+    """Means over families: of the interquartile mean of the normalized returns of tasks and seeds, and of the
+    probability that the reference is better; of the methods that all families have."""
     seeds, cells, protocols = {}, defaultdict(dict), ("iid", "ood", "online")
     for protocol in protocols:
         tables = [scores(path, env, protocol, only and [*only, reference]) for env in envs]
@@ -310,7 +319,7 @@ def print_comparison(path, reference, envs, only):
         for name in sorted(everywhere):
             theirs = [t[name] for t in tables]
             seeds[name] = "/".join(str(len(t)) for t in theirs)
-            better = interval(lambda a, b: np.mean([*map(improvement, a, b)]), ours, theirs)
+            better = interval(improvement, ours, theirs)
             cells[name][protocol] = [interval(interquartile_mean, theirs), "" if name == reference else better]
     header = ["method", "seeds", *(column for p in protocols for column in (p, f"P({reference} is better), {p}"))]
     blank = ["", ""]

@@ -745,12 +745,12 @@ MUTANTS = {
         Mutant("all episodes are accepted", "(returns > best)[:, None]", "(returns > -math.inf)[:, None]"),
         Mutant(
             "the reference stage keeps all that improved",
-            "torch.where(better, 0.0, kept) if reference else kept",
+            "torch.where(better & reference, 0.0, kept)",
             "kept",
         ),
         Mutant(
             "a better episode replaces the accepted ones",
-            "torch.where(better, 0.0, kept) if reference else kept",
+            "torch.where(better & reference, 0.0, kept)",
             "torch.where(better, 0.0, kept)",
         ),
         Mutant("the best return is the last", "torch.maximum(best, returns)", "returns"),
@@ -1197,7 +1197,9 @@ MUTANTS = {
             "draw[2] < args.prompt_dropout",
         ),
         Mutant("a purely zero-shot network gets prompts at test", " and args.prompt_dropout < 1", ""),
-        Mutant("the prompt may be of the window's own episode", "rank += is_own", "rank += 0 * is_own"),
+        Mutant(
+            "the prompt may be of the window's own episode", "rank += rank >= number", "rank += 0 * (rank >= number)"
+        ),
         Mutant("prompts of other tasks", "other = ranked[task, rank]", "other = ranked[task.roll(1), rank]"),
         Mutant("prompts of the worst episodes", "returns.argsort(1, descending=True)", "returns.argsort(1)"),
         Mutant(

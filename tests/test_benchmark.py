@@ -5,6 +5,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -178,35 +179,75 @@ def test_without_a_run_one_line_says_so(tmp_path):
 
 
 def test_interquartile_mean_and_probability_of_improvement_vectors():
-    mean = report.interquartile_mean
-    assert mean([np.array([[100.0, -9.0, 2.0, 3.0], [4.0, -50.0, 5.0, 6.0]])]) == pytest.approx((2 + 3 + 4 + 5) / 4)
-    assert mean([np.array([[7.0]])]) == 7
+    def mean(table, seeds=None, tasks=None):
+        table = np.array(table)
+        whole = (np.ones((1, n)) if c is None else np.array([c]) for n, c in zip(table.shape, (seeds, tasks)))
+        return report.interquartile_mean(table, *whole)[0]
+
+    assert mean([[100.0, -9.0, 2.0, 3.0], [4.0, -50.0, 5.0, 6.0]]) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert mean([[7.0]]) == 7
     # five values: three quarters of the second and of the fourth, the third whole
-    assert mean([np.array([[9.0, 1.0, 5.0, 2.0, -90.0]])]) == pytest.approx((0.75 * 1 + 2 + 0.75 * 5) / 2.5)
-    # a family of one run of one task weighs as much as one of four: of the order 0 1 2 3 | 10 it is the upper half
-    assert mean([np.array([[10.0]]), np.array([[3.0, 2.0], [1.0, 0.0]])]) == pytest.approx((2 + 3 + 2 * 10) / 4)
+    five = pytest.approx((0.75 * 1 + 2 + 0.75 * 5) / 2.5)
+    assert mean([[9.0, 1.0, 5.0, 2.0, -90.0]]) == five
+    # samples: of the first seed none, of the second two; of the tasks 1, 0, 2, 1, 1
+    assert mean([[4.0, 4.0, 4.0, 4.0, 4.0], [9.0, 8.0, 1.0, 2.0, -9.0]], [0, 2], [1, 0, 2, 1, 1]) == pytest.approx(
+        (0.75 * 1 + 1 + 0.75 * 2) / 2.5
+    )
     ours, theirs = np.array([[1.0, 5.0], [3.0, 5.0]]), np.array([[2.0, 5.0]])
-    assert report.improvement(ours, theirs) == (0 + 1 + 0.5 + 0.5) / 4
-    assert report.improvement(theirs, ours) == 1 - report.improvement(ours, theirs)
+    one, two = np.ones((1, 1)), np.ones((1, 2))
+    assert report.improvement(ours, theirs, two, one, two) == (0 + 1 + 0.5 + 0.5) / 4
+    assert report.improvement(theirs, ours, one, two, two) == 1 - (0 + 1 + 0.5 + 0.5) / 4
+    second, first = np.array([[0.0, 2.0]]), np.array([[2.0, 0.0]])
+    assert report.improvement(ours, theirs, second, one, first) == 1  # our second seed on the first task alone
+    assert report.improvement(ours, theirs, first, one, first) == 0
 
 
 def test_intervals_draw_seeds_in_each_table_and_tasks_in_each_family():
+    counts = report.resampled(3, np.random.default_rng(0), 3_000)
+    assert counts.shape == (3_001, 3) and (counts[0] == 1).all() and (counts.sum(1) == 3).all()
+    assert counts[1:].mean(0) == pytest.approx([1, 1, 1], abs=0.05)
+    assert counts[1:].var(0) == pytest.approx([2 / 3] * 3, abs=0.05)  # 3 draws, each one of three: 3 * 1/3 * 2/3
+    # every statistic gets the counts of its own tables: the mean over tables of the mean over seeds and tasks
     first, second = np.arange(6.0).reshape(2, 3), 100 + np.arange(20.0).reshape(4, 5)
     other = 200 + np.arange(30.0).reshape(6, 5)
-    drawn = [report.resampled(([first, second], [first, other]), np.random.default_rng(k)) for k in range(50)]
-    for (a, b), (c, d) in drawn:
-        assert (a.shape, b.shape) == (first.shape, second.shape) and set(a.flat) <= set(first.flat)
-        assert (c.shape, d.shape) == (first.shape, other.shape)
-        for table, start in ((b, 100), (d, 200)):
-            assert table.min() >= start and all(len(set(row // 5)) == 1 for row in table - start)  # whole seeds
-        assert len({tuple(row % 5) for row in (*b, *d)}) == 1  # the same tasks of all seeds and of both methods
-    assert len({tuple(a.flat) for (a, _), _ in drawn}) > 20
-    assert any((b // 5 - 20 != (d // 5 - 40)[:4]).any() for (_, b), (_, d) in drawn)  # seeds of their own
-    text = report.interval(lambda sample: np.mean(sample[0]), [np.array([[0.0, 100.0]] * 8)], draws=500)
+    seen = []
+
+    def difference(a, b, a_seeds, b_seeds, tasks):
+        seen.append((a_seeds, b_seeds, tasks))
+        return np.full(len(tasks), (a - b[: len(a)]).mean())
+
+    assert report.interval(difference, [first, second], [first, other], draws=50) == "-50 [-50, -50]"  # of 0, -100
+    shapes = [[c.shape for c in of_family] for of_family in seen]
+    assert shapes == [[(51, 2), (51, 2), (51, 3)], [(51, 4), (51, 6), (51, 5)]]
+    assert any((a != b).any() for a, b in [seen[0][:2]]) and len({tuple(row) for row in seen[1][2]}) > 20
+    text = report.interval(report.interquartile_mean, [np.array([[0.0, 100.0]] * 8)], draws=500)
     assert text == "50 [0, 100]"
+    # of two families, one without any spread: half of the other's
+    text = report.interval(report.interquartile_mean, [np.array([[0.0, 100.0]] * 8), np.array([[10.0]])], draws=500)
+    assert text == "30 [5, 55]"
     noise = np.random.default_rng(0).standard_normal((400, 1)) * 10 + 50
-    mean, low, high = (float(x.strip("[],")) for x in report.interval(lambda s: s[0].mean(), [noise]).split())
+    mean, low, high = (float(x.strip("[],")) for x in report.interval(mean_of, [noise]).split())
     assert mean == round(noise.mean()) and low == mean - 1 and high == mean + 1  # 1.96 * 10 / 20
+
+
+def mean_of(table, seeds, tasks):
+    return np.einsum("di,dj,ij->d", seeds, tasks, table) / table.size
+
+
+def test_scores_are_normalized_task_by_task_and_of_the_familys_own_file(tmp_path, monkeypatch):
+    ids, random, expert = np.array([2, 0]), np.array([-10.0, 7.0, 0.0]), np.array([-5.0, 8.0, 4.0])
+    (tmp_path / "datasets").mkdir()
+    np.savez(tmp_path / "datasets" / "x.npz", test_ids=ids, random_returns=random, expert_returns=expert)
+    monkeypatch.setattr(report, "HERE", tmp_path / "benchmark")
+    columns = ("env", "quality", "name", "seed", "protocol", "normalized", "by_task")
+    rows = [("x", "mixed", "focal", 0, "iid", 35, "2 -9"), ("x", "mixed", "focal", 1, "iid", 50, "4 -10")]
+    rows += [("x", "mixed", "focal", 0, "ood", 0, "0 -10"), ("x", "mixed", "other", 0, "iid", 60, "2 -9")]
+    (tmp_path / "results.csv").write_text("\n".join(",".join(map(str, cells)) for cells in (columns, *rows)))
+    found = report.scores(tmp_path / "results.csv", "x", "iid", ["focal"])
+    assert list(found) == ["focal"] and found["focal"].tolist() == [[50, 20], [100, 0]]
+    message = stop_message(report.scores, tmp_path / "results.csv", "x", "iid", ["other"])
+    assert message.startswith("other, seed 0: not of ")  # 35, not 60: of other data
+    assert "y.npz: no such file" in stop_message(report.scores, tmp_path / "results.csv", "y", "iid", ["other"])
 
 
 def test_comparison_is_task_by_task_of_the_methods_that_all_families_have(monkeypatch, capsys):
@@ -256,10 +297,12 @@ def test_tables_in_a_file_are_made_anew_and_its_text_stays(tmp_path):
     assert "no row" in stop_message(report.write, tmp_path / "doc.md")
 
 
-def test_the_readmes_table_is_that_of_the_raw_numbers(tmp_path):
-    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
-    report.write(tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("name", ["README.md", "docs/RESULTS.md"])
+def test_tables_in_the_documents_are_those_of_the_raw_numbers(name, tmp_path):
+    text = re.sub(r"(<!-- .*?) --figure \S+", r"\1", (ROOT / name).read_text())  # without drawing
+    (tmp_path / "copy.md").write_text(text)
+    report.write(tmp_path / "copy.md")
+    assert (tmp_path / "copy.md").read_text() == text
 
 
 class Recorder:
@@ -571,9 +614,10 @@ def test_what_has_rows_in_a_results_file_is_not_missing(tiny_path, tmp_path, cap
     lists = tmp_path / "list.txt"
     lists.write_text("\n".join([line, f"{line} --exp-name other", f"{line} --seed 4", f"{line} --total-updates 50"]))
     results = tmp_path / "results.csv"
-    columns = ("env", "name", "seed", "updates", "cpu_s")
-    row, old = ("point-robot", "focal", 3, 40, 7.5), ("point-robot", "focal", 4, 40, "")  # CPU seconds are optional
-    results.write_text("\n".join(",".join(map(str, cells)) for cells in (columns, row, old)))
+    columns = ("env", "quality", "name", "seed", "updates", "cpu_s")
+    rows = [("point-robot", "mixed", "focal", 3, 40, 7.5), ("point-robot", "mixed", "focal", 4, 40, "")]  # of old runs
+    rows += [("point-robot", "medium", "other", 3, 40, 7.5)]
+    results.write_text("\n".join(",".join(map(str, cells)) for cells in (columns, *rows)))
     command = ["missing.py", str(lists), "--run-dir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*command, "--results", str(results)])
     missing.main()
