@@ -4,10 +4,11 @@ Run:  python benchmark/claims.py figure1 --figure docs/figure1.png   # critic's 
       python benchmark/claims.py features --env ant-dir              # how many features the critic really has
       python benchmark/claims.py bandit                              # probabilities of its arms, by feedback
       python benchmark/claims.py length --env point-robot            # return by the length of the context
+      python benchmark/claims.py parts --env ant-dir                 # is the task read from rewards or from who acted?
       python benchmark/claims.py drift                               # tasks that change inside an episode
 figure1 and bandit read the runs of figure1.txt, ablations.txt and bandit.txt from curves.csv and results.csv, the
-others load the finished runs below --runs (--only: some of them); length and drift play their policies on the test
-tasks.
+others load the finished runs below --runs (--only: some of them); length, parts and drift play their policies on the
+test tasks.
 """
 
 import argparse
@@ -172,6 +173,33 @@ def length(runs, figure, horizon):
         fig.savefig(figure, dpi=140)
 
 
+# ---- which part of the context tells the task --------------------------------
+
+
+def by_part(script, agent, data, args):
+    """-> normalized returns [3], contexts of the test tasks' own episodes: whole, with the rewards of another test task
+    (half of their list away), and with all but the rewards from there."""
+    reward = torch.arange(data.ctx_dim) == data.obs_dim + data.act_dim
+    away = EPISODES * (len(data.test_ids) // 2)  # rows, which lie task by task
+
+    def adapt(context, mask, explore, other):
+        return script.adapt(agent, torch.where(other, context.roll(away, 0), context), mask, explore)
+
+    results = [
+        dc.evaluate(data, partial(adapt, other=o), ("iid",), EPISODES) for o in (reward & False, reward, ~reward)
+    ]
+    return [r["eval/iid/normalized"] for r in results]
+
+
+def parts(runs):
+    rows = []
+    for name, seeds in runs.items():
+        found = np.array([revisit(run_dir, by_part) for run_dir in seeds.values()])
+        rows.append([name, str(len(found)), *(spread(column, 0) for column in found.T)])
+    header = ["own", "rewards of another task", "all but the rewards of another task"]
+    print_table(["normalized, by what is in the context", "seeds", *header], rows)
+
+
 # ---- c: tasks that change inside an episode ----------------------------------
 
 
@@ -248,7 +276,7 @@ def drift(runs, figure):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("claim", choices=("figure1", "features", "bandit", "length", "drift"))
+    parser.add_argument("claim", choices=("figure1", "features", "bandit", "length", "parts", "drift"))
     parser.add_argument("--env", default="point-robot-wind")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
     parser.add_argument("--figure", type=Path, help="where to write the figure (png)")
@@ -260,7 +288,7 @@ def main():
         return bandit(HERE, args.env)
     runs = finished_runs(args.runs / args.env)
     args.only = args.only or (["flora"] if args.claim == "features" else None)
-    passed = ("figure1-", "bandit-", "known-task")  # the last has no context
+    passed = ("figure1-", "bandit-", "known-task", "meta_dt")  # no context, or hardly one beside the own history
     runs = {n: seeds for n, seeds in runs.items() if (n in args.only if args.only else not n.startswith(passed))}
     if not runs:
         raise SystemExit(f"no finished run for this in {args.runs / args.env}; make them: see benchmark/README.md")
@@ -268,6 +296,8 @@ def main():
         features(runs)
     elif args.claim == "length":
         length(runs, args.figure, dc.FAMILIES[args.env].horizon)
+    elif args.claim == "parts":
+        parts(runs)
     else:
         drift(runs, args.figure)
 

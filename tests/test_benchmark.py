@@ -350,6 +350,21 @@ def test_context_of_the_given_length(tiny):
         assert mask[:, :n].eq(1).all() and mask[:, n:].eq(0).all()
 
 
+def test_contexts_with_parts_of_another_tasks(tiny):
+    script = Recorder()
+    found = claims.by_part(script, None, tiny, None)
+    (own, mask), *swapped = script.seen
+    rows, reward = np.arange(len(own)), tiny.obs_dim + tiny.act_dim
+    tasks = tiny.test_ids.repeat(claims.EPISODES)
+    other = rows - claims.EPISODES * (len(tiny.test_ids) // 2)  # negative ones count from the end
+    assert len(found) == 3 and len(swapped) == 2 and (tasks != tasks[other]).all()
+    rest = [k for k in range(tiny.ctx_dim) if k != reward]
+    for (context, its_mask), (theirs, mine) in zip(swapped, (([reward], rest), (rest, [reward]))):
+        assert torch.equal(its_mask, mask)
+        assert torch.equal(context[..., theirs], own[other][..., theirs])
+        assert torch.equal(context[..., mine], own[..., mine])
+
+
 def test_cheetahs_way_begins_anew_with_each_task(monkeypatch):
     """It observes how far it ran: without that, x leaves what the data have, and every policy fails."""
     for name, value in (("STEPS", 40), ("GAP", 15), ("GAP_SPREAD", 3), ("EPISODES", 1)):
