@@ -203,10 +203,6 @@ class Mujoco(Family):
     def dt(self):
         return self.timestep * self.frame_skip
 
-    def split(self, state):
-        nq = self.model.nq
-        return state[:, 1 : 1 + nq], state[:, 1 + nq :]
-
     def reset(self, rng, params):
         scale, kind = self.noise
         count, nq, nv = len(params), self.model.nq, self.model.nv
@@ -214,9 +210,13 @@ class Mujoco(Family):
         qvel = scale * rng.standard_normal((count, nv)) if kind == "normal" else rng.uniform(-scale, scale, (count, nv))
         return np.concatenate([np.zeros((count, 1)), qpos, qvel], 1)
 
+    def observe(self, state):
+        return state[:, 1:]  # qpos and qvel, position included
+
     def outcome(self, state, next_state):
-        """Mean forward velocity of the torso over the step [m/s]."""
-        return (next_state[:, 1:2] - state[:, 1:2]) / self.dt
+        """Mean velocity of the torso over the step [m/s]: forward, or in the plane where outcome_dim is 2."""
+        axes = slice(1, 1 + self.outcome_dim)
+        return (next_state[:, axes] - state[:, axes]) / self.dt
 
 
 class Cheetah(Mujoco):
@@ -224,9 +224,8 @@ class Cheetah(Mujoco):
 
     def observe(self, state):
         """qpos without x, qvel, torso position (x, 0, z): x is part of the observation."""
-        qpos, qvel = self.split(state)
-        torso = np.stack([qpos[:, 0], np.zeros(len(qpos)), 0.7 + qpos[:, 1]], 1)
-        return np.concatenate([qpos[:, 1:], qvel, torso], 1)
+        torso = np.stack([state[:, 1], np.zeros(len(state)), 0.7 + state[:, 2]], 1)
+        return np.concatenate([state[:, 2:], torso], 1)
 
 
 class CheetahVel(Cheetah):
@@ -278,10 +277,6 @@ class AntDir(Ant):
     def observe(self, state):
         return state[:, 3:]  # qpos without x and y, qvel
 
-    def outcome(self, state, next_state):
-        """Mean velocity of the torso in the plane over the step [m/s]."""
-        return (next_state[:, 1:3] - state[:, 1:3]) / self.dt
-
     def reward(self, outcome, act, params):
         return (outcome * params).sum(-1)
 
@@ -304,9 +299,6 @@ class AntGoal(Ant):
     def draw(self):
         return self.split_interleaved(2 * on_circle(np.linspace(0, 2 * np.pi, sum(self.counts), endpoint=False)))
 
-    def observe(self, state):
-        return state[:, 1:]
-
     def outcome(self, state, next_state):
         return next_state[:, 1:3]
 
@@ -317,6 +309,7 @@ class AntGoal(Ant):
 class RandomParams(Mujoco):
     """Physical parameters drawn per task, hidden: each entry is multiplied by base ** params.
 
+    More than half of the entries have no effect on a planar body (inertias about other axes, the world's mass, ..).
     params are uniform in [-3, 3], drawn by Python's random.Random(seed) in the order of `randomized`
     (CORRO's files). mj_setConst is not called afterwards, as in the original environments.
     """
@@ -325,6 +318,7 @@ class RandomParams(Mujoco):
     noise = (0.005, "uniform")
     param_scale = 3.0
     dynamics_vary = True
+    measured = False
 
     def draw(self):
         size = sum(getattr(self.model, name).size for name, _ in self.randomized)
@@ -342,9 +336,6 @@ class RandomParams(Mujoco):
                 start += original.size
             models.append(model)
         return models
-
-    def observe(self, state):
-        return state[:, 1:]  # qpos and qvel, x included
 
 
 class HopperRandParams(RandomParams):
@@ -507,6 +498,14 @@ class AnyMDP(Family):
         for _ in range(self.horizon):
             value = earned + moves @ value
         return start @ value
+
+    def exact_returns(self, params):
+        """Mean returns of the uniform and of the optimal policy, [T] each, 100 apart."""
+        tables, tasks = self.tables, params[:, 0].astype(int)
+        start, moves, rewards = tables.start[tasks], tables.transitions[tasks], tables.rewards[tasks]
+        earned = (moves * rewards).sum(-1).mean(2)
+        uniform = np.array([self.expected_return(*task) for task in zip(start, moves.mean(2), earned)])
+        return uniform, uniform + 100
 
     def reset(self, rng, params):
         task, dice = params[:, 0].astype(int), rng.random((len(params), self.horizon + 1))
@@ -746,6 +745,7 @@ FILE_LAYOUT = {
     "ood_behavior_task": ("int32", ("V", "C")),
     "ood_distance": ("float64", ("V", "C")),
 }
+QUALITIES = ("mixed", "medium", "expert", "medium-expert", "random")
 MAY_BE_HALF = ("observations", "actions", "ood_observations", "ood_actions")  # float16, which are read as float32
 
 
@@ -788,8 +788,7 @@ class Dataset:
         self.ood_distance = arrays["ood_distance"]  # [V, C] from the test task to that task, -1 for the random policy
         self.train_tasks = torch.as_tensor(self.train_ids, device=device)  # [U]
         self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0: no episode
-        steps = torch.arange(self.family.horizon, device=device)
-        valid = steps < self.lengths[..., None]  # [T, N, H]
+        valid = self.recorded(self.lengths)  # [T, N, H]
         recorded = valid[self.train_ids].cpu().numpy()
         self.reward_spread = float(arrays["rewards"][self.train_ids][recorded].std(dtype=np.float64)) or 1.0
         seen = arrays["observations"][self.train_ids, :, :-1][recorded]  # [.., obs_dim]
@@ -807,7 +806,8 @@ class Dataset:
         returns = torch.as_tensor(self.episode_returns, device=device)[..., None].expand_as(valid)
         # the first counts[i] of row i are real, those of the task's best episodes before all others
         self.valid = returns.where(valid, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
-        self.min_episodes = int((self.lengths[self.train_ids] > 0).sum(1).min())  # of any training task
+        self.present = (arrays["lengths"] > 0).sum(1)  # [T] episodes per task; they lie first in their row
+        self.min_episodes = int(self.present[self.train_ids].min())  # of any training task
         returns = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
         self.behavior_return = float(returns.mean())  # mean over the training data
         self.return_spread = float(returns.std()) or 1.0  # a scale even where all returns are equal
@@ -815,6 +815,10 @@ class Dataset:
     def standardize(self, obs):
         """Observations of the simulation [.., obs_dim] -> as the networks see them, within +-OBS_LIMIT."""
         return ((obs - self.obs_mean) / self.obs_spread).clamp(-OBS_LIMIT, OBS_LIMIT)
+
+    def recorded(self, lengths):
+        """lengths [..] of episodes -> [.., H] bool: the steps that they have."""
+        return torch.arange(self.family.horizon, device=self.device) < lengths[..., None]
 
     def sample_tasks(self, count, generator):
         """Training tasks, uniform with replacement -> [count]."""
@@ -879,7 +883,10 @@ def load_dataset(env, path=None, device="cpu"):
     """Read and check datasets/{env}.npz (or path) -> Dataset on the device, also "auto". Whatever is wrong with the
     file ends the program with one line that names the remedy, before any training."""
     device, path = resolve_device(device), Path(path or f"datasets/{env}.npz")
-    make = f"python data_collect.py --env {env}" + ("" if path == Path(f"datasets/{env}.npz") else f" --out {path}")
+    quality = next((q for q in QUALITIES[1:] if path.stem == f"{env}-{q}"), None)
+    make = f"python data_collect.py --env {env}" + (f" --quality {quality}" if quality else "")
+    if path != Path("datasets", f"{env}-{quality}.npz" if quality else f"{env}.npz"):
+        make += f" --out {path}"
 
     def refuse(what):
         raise SystemExit(f"{path}: {what}. Remove it and make it anew: {make}")
@@ -979,8 +986,9 @@ def faults(family, arrays):
     if not (abs(arrays["ood_distance"] - foreign_distance(family, arrays)) < 1e-9).all():
         yield "ood_distance does not agree with task_params and ood_behavior_task"
     if (arrays["expert_returns"] <= arrays["random_returns"]).mean() > 0.5:
-        yield "for most tasks the expert is no better than the random policy: train the behavior policies longer"
-    least, most = (family.horizon * bound if bound else 0.0 for bound in family.reward_range)
+        remedy = "train the policies longer (--total-updates), without the .policies.pt beside it"
+        yield f"for most tasks the expert is no better than the random policy: {remedy}"
+    least, most = (family.horizon * bound for bound in family.reward_range)
     for key in ("random_returns", "expert_returns"):
         if not ((least <= arrays[key]) & (arrays[key] <= most)).all():
             yield f"{key} has a return that the family's reward does not allow"
@@ -1024,7 +1032,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     "eval/iid/normalized": 0 = random, 100 = expert, per task, then averaged, "eval/iid/return_task_07": ...,
     "eval/online/return_ep_1": ..., "eval/ood/normalized_near", "_middle", "_far": by the distance between the task and
     that of the policy which acted, thirds of the rows}"""
-    horizon, device, results = data.family.horizon, data.device, {}
+    device, results = data.device, {}
     for protocol in protocols:
         tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
         row_tasks, number = tasks.repeat(episodes), np.tile(np.arange(episodes), len(tasks))  # of each row
@@ -1037,14 +1045,13 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
             context, lengths = data.ood_episodes[row, column], data.ood_lengths[row, column]
             distance = data.ood_distance[row, column]
         elif protocol in ("iid", "train"):
-            present = (data.lengths[tasks] > 0).sum(1).cpu().numpy()  # episodes lie first in their row
-            orders = [np.random.default_rng(10_000 + task).permutation(n) for task, n in zip(tasks, present)]
+            orders = [np.random.default_rng(10_000 + task).permutation(data.present[task]) for task in tasks]
             pick = np.concatenate([np.resize(order, episodes) for order in orders])
             context, lengths = data.episodes[row_tasks, pick], data.lengths[row_tasks, pick]
         else:
             context = torch.zeros(len(row_tasks), 0, data.ctx_dim + 1, device=device)
             lengths = torch.zeros(len(row_tasks), dtype=torch.long, device=device)
-        mask = (torch.arange(context.shape[1], device=device) < lengths[:, None]).float()
+        mask = data.recorded(lengths)[:, : context.shape[1]].float()
         env = TaskEnv(data.family, data.task_params, row_tasks)
         own = protocol in ("online", "np_online")  # contexts of the agent's own
         reported = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1
@@ -1063,9 +1070,8 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
                 last = done | {"context": context[..., :-1], "mask": mask}
             if own:
                 results[f"eval/{protocol}/return_ep_{k + 1}"] = done["rewards"].sum(1, dtype=np.float64).mean()
-                steps = torch.as_tensor(done["lengths"], device=device)
                 context = torch.cat([context, transitions(done, device=device)], 1)
-                mask = torch.cat([mask, (torch.arange(horizon, device=device) < steps[:, None]).float()], 1)
+                mask = torch.cat([mask, data.recorded(torch.as_tensor(done["lengths"], device=device)).float()], 1)
         env.close()
         if trace is not None:
             trace.append(last)
@@ -1130,10 +1136,9 @@ def label_contexts(data, embed, tasks=None, limit=10):
     """Embed up to `limit` episodes per task, evenly over the recorded ones: embed(context [R, K, ctx_dim],
     mask [R, K]) -> z [R, z_dim]. -> z [R, z_dim] on the CPU, task of each row (list of int)."""
     tasks = np.concatenate([data.train_ids, data.test_ids]) if tasks is None else tasks
-    present = (data.lengths > 0).sum(1).cpu().numpy()
-    pairs = [(t, n) for t in tasks for n in np.unique(np.linspace(0, present[t] - 1, limit).round().astype(int))]
+    pairs = [(t, n) for t in tasks for n in np.unique(np.linspace(0, data.present[t] - 1, limit).round().astype(int))]
     task, episode = (torch.as_tensor([int(p[i]) for p in pairs], device=data.device) for i in (0, 1))
-    mask = torch.arange(data.family.horizon, device=data.device) < data.lengths[task, episode][:, None]
+    mask = data.recorded(data.lengths[task, episode])
     return embed(data.episodes[task, episode][..., :-1], mask.float()).cpu(), task.tolist()
 
 
@@ -1151,10 +1156,10 @@ def embedding_quality(data, embed):
     nearest = torch.as_tensor(data.train_ids)[torch.cdist(z[odd], centroids).argmin(1)]
     test_z, test_task = label_contexts(data, embed, data.test_ids)
     params = torch.as_tensor(data.task_params)
-    one = torch.ones(len(z), 1, dtype=torch.double)
-    probe = torch.linalg.lstsq(torch.cat([z, one], 1), params[task], driver="gelsd").solution
+    with_one = functools.partial(nn.functional.pad, pad=(0, 1), value=1.0)  # a column for the intercept
+    probe = torch.linalg.lstsq(with_one(z), params[task], driver="gelsd").solution
     target = params[test_task]
-    error = (torch.cat([test_z.double(), one[: len(test_z)].new_ones(len(test_z), 1)], 1) @ probe - target).pow(2).sum()
+    error = (with_one(test_z.double()) @ probe - target).pow(2).sum()
     quality = {
         "z/nearest_task_acc": (nearest == task[odd]).double().mean().item(),
         "z/probe_r2": (1 - error / (target - params[data.train_ids].mean(0)).pow(2).sum()).item(),
@@ -1168,7 +1173,7 @@ def unmeasurable(data):
     if data.min_episodes < 2:
         reasons["z/nearest_task_acc"] = "a training task has a single episode"
     if not data.family.measured:
-        reasons["z/probe_r2"] = "the tasks' parameters are names"
+        reasons["z/probe_r2"] = "the tasks' parameters are names, or without effect"
     elif (data.task_params[data.test_ids] == center).all():
         reasons["z/probe_r2"] = "the test tasks do not differ from the training tasks' mean"
     return reasons
@@ -1176,9 +1181,9 @@ def unmeasurable(data):
 
 def normalize(data, tasks, returns):
     """Returns [len(tasks)] -> the same on each task's own scale: 0 = random policy, 100 = expert; 0 where
-    the two are equal, so that the scale is empty."""
+    the expert is no better, so that there is no scale."""
     worst, best = data.random_returns[tasks], data.expert_returns[tasks]
-    return 100 * (returns - worst) / np.where(best == worst, np.inf, best - worst)
+    return 100 * (returns - worst) / np.where(best > worst, best - worst, np.inf)
 
 
 # ---- runs -------------------------------------------------------------------
@@ -1227,7 +1232,7 @@ def one_line_faults():
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        raise SystemExit("out of memory: choose smaller networks or batches (--width, --batch-size, --meta-batch)")
+        raise SystemExit("out of memory: choose smaller networks or batches (--width, --batch-size, .., see --help)")
 
 
 def give_up_output():
@@ -1250,11 +1255,12 @@ def note_signals(at_once=None):
             raise SystemExit(128 + number)
         noted.append(number)
 
-    previous = [signal.signal(number, note) for number in SIGNALS]
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup and `&` ignore some
+    previous = [signal.signal(number, note) for number in heard]
     try:
         yield noted
     finally:
-        for number, handler in zip(SIGNALS, previous):
+        for number, handler in zip(heard, previous):
             signal.signal(number, handler)
 
 
@@ -1928,7 +1934,7 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stopping
 @dataclass
 class Args:
     env: EnvName = "ant-dir"  # task family
-    quality: Literal["mixed", "medium", "expert", "medium-expert", "random"] = "mixed"
+    quality: Literal[QUALITIES] = "mixed"
     """which policies are rolled out: mixed = all phases of training from 10 % on; medium = the first phase
     halfway between random and expert, per task; expert = the last; medium-expert = 70 % and 30 %"""
     out: str | None = None
@@ -1991,13 +1997,27 @@ def collect(args):
             raise SystemExit(f"{made}: choose another --out or remove it")
         print(f"{path} is complete; nothing to do")
         return
+    one = empty_episodes(family, (1,))
+    size = sum(v.astype(family.kept_as).nbytes if k in MAY_BE_HALF else v.nbytes for k, v in one.items())
+    if size * len(params) * max(args.episodes, args.test_episodes) > 0.9 * MOST_BYTES:
+        raise SystemExit(f"--episodes {args.episodes}: the file would be too large to be read; choose fewer")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_save(path, lambda file: None)  # find out now, not in half an hour, whether we may write here
-        path.unlink()
+        probe = path.with_name(f"{path.name}~")
+        atomic_save(probe, lambda file: None)  # find out now, not in half an hour, whether we may write here
+        probe.unlink()
     except OSError as error:
         raise SystemExit(f"cannot write {path}: {error.strerror}; choose another --out")
+    with open(path.with_name(f"{args.env}.policies.lock"), "w") as lock:  # other qualities share the policies
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another process is collecting {args.env} in {path.parent}: wait for it")
+        make_dataset(family, params, train_ids, test_ids, args, path, settings, device)
 
+
+def make_dataset(family, params, train_ids, test_ids, args, path, settings, device):
+    """`collect` once all is checked: policies, those of an interrupted collection first, episodes, file."""
     groups = [np.arange(len(params))] if args.behavior == "shared" else [np.array([i]) for i in range(len(params))]
     if family.scripted:
         groups = []
@@ -2019,11 +2039,12 @@ def collect(args):
             label = args.env if args.behavior == "shared" else f"{args.env} task {task_ids[0]}"
             saved = policies["training"]
             snapshots = train_behavior(family, params, task_ids, args, device, saved, save, stopping, label)
-            if snapshots is None:
+            if snapshots is not None:
+                policies["finished"].append(snapshots)
+                save(None)
+            if stopping:
                 print(f"interrupted; progress is in {policies_path}, the same command continues")
                 raise SystemExit(128 + stopping[0])
-            policies["finished"].append(snapshots)
-            save(None)
     print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
     with note_signals(at_once=f"progress is in {policies_path}, the same command continues"):
         arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies["finished"], args, device)
@@ -2100,11 +2121,13 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
         env.close()
         return done
 
-    def returns(episodes, shape):
-        return episodes["rewards"].sum(1, dtype=np.float64).reshape(shape).mean(-1)
+    def returns(episodes):
+        return episodes["rewards"].sum(1, dtype=np.float64).reshape(len(tasks), -1).mean(1)
 
-    random_returns = returns(play(None, *[tasks.repeat(20)] * 2), (len(tasks), 20))
-    expert_returns = returns(play(PHASES - 1, *[tasks.repeat(10)] * 2, deterministic=True), (len(tasks), 10))
+    random_returns = returns(play(None, *[tasks.repeat(20)] * 2))
+    expert_returns = returns(play(PHASES - 1, *[tasks.repeat(10)] * 2, deterministic=True))
+    if family.scripted:  # known, and of so few episodes a rough guess
+        random_returns, expert_returns = family.exact_returns(params)
     test_only = np.setdiff1d(test_ids, train_ids)
     phase_of = choose_phases(args, len(tasks), test_only, random_returns, expert_returns, play)  # [T, N]
 

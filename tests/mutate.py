@@ -1429,8 +1429,8 @@ MUTANTS = {
         Mutant("the walker falls at 0.8 m", "state[:, 2] <= 0.5", "state[:, 2] <= 0.8"),
         Mutant(
             "velocity per simulator step",
-            "(next_state[:, 1:2] - state[:, 1:2]) / self.dt",
-            "(next_state[:, 1:2] - state[:, 1:2]) / self.timestep",
+            "(next_state[:, axes] - state[:, axes]) / self.dt",
+            "(next_state[:, axes] - state[:, axes]) / self.timestep",
         ),
         # simulation
         Mutant(
@@ -1651,19 +1651,45 @@ MUTANTS = {
             "context, lengths = (x[np.roll(row_tasks, episodes), pick] for x in (data.episodes, data.lengths))",
         ),
         Mutant("every episode gets the same context", "np.resize(order, episodes)", "order[:1].repeat(episodes)"),
-        Mutant("contexts repeat before all were used", ".permutation(n) for", ".integers(n, size=n) for"),
+        Mutant("an ignored signal is heard", "if signal.getsignal(number) != signal.SIG_IGN", "if True"),
+        Mutant("two collections at once", "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
         Mutant(
-            "contexts in the order of the file", "np.random.default_rng(10_000 + task).permutation(n)", "np.arange(n)"
+            "a signal after the last training is lost",
+            "            if stopping:\n",
+            "            if snapshots is None:\n",
+        ),
+        Mutant("files of any size are begun", "> 0.9 * MOST_BYTES", "> 9 * MOST_BYTES"),
+        Mutant("the remedy makes other data", 'f" --quality {quality}" if quality', 'f" --quality {quality}" if False'),
+        Mutant("an expert worse than random has a scale", "np.where(best > worst,", "np.where(best != worst,"),
+        Mutant(
+            "any-mdp: sampled returns",
+            "random_returns, expert_returns = family.exact_returns",
+            "_ = family.exact_returns",
+        ),
+        Mutant(
+            "any-mdp: the uniform policy's returns of the first action",
+            "(moves * rewards).sum(-1).mean(2)",
+            "(moves * rewards).sum(-1)[:, :, 0]",
+        ),
+        Mutant(
+            "contexts repeat before all were used",
+            ".permutation(data.present[task])",
+            ".integers(data.present[task], size=data.present[task])",
+        ),
+        Mutant(
+            "contexts in the order of the file",
+            "np.random.default_rng(10_000 + task).permutation(data.present[task])",
+            "np.arange(data.present[task])",
         ),
         Mutant(
             "all tasks have one order of contexts",
-            "np.random.default_rng(10_000 + task).permutation(n)",
-            "np.random.default_rng(10_000).permutation(n)",
+            "np.random.default_rng(10_000 + task).permutation",
+            "np.random.default_rng(10_000).permutation",
         ),
         Mutant(
             "other contexts at every call",
-            "np.random.default_rng(10_000 + task).permutation(n)",
-            "np.random.default_rng().permutation(n)",
+            "np.random.default_rng(10_000 + task).permutation",
+            "np.random.default_rng().permutation",
         ),
         Mutant(
             "rows of a task are not its own",
@@ -1724,8 +1750,8 @@ MUTANTS = {
         ),
         Mutant(
             "the contexts' mask is one step too long",
-            "(torch.arange(context.shape[1], device=device) < lengths[:, None])",
-            "(torch.arange(context.shape[1], device=device) <= lengths[:, None])",
+            "data.recorded(lengths)[:, : context",
+            "data.recorded(lengths + 1)[:, : context",
         ),
         Mutant("policies get raw observations", "return policy(data.standardize(obs), rew)", "return policy(obs, rew)"),
         Mutant("the tenth of the own episodes is reported", "if k < reported:", "if True:"),

@@ -1,5 +1,6 @@
 """The dataset file (collecting, interrupting, continuing, refusing damaged files), Dataset and evaluate."""
 
+import fcntl
 import copy
 import dataclasses
 import json
@@ -423,6 +424,57 @@ def test_first_signal_is_noted_and_the_second_ends_at_once(number):
     assert stop.value.code == 128 + number and signal.getsignal(number) is before
 
 
+def test_a_signal_that_was_ignored_when_the_program_began_stays_so():
+    """As nohup has it with SIGHUP, and a shell with SIGINT of programs in the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with dc.note_signals() as noted:
+            signal.raise_signal(signal.SIGHUP)
+            assert noted == []
+            signal.raise_signal(signal.SIGTERM)
+            assert noted == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("quality", ["mixed", "expert"])
+def test_one_process_collects_a_family_in_a_folder(tiny_path, quality):
+    """Two would write the policies over each other."""
+    args = dc.Args(env="point-robot", quality=quality, out=str(tiny_path.with_name("other.npz")), **TINY)
+    with open(tiny_path.with_name("point-robot.policies.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is collecting point-robot" in stop_message(dc.collect, args)
+    assert not tiny_path.with_name("other.npz").exists()
+
+
+def test_a_file_that_could_not_be_read_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(dc, "train_behavior", None)
+    one = 21 * 4 * 2 + 20 * 4 * (2 + 1)  # bytes of an episode at least: observations, actions, rewards
+    episodes = 2**32 // (100 * one)  # of 100 tasks
+    message = stop_message(
+        dc.collect, dc.Args(env="sparse-point-robot", episodes=episodes, out=str(tmp_path / "x.npz"))
+    )
+    assert message.startswith(f"--episodes {episodes}: the file would be too large") and not list(tmp_path.iterdir())
+
+
+def test_a_signal_after_the_last_training_counts(telltale, tmp_path, monkeypatch):
+    train_behavior = dc.train_behavior
+
+    def cut(family, params, task_ids, *rest):
+        signal.raise_signal(signal.SIGTERM)
+        return train_behavior(family, params, task_ids)
+
+    monkeypatch.setattr(dc, "train_behavior", cut)
+    args = dc.Args(**WINDY, out=str(tmp_path / "file.npz"))
+    with pytest.raises(SystemExit) as stop:
+        dc.collect(args)
+    assert stop.value.code == 128 + signal.SIGTERM and not (tmp_path / "file.npz").exists()
+    monkeypatch.setattr(dc, "train_behavior", None)  # the policies are kept
+    dc.collect(args)
+    assert (tmp_path / "file.npz").exists()
+
+
 def test_progress_of_a_kill_is_never_half_a_file(tmp_path):
     path = tmp_path / "x.bin"
     dc.atomic_save(path, lambda file: file.write(b"old"))
@@ -568,6 +620,10 @@ def test_missing_file_names_the_command_that_makes_it(tmp_path, monkeypatch):
     assert message == "datasets/point-robot.npz not found. Make it: python data_collect.py --env point-robot"
     message = stop_message(dc.load_dataset, "point-robot", "elsewhere/a.npz")
     assert "elsewhere/a.npz not found" in message and "--env point-robot --out elsewhere/a.npz" in message
+    message = stop_message(dc.load_dataset, "point-robot", "datasets/point-robot-medium-expert.npz")
+    assert message.endswith("Make it: python data_collect.py --env point-robot --quality medium-expert")
+    message = stop_message(dc.load_dataset, "point-robot", "elsewhere/point-robot-random.npz")
+    assert message.endswith("--quality random --out elsewhere/point-robot-random.npz")
 
 
 @pytest.mark.parametrize("kind", ["truncated", "directory", "other contents"])
@@ -1137,11 +1193,11 @@ def test_train_takes_ten_tasks_of_the_shipped_file_and_diverged_episodes_are_cou
     assert dc.evaluate(data, adapt, ("train",), episodes=1)["eval/train/diverged"] == 3
 
 
-def test_normalized_is_0_where_random_and_expert_are_equal(uneven):
+def test_normalized_is_0_where_the_expert_is_no_better_than_random(uneven):
     data = dataset_on_meta(uneven[0])
     data.random_returns, data.expert_returns = np.array([-20.0, -10, 3]), np.array([-5.0, -30, 3])
     scores = dc.normalize(data, np.array([2, 1, 0, 0, 0]), np.array([9.0, -20, -20, -5, -12.5]))
-    assert scores.tolist() == [0, 50, 0, 100, 50]
+    assert scores.tolist() == [0, 0, 0, 100, 50]
 
 
 @pytest.mark.parametrize("with_clone", [True, False])
