@@ -44,6 +44,7 @@ sys.path.insert(0, str(ROOT))
 import data_collect as dc  # noqa: E402
 
 SCRIPTS = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
+PROGRAMS = ["data_collect", *SCRIPTS]
 TINY = {"env": "point-robot", "train_tasks": 4, "test_tasks": 2, "total_updates": 200, "rows": 16, "width": 32}
 TINY |= {"updates_per_step": 10, "batch_size": 64, "episodes": 4, "test_episodes": 2, "ood_contexts": 2}
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 2, "log_every": 1, "eval_every": 1, "save_every": 1}
@@ -504,7 +505,8 @@ def random_words(name, rng):
         if key == "compile":  # would take a minute
             continue
         if key == "resume":
-            settings[flag] = [*runs, *[r + "/checkpoint.pt" for r in runs[:2]], *TEXTS][rng.integers(8 + len(TEXTS))]
+            values = [*runs, *[r + "/checkpoint.pt" for r in runs[:2]], *TEXTS]
+            settings[flag] = values[rng.integers(len(values))]
         elif bool in options:
             alone.append(flag if rng.random() < 0.5 else "--no" + flag[1:])
         elif float in options or int in options:
@@ -524,7 +526,7 @@ def random_words(name, rng):
 
 
 def arguments(case, rng):
-    name = ["data_collect", *SCRIPTS][case % 7]
+    name = PROGRAMS[case % len(PROGRAMS)]
     words = random_words(name, rng)
     shutil.rmtree(FOLDER / "new", ignore_errors=True)
     code, _, err = isolated(lambda: command(name, words), 10)
@@ -545,7 +547,7 @@ def continued(name):
 
 
 def checkpoints(case, rng):
-    name = SCRIPTS[case % 6]
+    name = SCRIPTS[case % len(SCRIPTS)]
     run_dir = shutil.copytree(trained(name), fresh("checkpoints") / "run")
     path, args_class = run_dir / "checkpoint.pt", importlib.import_module(name).Args
     whole = path.read_bytes()
@@ -635,7 +637,7 @@ def finish(name, folder):
 
 
 def kills(case, rng):
-    name, number, cold = ["data_collect", *SCRIPTS][case % 7], SIGNALS[rng.integers(4)], case % 10 == 9
+    name, number, cold = PROGRAMS[case % len(PROGRAMS)], SIGNALS[rng.integers(4)], case % 10 == 9
     _, seconds = straight(name)
     folder, when = fresh("kills"), ""
     try:
@@ -666,7 +668,7 @@ def kills(case, rng):
 
 
 def disk(case, rng):
-    name, kind = ["data_collect", *SCRIPTS][case % 7], ["full", "read-only", "pipe", "full output"][case // 7 % 4]
+    name, kind = PROGRAMS[case % len(PROGRAMS)], ["full", "read-only", "pipe", "full output"][case // len(PROGRAMS) % 4]
     folder = fresh("disk")
     mounted = kind in ("full", "read-only")
     size = int(2 ** rng.uniform(4, 10.5))  # KiB
@@ -697,7 +699,7 @@ def disk(case, rng):
     return ended
 
 
-PARTS = {datasets: 1000, policies: 200, arguments: 1000, checkpoints: 840, kills: 112, disk: 56}
+PARTS = {datasets: 1000, policies: 200, arguments: 1000, checkpoints: 840, kills: 176, disk: 88}
 
 
 def main():
