@@ -16,7 +16,7 @@ import importlib
 import io
 import json
 import re
-import subprocess
+import runpy
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -402,10 +402,13 @@ def write(path):
 
     def printed(match):
         script, *flags = match[1].split()
-        done = subprocess.run([sys.executable, HERE / script, *flags], cwd=HERE.parent, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{path}: {match[1]}: {done.stderr.strip()}")
-        return f"<!-- {match[1]} -->\n{done.stdout.strip()}\n<!-- end -->"
+        try:
+            with mock.patch("sys.argv", [script, *flags]), contextlib.redirect_stdout(io.StringIO()) as out:
+                with contextlib.chdir(HERE.parent):
+                    runpy.run_path(str(HERE / script), run_name="__main__")
+        except SystemExit as stopped:
+            raise SystemExit(f"{path}: {match[1]}: {stopped}")
+        return f"<!-- {match[1]} -->\n{out.getvalue().strip()}\n<!-- end -->"
 
     text = re.sub(r"<!-- (\w+\.py .*?) -->\n.*?<!-- end -->", printed, path.read_text(), flags=re.DOTALL)
     dc.atomic_save(path, lambda file: file.write(text.encode()))
