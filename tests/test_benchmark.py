@@ -200,6 +200,8 @@ def test_interquartile_mean_and_probability_of_improvement_vectors():
     second, first = np.array([[0.0, 2.0]]), np.array([[2.0, 0.0]])
     assert report.improvement(ours, theirs, second, one, first) == 1  # our second seed on the first task alone
     assert report.improvement(ours, theirs, first, one, first) == 0
+    both = [np.concatenate([second, first]), np.ones((2, 1)), np.concatenate([first, first])]
+    assert report.improvement(ours, theirs, *both).tolist() == [1, 0]
 
 
 def test_intervals_draw_seeds_in_each_table_and_tasks_in_each_family():
@@ -225,9 +227,10 @@ def test_intervals_draw_seeds_in_each_table_and_tasks_in_each_family():
     # of two families, one without any spread: half of the other's
     text = report.interval(report.interquartile_mean, [np.array([[0.0, 100.0]] * 8), np.array([[10.0]])], draws=500)
     assert text == "30 [5, 55]"
-    noise = np.random.default_rng(0).standard_normal((400, 1)) * 10 + 50
+    noise = np.random.default_rng(0).standard_normal((400, 1)) * 100 + 500
     mean, low, high = (float(x.strip("[],")) for x in report.interval(mean_of, [noise]).split())
-    assert mean == round(noise.mean()) and low == mean - 1 and high == mean + 1  # 1.96 * 10 / 20
+    assert mean == round(noise.mean())
+    assert (low, high) == pytest.approx((noise.mean() - 9.8, noise.mean() + 9.8), abs=1.5)  # 1.96 * 100 / 20
 
 
 def mean_of(table, seeds, tasks):
