@@ -202,6 +202,7 @@ def test_interquartile_mean_and_probability_of_improvement_vectors():
     assert report.improvement(ours, theirs, first, one, first) == 0
     both = [np.concatenate([second, first]), np.ones((2, 1)), np.concatenate([first, first])]
     assert report.improvement(ours, theirs, *both).tolist() == [1, 0]
+    assert report.improvement(theirs, ours, both[1], both[0], both[2]).tolist() == [0, 1]
 
 
 def test_intervals_draw_seeds_in_each_table_and_tasks_in_each_family():
