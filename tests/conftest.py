@@ -33,6 +33,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_are_heard():
+    """By the programs that tests start, too, where the tests themselves run under nohup or in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory):
     """point-robot, 9 tasks; lies next to its policies file."""
