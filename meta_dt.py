@@ -394,9 +394,8 @@ def update_world_model(agent, episodes, lengths, episode, step, args):
     return {
         "losses/world_model": loss.detach(),
         "stats/world_model_grad": norm,
-        "z/between_std": z.detach()
-        .std(0, correction=min(1, len(z) - 1))
-        .mean(),  # of single steps, mostly within tasks
+        # of single steps, most of it within tasks
+        "z/between_std": z.detach().std(0, correction=min(1, len(z) - 1)).mean(),
     }
 
 

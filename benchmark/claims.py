@@ -185,9 +185,8 @@ def by_part(script, agent, data, args):
     def adapt(context, mask, explore, other):
         return script.adapt(agent, torch.where(other, context.roll(away, 0), context), mask, explore)
 
-    results = [
-        dc.evaluate(data, partial(adapt, other=o), ("iid",), EPISODES) for o in (reward & False, reward, ~reward)
-    ]
+    others = (torch.zeros_like(reward), reward, ~reward)
+    results = [dc.evaluate(data, partial(adapt, other=other), ("iid",), EPISODES) for other in others]
     return [r["eval/iid/normalized"] for r in results]
 
 
