@@ -369,8 +369,7 @@ def explore_and_adapt(agent, data, args, episodes):
         returns = torch.as_tensor(found, dtype=torch.float32, device=device)
         better = (returns > best)[:, None]  # [R, 1], in the distribution of the data
         done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
-        steps = torch.as_tensor(done["lengths"], device=device)[:, None]
-        own = (torch.arange(data.family.horizon, device=device) < steps) * better
+        own = data.recorded(torch.as_tensor(done["lengths"], device=device)) * better
         before = torch.where(better & reference, 0.0, kept)  # the reference stage keeps its best episode alone
         context = torch.cat([context, dc.transitions(done, device=device)[..., :-1]], 1)
         kept = torch.cat([before, own.float()], 1)

@@ -159,7 +159,9 @@ def test_variants_are_paired_with_their_clone_and_with_the_full_method_by_seed(t
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eval/clone/return": clone}))
         path = path.with_name("metrics.csv")
         path.write_text(path.read_text().replace("q_error,3.0", f"q_error,{3 + seed}"))  # the last one
-    report.add(tmp_path / "runs", tmp_path)
+    write_run(tmp_path / "other", "flora", 0, [50.0, 50.0], quality="random")  # of that name, but of other data
+    for folder in ("runs", "other"):
+        report.add(tmp_path / folder, tmp_path)
     capsys.readouterr()
     claims.figure1(tmp_path, "point-robot", None)
     *_, full, plain, _ = capsys.readouterr().out.splitlines()
