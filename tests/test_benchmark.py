@@ -633,18 +633,19 @@ def test_a_run_is_missing_then_running_then_to_be_continued_then_finished(tiny_p
 def test_what_has_rows_in_a_results_file_is_not_missing(tiny_path, tmp_path, capsys, monkeypatch):
     line, _ = run_line(tmp_path, tiny_path, 3, 40)
     lists = tmp_path / "list.txt"
-    lists.write_text("\n".join([line, f"{line} --exp-name other", f"{line} --seed 4", f"{line} --total-updates 50"]))
+    others = ("--exp-name other", "--seed 4", "--seed 5", "--total-updates 50")
+    lists.write_text("\n".join([line, *(f"{line} {flag}" for flag in others)]))
     results = tmp_path / "results.csv"
     columns = ("env", "quality", "name", "seed", "updates", "cpu_s")
     rows = [("point-robot", "mixed", "focal", 3, 40, 7.5), ("point-robot", "mixed", "focal", 4, 40, "")]  # of old runs
-    rows += [("point-robot", "medium", "other", 3, 40, 7.5)]
+    rows += [("point-robot", "medium", "other", 3, 40, 7.5), ("ant-dir", "mixed", "focal", 5, 40, 7.5)]
     results.write_text("\n".join(",".join(map(str, cells)) for cells in (columns, *rows)))
     command = ["missing.py", str(lists), "--run-dir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*command, "--results", str(results)])
     missing.main()
     printed = capsys.readouterr()
-    left = [f"{line} {flag} --run-dir {tmp_path}" for flag in ("--exp-name other", "--total-updates 50")]
-    assert printed.out.splitlines() == left and printed.err.startswith("2 of 4 finished")
+    left = [f"{line} {flag} --run-dir {tmp_path}" for flag in ("--exp-name other", "--seed 5", "--total-updates 50")]
+    assert printed.out.splitlines() == left and printed.err.startswith("2 of 5 finished")
     for wrong in ([*command, "--results", "nix.csv"], ["missing.py", "nix.txt"], ["missing.py", str(results)]):
         monkeypatch.setattr("sys.argv", wrong)
         with pytest.raises(
