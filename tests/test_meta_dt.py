@@ -791,18 +791,20 @@ def resolved(monkeypatch, **changes):
 
 
 @pytest.mark.parametrize(
-    "env, loss, window, prompt_length, scale",
-    [("ant-dir", "reward", 20, 5, 500), ("point-robot-wind", "state", 20, 5, 10)]
-    + [("hopper-rand-params", "state", 8, 3, 500), ("point-robot", "reward", 20, 5, 10)],
+    "env, loss, window, prompt_length, scale, decay",
+    [("ant-dir", "reward", 20, 5, 500, 1e-4), ("point-robot-wind", "state", 20, 5, 10, 1e-4)]
+    + [("hopper-rand-params", "state", 8, 3, 500, 1e-4), ("point-robot", "reward", 20, 5, 10, 1e-4)]
+    + [("cheetah-vel", "reward", 20, 5, 500, 2), ("cheetah-dir", "reward", 20, 5, 500, 1e-4)],
 )
-def test_defaults_follow_the_family(env, loss, window, prompt_length, scale, monkeypatch):
+def test_defaults_follow_the_family(env, loss, window, prompt_length, scale, decay, monkeypatch):
     args = resolved(monkeypatch, env=env, total_updates=100)
     assert (args.world_model_loss, args.window, args.prompt_length) == (loss, window, prompt_length)
     assert (args.return_scale, args.world_model_updates, args.warmup_updates) == (scale, 100, 10)
+    assert args.weight_decay == decay  # 1e-4 is the official one
 
 
 def test_defaults_of_the_official_code():
-    official = {"context_horizon": 4, "z_dim": 16, "encoder_width": 128, "world_model_lr": 1e-3, "weight_decay": 1e-4}
+    official = {"context_horizon": 4, "z_dim": 16, "encoder_width": 128, "world_model_lr": 1e-3}
     official |= {"width": 128, "layers": 3, "heads": 1, "dropout": 0.1}
     ours = {"lr": 5e-4, "lr_decay": True, "prompt_dropout": 0.25, "prompt_select": "argmax", "meta_batch": 16}
     ours |= {
