@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from report import finished_runs, print_table, revisit
 
+import data_collect as dc
+
 COLUMNS = ("iid, to task", "random, to task", "ood, to task", "ood, to behavior")
 
 

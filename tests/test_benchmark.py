@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -21,8 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 import data_collect as dc
 
 sys.path.append(str(ROOT / "benchmark"))
-SCRIPTS = ("report", "claims", "look", "missing", "references")
-report, claims, look, missing, references = (importlib.import_module(name) for name in SCRIPTS)
+SCRIPTS = ("report", "claims", "look", "missing", "ood", "references")
+report, claims, look, missing, ood, references = (importlib.import_module(name) for name in SCRIPTS)
 
 
 def write_run(folder, name, seed, returns, quality="mixed", stamp="1"):
@@ -431,6 +432,45 @@ def test_drifting_tasks_and_their_contexts(tiny, own, monkeypatch):
         recorded = tiny.episodes[..., :-1]
         for row in range(len(since)):
             assert (recorded[tasks[100, row]] == context[row]).all((1, 2)).any()
+
+
+def test_cosines_to_the_task_and_to_who_acted():
+    """The first two entries of a context, but for those past its end, are a direction, on training tasks their own a
+    quarter turn further; z is their mean, moved by 3. So the probe has to move and to turn it back."""
+    angle = 2 * np.pi * torch.arange(8) / 8
+    unit = lambda turned: torch.stack([turned.cos(), turned.sin()], -1)  # noqa: E731
+    # test tasks 6 and 7: their own contexts show them 60 degrees off, then the random policy's, then two of tasks 1, 3
+    behavior = torch.tensor([[-1, 1, 3], [-1, 1, 3]])
+    shown = torch.where(behavior < 0, angle[6:, None] + np.pi / 2, angle[behavior])
+    steps, lengths = torch.arange(5), torch.tensor([2, 5, 3, 4, 1, 5, 5, 5]).expand(8, 8).clone()
+    lengths[6:, 5:] = 0  # fewer episodes of the test tasks
+
+    def contexts(turned, lengths):
+        rows = unit(turned + np.pi / 2)[..., None, :].expand(*turned.shape, 5, 2).clone()
+        rows[steps >= lengths[..., None]] = 1e3
+        return torch.cat([rows, torch.ones(*turned.shape, 5, 2)], -1)
+
+    own = angle[:, None].expand(8, 8).clone()
+    own[6:] += np.pi / 3
+    foreign = torch.tensor([[5, 2, 4], [3, 1, 5]])
+    data = SimpleNamespace(task_params=unit(angle).numpy(), train_ids=np.arange(6), test_ids=np.array([6, 7]))
+    data.episodes, data.lengths = contexts(own, lengths), lengths
+    data.ood_episodes, data.ood_lengths, data.ood_behavior_task = contexts(shown, foreign), foreign, behavior.numpy()
+
+    def embed(context, mask):
+        assert context.shape[1:] == (5, 3)
+        return 3 + (context[..., :2] * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    apart = [np.cos(2 * np.pi * (a - b) / 8) for a in (6, 7) for b in (1, 3)]
+    assert np.allclose(ood.cosines(embed, data), [0.5, 0, np.mean(apart), 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmark").glob("*.py")), ids=lambda path: path.stem)
+def test_every_program_starts(path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    assert "usage: " in f"{stop.value.code} {capsys.readouterr().out}"  # speed.py ends with that line
 
 
 def test_paths_are_those_of_the_adapted_policy(tiny):
