@@ -182,7 +182,8 @@ def side_names():
 
 
 def chosen(path, env, only, quality="mixed"):
-    """Rows of one family -> {experiment name: {seed: [rows]}}; without `only` those of SIDE_LISTS are left out."""
+    """Rows of one family, on data of that quality -> {experiment name: {seed: [rows]}}; without `only` those of
+    SIDE_LISTS are left out."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in read(path):
         wanted = row["name"] in only if only else row["name"] not in side_names()
@@ -427,6 +428,7 @@ def main():
     )
     parser.add_argument("--adaptation", type=Path, help="where to write the returns over own episodes (png)")
     parser.add_argument("--only", nargs="+", help="experiment names; by default all but ablations and variants")
+    parser.add_argument("--quality", default="mixed", help="of the data, for the tables of families")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
     parser.add_argument("--brief", action="store_true", help="normalized returns of four protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
@@ -440,14 +442,16 @@ def main():
             write(path)
         return None
     for env in args.env:
-        groups = chosen(args.files / "results.csv", env, args.only)
+        groups = chosen(args.files / "results.csv", env, args.only, args.quality)
         if not groups:
-            raise SystemExit(f"no row of {env} in {args.files / 'results.csv'}; make runs: see benchmark/README.md")
+            kept = args.files / "results.csv"
+            raise SystemExit(f"no row of {env}, {args.quality} data, in {kept}; make runs: see benchmark/README.md")
         print_brief(groups) if args.brief else print_tables(groups)
         if args.adaptation:
             draw_episodes(groups, env, args.adaptation)
         if args.figure:
-            draw(chosen(args.files / "curves.csv", env, args.only), dc.load_dataset(env), args.figure, args.over)
+            curves = chosen(args.files / "curves.csv", env, args.only, args.quality)
+            draw(curves, dc.load_dataset(env), args.figure, args.over)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,21 @@ def test_variants_are_shown_only_where_they_are_named(tmp_path):
     assert list(report.chosen(tmp_path / "results.csv", "point-robot", only)) == only
 
 
+def test_tables_are_of_one_quality_of_the_data(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "runs", "flora", 0, [-4.0, -6.0])
+    write_run(tmp_path / "runs", "flora", 1, [-7.0, -9.0], "medium")
+    report.add(tmp_path / "runs", tmp_path)
+    capsys.readouterr()
+    command = ["report.py", "--env", "point-robot", "--files", str(tmp_path), "--brief"]
+    for flags, normalized in (([], "50 "), (["--quality", "medium"], "51 ")):
+        monkeypatch.setattr("sys.argv", command + flags)
+        report.main()
+        assert capsys.readouterr().out.splitlines()[2].startswith(f"| flora | 1 | {normalized}")
+    monkeypatch.setattr("sys.argv", [*command, "--quality", "expert"])
+    with pytest.raises(SystemExit, match="no row of point-robot, expert data"):
+        report.main()
+
+
 def test_arms_and_variants_are_averaged_over_their_own_runs(tmp_path, capsys):
     for seed in range(2):
         write_run(tmp_path / "runs", "bandit-offline", seed, [-6.0, -2.0])
