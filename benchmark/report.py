@@ -200,8 +200,8 @@ def cell(rows, column, normalized=False, digits=0):
         return ""
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else rows[0].get(f"{column}_se")
     spread = f" ± {float(error):.{digits}f}" if error not in (None, "") else ""
-    brackets = f" ({np.mean([float(row['normalized']) for row in rows]):.0f})" if normalized else ""
-    return f"{values.mean():.{digits}f}{spread}{brackets}"
+    brackets = f" ({np.mean([float(row['normalized']) for row in rows]):z.0f})" if normalized else ""
+    return f"{values.mean():z.{digits}f}{spread}{brackets}"
 
 
 def print_table(header, rows):
@@ -327,6 +327,29 @@ def print_comparison(path, reference, envs, only):
     print_table(header, [[n, seeds[n], *sum((cells[n].get(p, blank) for p in protocols), [])] for n in sorted(cells)])
 
 
+def print_gains(path, reference, envs, only):
+    """What a method's normalized return has more than the reference's of the same seed, per family and protocol; in
+    IDAQ's protocol, which the reference does not have, more than the reference's after its own episodes (online)."""
+    protocols, table = ("iid", "ood", "ood_random", "online", "np_online", "idaq"), []
+    for env in envs:
+        groups = chosen(path, env, only and [*only, reference])
+        base = {}
+        for protocol in protocols:
+            rows = of(groups.get(reference, {}), "online" if protocol == "idaq" else protocol)
+            base |= {(protocol, row["seed"]): float(row["normalized"]) for row in rows}
+        if not base:
+            raise SystemExit(f"{reference}: no row of {env} in {path}; make runs: see benchmark/README.md")
+        for name, seeds in groups.items():
+            paired = [[row for row in of(seeds, p) if (p, row["seed"]) in base] for p in protocols]
+            gains = [
+                [{"gain": str(float(row["normalized"]) - base[p, row["seed"]])} for row in rows]
+                for p, rows in zip(protocols, paired)
+            ]
+            if name != reference and gains[0]:
+                table.append([env, name, str(len(gains[0])), *(cell(rows, "gain") for rows in gains)])
+    print_table(["family", f"more than {reference}", "seeds", *protocols], table)
+
+
 def pyplot():
     import matplotlib  # only pictures need it
 
@@ -430,6 +453,7 @@ def main():
     parser.add_argument("--only", nargs="+", help="experiment names; by default all but ablations and variants")
     parser.add_argument("--quality", default="mixed", help="of the data, for the tables of families")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
+    parser.add_argument("--gain", metavar="NAME", help="what all others have more than this experiment, seed by seed")
     parser.add_argument("--brief", action="store_true", help="normalized returns of four protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()
@@ -437,6 +461,8 @@ def main():
         return add(args.add, args.files)
     if args.compare:
         return print_comparison(args.files / "results.csv", args.compare, args.env, args.only)
+    if args.gain:
+        return print_gains(args.files / "results.csv", args.gain, args.env, args.only)
     if args.write:
         for path in args.write:
             write(path)

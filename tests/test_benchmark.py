@@ -151,6 +151,27 @@ def test_tables_are_of_one_quality_of_the_data(tmp_path, capsys, monkeypatch):
         report.main()
 
 
+def test_gains_are_paired_by_seed(tmp_path, capsys, monkeypatch):
+    rows = [("focal", 0, "iid", 50), ("focal", 1, "iid", 80), ("focal", 0, "online", 10), ("focal", 1, "online", 20)]
+    rows += [("idaq", 0, "iid", 50), ("idaq", 1, "iid", 84), ("idaq", 2, "iid", -999)]  # no reference of seed 2
+    rows += [("idaq", 0, "online", 9), ("idaq", 0, "idaq", 40), ("idaq", 1, "idaq", 80), ("csro", 1, "iid", 79.8)]
+    columns = dict.fromkeys(report.RESULTS, "") | {"env": "point-robot", "quality": "mixed"}
+    kept = [columns | dict(zip(("name", "seed", "protocol", "normalized"), map(str, row))) for row in rows]
+    report.merge(tmp_path / "results.csv", report.RESULTS, kept)
+    capsys.readouterr()
+    command = ["report.py", "--files", str(tmp_path), "--env", "point-robot", "--gain"]
+    monkeypatch.setattr("sys.argv", [*command, "focal"])
+    report.main()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert table[0] == ["family", "more than focal", "seeds", "iid", "ood", "ood_random", "online", "np_online", "idaq"]
+    csro = ["point-robot", "csro", "1", "0", "", "", "", "", ""]  # -0.2 is no minus
+    idaq = ["point-robot", "idaq", "2", "2 ± 2", "", "", "-1", "", "45 ± 15"]  # 0, 4; -1; 40 - 10, 80 - 20
+    assert sorted(row for row in table[2:] if row) == [csro, idaq]
+    monkeypatch.setattr("sys.argv", [*command, "macaw"])
+    with pytest.raises(SystemExit, match="macaw: no row of point-robot"):
+        report.main()
+
+
 def test_arms_and_variants_are_averaged_over_their_own_runs(tmp_path, capsys):
     for seed in range(2):
         write_run(tmp_path / "runs", "bandit-offline", seed, [-6.0, -2.0])
