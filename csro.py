@@ -32,6 +32,8 @@ Deviations from the paper and from the official code:
       (code: one step, a sample). pi_beta is fitted, with weight decay, to the best quarter of each task's data.
   D11 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
       (code: 0, for which no network was trained).
+  D12 In `np_online` one episode is random, then the mean of the policy acts, and each episode joins the context (code:
+      random in the first half of the steps, one to ten episodes, then samples; what is evaluated does not join).
 
 Run:     python csro.py --env ant-dir
 Ablate:  --club-weight 0 (FOCAL's encoder)

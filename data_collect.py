@@ -81,8 +81,9 @@ class Family:
         return params, np.arange(self.counts[0]), np.arange(self.counts[0], sum(self.counts))
 
     def split_interleaved(self, params):
-        """CSRO's rule: every fourth task is a test task, so that each lies between training tasks."""
-        test = np.arange(0, sum(self.counts), self.counts[0] // self.counts[1] + 1) + 2
+        """As CSRO has it: every fourth task or so is a test task, so that each lies between training tasks."""
+        step = self.counts[0] // self.counts[1] + 1
+        test = step // 2 + step * np.arange(self.counts[1])
         return params, np.setdiff1d(np.arange(sum(self.counts)), test), test
 
     def distance(self, params, others):
@@ -142,7 +143,8 @@ class PointRobot(Point):
 
 class SparsePointRobot(PointRobot):
     """Goals on the half circle, rewarded only within 0.2 m: from 0 at the rim to 1 at the goal. The behavior
-    policies are trained on the dense reward, as in the papers: a random walk hardly ever meets the goal."""
+    policies are trained on the dense reward, as in the papers: a random walk hardly ever meets the goal. The critics
+    of the methods learn from the sparse one, too (FOCAL's code: it is in the context alone)."""
 
     counts = (80, 20)
     reward_range = (0, 1)
@@ -891,6 +893,8 @@ def load_dataset(env, path=None, device="cpu"):
     def refuse(what):
         raise SystemExit(f"{path}: {what}. Remove it and make it anew: {make}")
 
+    if path.suffix != ".npz" or path.is_dir():
+        raise SystemExit(f"--dataset {path}: no dataset; give a file that data_collect.py made, its name ends in .npz")
     if not path.exists():
         raise SystemExit(f"{path} not found. Make it: {make}")
     if not path.is_file():
@@ -1333,6 +1337,11 @@ def read_saved(path, keys, device="cpu"):
     return saved
 
 
+def script_name(args_class):
+    """Of the script that defines the class of its arguments, without .py: a fork may have the same arguments."""
+    return Path(getattr(sys.modules[args_class.__module__], "__file__", "notebook")).stem
+
+
 def load_checkpoint(directory, args_class, device="cpu"):
     """Checkpoint of a run directory as a dict; one line if there is none of the script with these arguments."""
     path = Path(directory) / "checkpoint.pt"
@@ -1347,6 +1356,8 @@ def load_checkpoint(directory, args_class, device="cpu"):
             raise ValueError("damaged: arguments of a wrong type")
     except ValueError as fault:
         raise SystemExit(f"--resume {directory}: {path.name} is {fault}; start anew without --resume")
+    if (script := saved.get("script", "")) not in ("", script_name(args_class)):
+        raise SystemExit(f"--resume {directory}: a run of {short(script)}.py; give it to that script")
     return saved
 
 
@@ -1600,7 +1611,8 @@ class Run:
         """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
         self.writer.flush()  # what a resumed run builds on is on the disk, should this one be killed
         state = training_state(self.agent) | {"generator": self.generator.get_state(), "steps": self.steps}
-        state |= {"version": RUN_VERSION, "args": asdict(self.args), "data": self.data.header}
+        state |= {"version": RUN_VERSION, "script": script_name(type(self.args)), "args": asdict(self.args)}
+        state |= {"data": self.data.header}
         state |= {"rows": self.rows, "seconds": time.process_time() - self.born, "recorded": self.recorded}
         if all(p.isfinite().all() for p in self.agent.parameters()):
             atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
@@ -1608,7 +1620,7 @@ class Run:
     def finish(self):
         """-> dict: the last evaluation, run_dir, step, updates_per_sec, cpu_s (of all threads, resumed runs
         together); also in result.json. A signal ends the evaluation at once: the checkpoint is written already."""
-        again = f"python {Path(sys.argv[0]).name} --resume {self.dir}"
+        again = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
         if self.args.eval_only:
             with note_signals(f"evaluate with: {again} --eval-only"):
                 results = self.evaluate()

@@ -7,8 +7,8 @@ entropy of the behavior policy given z, which the encoder maximizes. That policy
 imitates its actions from (s, z, noise), and the entropy is that of a Gaussian with the covariance of a task's imitated
 actions. No gradient of reinforcement learning reaches z.
 
-Equations: [D], [G] losses of the GAN; [H] the entropy; the metric loss is that of focal.py. Equations and settings are
-the official code's; of the paper only the abstract was at hand.
+Equations: [D], [G] losses of the GAN; [H] the entropy; the metric loss is that of focal.py. Equations and the settings of
+GAN and entropy are the official code's; of the paper only the abstract was at hand.
 
 Deviations from the official code:
   D1  The GAN, too, takes z as a constant (code: its gradients in the encoder are dropped afterwards).
@@ -19,9 +19,9 @@ Deviations from the official code:
   D5  All losses of a step use the parameters from before the step, but for the GAN's: its steps come first, so that the
       entropy is that of actions which it has just learned to imitate.
   D6  The policy is the fitted behavior policy plus a learned shift of mean and log_std.
-  D7  Layer normalization in all networks on (transition, z), two hidden layers of one width in all networks (code:
-      three, discriminator two); the learning rate falls to 0 in the second half. No penalty on the policy's mean and
-      log_std.
+  D7  Layer normalization in all networks on (transition, z), two hidden layers in all networks (code: three,
+      discriminator two), the GAN as wide as the policy; the learning rate falls to 0 in the second half. No penalty on
+      the policy's mean and log_std.
   D8  Tasks with replacement (code: without, so that there is no positive pair and no attraction); a training context is
       drawn with replacement from one episode (code: transitions of the task). The encoder sees (s, a, r, s') in all
       families (code: s' only where the dynamics differ).

@@ -11,9 +11,10 @@ encoder, that of its own task (InfoNCE with a momentum encoder).
 Equations: [gate], [attention], [InfoNCE], [momentum].
 
 Deviations, where the summary says otherwise, and choices where it is silent:
-  D1  InfoNCE in place of FOCAL's metric loss (`--metric-weight`), of normalized embeddings, at temperature 0.1; the key
-      encoder's rate is that of a short training. Other contexts of a query's own task, which the batch holds where a
-      task was drawn twice, are no negatives. D2 to D10, batches and settings: focal.py's, with the primal divergence.
+  D1  InfoNCE in place of FOCAL's metric loss (`--metric-weight`), a mean over the tasks (summary: a sum), of normalized
+      embeddings, at temperature 0.1; the key encoder's rate is that of a short training. Other contexts of a query's
+      own task, which the batch holds where a task was drawn twice, are no negatives. D2 to D10, batches and settings:
+      focal.py's, with the primal divergence.
   D11 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
       (FOCAL: 0, for which no network was trained).
   D12 The gate weighs the embeddings after the attention (summary: two paths, added) by a softmax of values in (0, 1),

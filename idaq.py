@@ -336,8 +336,8 @@ def farthest(candidates, tried):
 
 def explore_and_adapt(agent, data, args, episodes):
     """The adaptation, `episodes` times on every test task, all as one batch -> {"eval/idaq/return_ep_1": mean return of
-    the first episode, .., "eval/idaq/return": of the last, "eval/idaq/return_se", "eval/idaq/normalized": as in
-    `dc.evaluate`}."""
+    the first episode, .., "eval/idaq/return": of the last, "eval/idaq/return_se", "eval/idaq/normalized",
+    "eval/idaq/diverged": as in `dc.evaluate`}."""
     tasks, device, results = data.test_ids.repeat(episodes), data.device, {}
     number = np.tile(np.arange(episodes), len(data.test_ids))  # of each row, among its task's
     generator = torch.Generator(device).manual_seed(0)
@@ -366,7 +366,8 @@ def explore_and_adapt(agent, data, args, episodes):
         results[f"eval/idaq/return_ep_{k + 1}"] = float(found.mean())
         if last:
             break
-        returns = torch.as_tensor(found, dtype=torch.float32, device=device)
+        earned = np.where(done["diverged"], -math.inf, found)  # what an episode that broke off earned says nothing
+        returns = torch.as_tensor(earned, dtype=torch.float32, device=device)
         better = (returns > best)[:, None]  # [R, 1], in the distribution of the data
         done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
         own = data.recorded(torch.as_tensor(done["lengths"], device=device)) * better
@@ -375,6 +376,8 @@ def explore_and_adapt(agent, data, args, episodes):
         kept = torch.cat([before, own.float()], 1)
         best, best_z = torch.maximum(best, returns), z if best_z is None else torch.where(better, z, best_z)
     env.close()
+    if done["diverged"].any():
+        results["eval/idaq/diverged"] = done["diverged"].sum()
     return results | dc.figures(data, "idaq", tasks, found)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import HERE, band, finished_runs, print_table, pyplot, read, revisit
+from report import HERE, band, finished_runs, picture, print_table, pyplot, read, revisit
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -278,7 +278,7 @@ def main():
     parser.add_argument("claim", choices=("figure1", "features", "bandit", "length", "parts", "drift"))
     parser.add_argument("--env", default="point-robot-wind")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
-    parser.add_argument("--figure", type=Path, help="where to write the figure (png)")
+    parser.add_argument("--figure", type=picture, help="where to write the figure (png)")
     parser.add_argument("--only", nargs="+", help="experiment names; by default all, of features flora alone")
     args = parser.parse_args()
     if args.claim == "figure1":

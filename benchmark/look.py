@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import pyplot, revisit
+from report import picture, pyplot, revisit
 
 import data_collect as dc
 
@@ -47,7 +47,7 @@ def colors_of(params):
 def draw_paths(axis, family, tasks, params, states):
     """Each task's path in the plane, and where it should lead: a goal, or a direction."""
     if not isinstance(family, (dc.Point, dc.Ant)):
-        raise SystemExit("--figure: only point robots and ants move in a plane; use --frames")
+        raise SystemExit("--figure: only point robots and ants move in a plane; use --frames (other robots) or --z")
     plane = states if isinstance(family, dc.Point) else states[..., 1:3]  # [B, H + 1, 2]
     size = np.linalg.norm(plane, axis=-1).max()
     for line, param, color in zip(plane, params, colors_of(params)):
@@ -86,7 +86,7 @@ def draw_frames(family, tasks, states, folder):
     import mujoco
 
     if not isinstance(family, dc.Mujoco):
-        raise SystemExit("--frames: point robots have no body; use --figure")
+        raise SystemExit("--frames: only MuJoCo's robots have a body; use --figure (point robots) or --z")
     try:
         renderer = mujoco.Renderer(family.model, 240, 320)
     except Exception as error:  # whatever its graphics library says
@@ -108,8 +108,8 @@ def draw_frames(family, tasks, states, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="finished runs")
-    parser.add_argument("--figure", type=Path, help="where to write the paths (png)")
-    parser.add_argument("--z", type=Path, help="where to write the embeddings (png)")
+    parser.add_argument("--figure", type=picture, help="where to write the paths (png)")
+    parser.add_argument("--z", type=picture, help="where to write the embeddings (png)")
     parser.add_argument("--frames", type=Path, help="folder for the pictures of the first run's robot (png)")
     parser.add_argument("--tasks", type=int, nargs="+", help="test tasks; by default all")
     args = parser.parse_args()

@@ -65,9 +65,12 @@ def recorded(rows, args):
 def state(line, run_dir, rows=()):
     """A line of a list -> "finished", "running", "begun" or "missing"; the command that makes or continues the run, or
     the CPU seconds of a finished one; (script, family). rows: of a results.csv, whose runs are finished too."""
-    _, script, *flags = shlex.split(line)
-    module = importlib.import_module(Path(script).stem)
-    args = tyro.cli(module.Args, args=flags)
+    try:
+        _, script, *flags = shlex.split(line)
+        module = importlib.import_module(Path(script).stem)
+        args = tyro.cli(module.Args, args=flags, prog=line)  # a wrong flag is reported with the line
+    except (ValueError, ImportError) as fault:
+        raise SystemExit(f"not a command of a list: {line} ({dc.short(fault)})")
     dc.fill_in(args, module.ENV_ARGS)  # a run made when another value was the default is another run
     kind = script, args.env
     if kept := recorded(rows, args):
@@ -119,6 +122,8 @@ def main():
             raise SystemExit(f"--line {args.line}: there are {len(lines)} lines")
         lines = lines[args.line - 1 : args.line]
     rows = list(csv.DictReader(args.results.open(newline=""))) if args.results else []
+    if args.results and not (rows and {"env", "quality", "name", "seed", "updates", "cpu_s"} <= rows[0].keys()):
+        raise SystemExit(f"{args.results}: not a results.csv of report.py --add")
     states = [state(line, args.run_dir, rows) for line in lines]
     for kind, command, _ in states:
         if kind in OPEN:

@@ -51,8 +51,8 @@ def cosines(embed, data):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
-    rows = []
-    for name, seeds in finished_runs(parser.parse_args().runs / "ant-dir").items():
+    folder, rows = parser.parse_args().runs / "ant-dir", []
+    for name, seeds in finished_runs(folder).items():
         if name.startswith("known-task"):  # references.py: no z of a context
             continue
         found = [
@@ -63,6 +63,8 @@ def main():
         if len(found) > 1:
             cells = [f"{cell} ± {spread:.2f}" for cell, spread in zip(cells, np.std(found, 0, ddof=1))]
         rows.append([name, str(len(found)), *cells])
+    if not rows:
+        raise SystemExit(f"no finished run for this in {folder}; make them: see benchmark/README.md")
     print_table(["cosine", "seeds", *COLUMNS], rows)
 
 

@@ -47,6 +47,8 @@ def known_tasks(env, path=None, device="cpu"):
     """The dataset with contexts [M, 1, ctx_dim] that hold the parameters of their task and nothing else, standardized
     over the training tasks: of speeds between 0 and 1 the networks see too little."""
     data = load_dataset(env, path, device)
+    if len(data.train_ids) < 2:
+        raise SystemExit("the true parameters are standardized over the training tasks: it takes two at least")
     params = torch.as_tensor(data.task_params, dtype=torch.float32, device=data.device)
     params = (params - params[data.train_ids].mean(0)) / params[data.train_ids].std(0)
     data.told = nn.functional.pad(params, (0, data.ctx_dim - params.shape[1]))[:, None]  # [T, 1, ctx_dim]

@@ -149,7 +149,18 @@ def add(folder, directory):
     runs = [d for env in sorted(folder.glob("*/")) for seeds in finished_runs(env).values() for d in seeds.values()]
     if not runs:
         raise SystemExit(f"no finished run below {folder}; make them: see benchmark/README.md")
-    both = [rows_of(run_dir) for run_dir in runs]
+    both = []
+    for run_dir in runs:
+        try:
+            both.append(rows_of(run_dir))
+        except (ValueError, KeyError) as fault:
+            raise SystemExit(f"{run_dir}: damaged ({dc.short(fault)}); move it away or finish it anew with --resume")
+    before = {tuple(row[k] for k in KEY): row["updates"] for row in read(directory / "results.csv")}
+    for run_dir, (rows, _) in zip(runs, both):
+        done = str(rows[0]["updates"])
+        if (old := before.get(tuple(str(rows[0][k]) for k in KEY), done)) != done:
+            what = f"has {done} updates, the run of that name and seed in results.csv {old}"
+            raise SystemExit(f"{run_dir}: {what}; give it an --exp-name of its own, or remove those rows first")
     for name, columns, part in (("results.csv", RESULTS, 0), ("curves.csv", CURVES, 1)):
         merge(directory / name, columns, [row for rows in both for row in rows[part]])
     print(f"{len(runs)} runs in {directory / 'results.csv'} and curves.csv")
@@ -351,7 +362,10 @@ def print_gains(path, reference, envs, only):
 
 
 def pyplot():
-    import matplotlib  # only pictures need it
+    try:
+        import matplotlib  # only pictures need it
+    except ImportError:
+        raise SystemExit("pictures need matplotlib: pip install -r benchmark/requirements.txt")
 
     matplotlib.use("Agg")
     import matplotlib.pyplot
@@ -434,8 +448,17 @@ def write(path):
             raise SystemExit(f"{path}: {match[1]}: {stopped}")
         return f"<!-- {match[1]} -->\n{out.getvalue().strip()}\n<!-- end -->"
 
+    if not path.is_file():
+        raise SystemExit(f"--write {path}: no such file")
     text = re.sub(r"<!-- (\w+\.py .*?) -->\n.*?<!-- end -->", printed, path.read_text(), flags=re.DOTALL)
     dc.atomic_save(path, lambda file: file.write(text.encode()))
+
+
+def picture(name):
+    """The type of an argument that names a picture."""
+    if not name.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{name}: the name must end in .png")
+    return Path(name)
 
 
 def main():
@@ -445,11 +468,11 @@ def main():
     )
     parser.add_argument("--env", nargs="+", default=["ant-dir"], help="task families")
     parser.add_argument("--files", type=Path, default=HERE, help="folder of results.csv and curves.csv")
-    parser.add_argument("--figure", type=Path, help="where to write the learning curves (png)")
+    parser.add_argument("--figure", type=picture, help="where to write the learning curves (png)")
     parser.add_argument(
         "--over", choices=("updates", "cpu_s"), default="updates", help="what --figure has on its x-axis"
     )
-    parser.add_argument("--adaptation", type=Path, help="where to write the returns over own episodes (png)")
+    parser.add_argument("--adaptation", type=picture, help="where to write the returns over own episodes (png)")
     parser.add_argument("--only", nargs="+", help="experiment names; by default all but ablations and variants")
     parser.add_argument("--quality", default="mixed", help="of the data, for the tables of families")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
@@ -457,6 +480,8 @@ def main():
     parser.add_argument("--brief", action="store_true", help="normalized returns of four protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()
+    if args.only and (unknown := set(args.only) - {row["name"] for row in read(args.files / "results.csv")}):
+        parser.error(f"--only {' '.join(sorted(unknown))}: no such name in {args.files / 'results.csv'}")
     if args.add:
         return add(args.add, args.files)
     if args.compare:

@@ -49,8 +49,11 @@ def run(script, flags, updates):
 
 
 def main():
+    usage = f"usage: python benchmark/speed.py {{{','.join(METHODS)}}} [flags of its script]"
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        return print(usage)
     if len(sys.argv) < 2 or sys.argv[1] not in METHODS:
-        raise SystemExit(f"usage: python benchmark/speed.py {{{','.join(METHODS)}}} [flags of its script]")
+        raise SystemExit(usage)
     torch.set_num_threads(1)
     name, *flags = sys.argv[1:]
     script, stamps = importlib.import_module(name), []

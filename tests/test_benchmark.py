@@ -142,8 +142,8 @@ def test_tables_are_of_one_quality_of_the_data(tmp_path, capsys, monkeypatch):
     report.add(tmp_path / "runs", tmp_path)
     capsys.readouterr()
     command = ["report.py", "--env", "point-robot", "--files", str(tmp_path), "--brief"]
-    for flags, normalized in (([], "50 "), (["--quality", "medium"], "51 ")):
-        monkeypatch.setattr("sys.argv", command + flags)
+    for more, normalized in (([], "50 "), (["--quality", "medium"], "51 ")):
+        monkeypatch.setattr("sys.argv", command + more)
         report.main()
         assert capsys.readouterr().out.splitlines()[2].startswith(f"| flora | 1 | {normalized}")
     monkeypatch.setattr("sys.argv", [*command, "--quality", "expert"])

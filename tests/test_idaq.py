@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import origin, stop_message
-from siblings import TASK_IDS, Sibling, slow_embedding, slow_metric, vectors
+from siblings import TASK_IDS, Sibling, slow_embedding, slow_metric, slow_policy, vectors
 
 import data_collect as dc
 import idaq
@@ -57,12 +57,17 @@ def test_adaptation_accepts_what_earns_more_and_plays_the_best_z_at_last(numbere
         """A real episode, with the returns above in place of the real ones."""
         done = rollout(env, policy, seeds, device)
         done["rewards"] = np.repeat(returns[:, len(played), None] / 20, 20, 1).astype(np.float32)
-        z = policy.__defaults__[0]
+        z, length = policy.__defaults__[0], 20 - len(played)
+        done["lengths"][:] = length  # episodes that end at different steps
         raw = torch.as_tensor(done["observations"])
         seen_obs = (raw - numbered.obs_mean) / numbered.obs_spread
         parts = (seen_obs[:, :-1], torch.as_tensor(done["actions"]), torch.as_tensor(done["rewards"])[..., None])
         rows = torch.cat([*parts, seen_obs[:, 1:]], -1)
-        played.append((env.task_ids.tolist(), list(seeds), z, rows))
+        with torch.no_grad():
+            own = [[torch.tanh(slow_policy(agent, o, z[r])[0].mean) for o in seen_obs[r, :3]] for r in range(len(z))]
+        own = torch.stack([torch.stack(acts) for acts in own])
+        torch.testing.assert_close(parts[1][:, :3], own, rtol=1e-4, atol=1e-5)
+        played.append((env.task_ids.tolist(), list(seeds), z, rows[:, :length]))
         return done
 
     monkeypatch.setattr(idaq, "farthest", spied)
@@ -106,6 +111,26 @@ def test_final_evaluation_alone_has_the_adaptation(numbered):
     found = idaq.evaluate_all(agent, numbered, args, dc.PROTOCOLS, 1)
     assert {f"eval/idaq/return_ep_{k}" for k in (1, 2, 3)} <= found.keys() and "eval/idaq/return_ep_4" not in found
     assert found["eval/idaq/return"] == found["eval/idaq/return_ep_3"]
+    assert found.items() >= idaq.explore_and_adapt(agent, numbered, args, 1).items()
+
+
+def test_episodes_that_diverged_are_not_believed(numbered, monkeypatch):
+    """In the first episode rows 0 and 1 break off at once, with the best return."""
+    agent, args = TestIDAQ().make_agent(numbered, adapt_episodes=4, reference_episodes=2, candidates=2, context_size=6)
+    agent, zs, rollout = agent.float(), [], dc.rollout
+
+    def broken(env, policy, seeds, device):
+        done = rollout(env, policy, seeds, device)
+        done["rewards"][:] = -1.0 - len(zs)
+        if len(zs) in (0, 3):
+            done["rewards"][:2], done["lengths"][:2], done["diverged"][:2] = 0.0, 1, True
+        zs.append(policy.__defaults__[0])
+        return done
+
+    monkeypatch.setattr(dc, "rollout", broken)
+    results = idaq.explore_and_adapt(agent, numbered, args, 1)
+    assert torch.equal(zs[3][:2], zs[1][:2]) and torch.equal(zs[3][2], zs[0][2])
+    assert results["eval/idaq/diverged"] == 2
 
 
 def test_reference_stage_must_leave_an_episode():
