@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import data_collect as dc
 import flora
+import focal
 
 SCRIPTS = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 40, "log_every": 10, "eval_every": 20}
@@ -130,6 +132,61 @@ def test_defaults_of_a_family_win_over_those_of_all_and_given_values_over_both(e
     assert (args.gamma, args.z_dim, args.reward_scale) == (gamma, z_dim, 4.0)
 
 
+@pytest.mark.parametrize("name", ["focal_pp", "csro", "er_trl", "idaq"])
+@pytest.mark.parametrize("env", dc.FAMILIES)
+def test_settings_of_focals_kin_are_focals(name, env):
+    script, found = importlib.import_module(name), []
+    for module in (focal, script):
+        args = module.Args(env=env)
+        dc.fill_in(args, module.ENV_ARGS)
+        found.append(asdict(args))
+    of_the_method = {"exp_name"} | ({"metric_weight"} if name == "focal_pp" else set())
+    shared = found[0].keys() & found[1].keys() - of_the_method
+    assert len(shared) > 30
+    assert {key: found[1][key] for key in shared} == {key: found[0][key] for key in shared}
+
+
+def test_idaq_trains_as_focal_does(straight):
+    """Bit for bit, its own protocol apart."""
+    texts = [(straight(name).run_dir / "metrics.csv").read_text().splitlines() for name in ("focal", "idaq")]
+    assert texts[0] == [line for line in texts[1] if "eval/idaq/" not in line]
+
+
+DEFAULTS = {  # of the methods' official codes, and our choices
+    "focal_pp": {"temperature": 0.1, "momentum": 0.99, "heads": 4, "nce_weight": 1, "metric_weight": 0},
+    "csro": {"guess_weight": 10, "metric_weight": 10},
+    "er_trl": {"gan_steps": 5, "gan_lr": 2e-4, "noise_dim": 20, "metric_weight": 10},
+    "idaq": {"adapt_episodes": 10, "reference_episodes": 5, "candidates": 5, "metric_weight": 10},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_of_the_method(name):
+    assert asdict(importlib.import_module(name).Args()).items() >= DEFAULTS[name].items()
+
+
+ABLATIONS = {  # those of the docstrings, and other zeros
+    "flora": "--num-flows 0 --alpha-min 0 --feature-dim 1 --metric-weight 0",
+    "focal_pp": "--no-gate --no-attention --nce-weight 0 --metric-weight 10 --momentum 0",
+    "csro": "--club-weight 0",
+    "er_trl": "--behavior-entropy-weight 0 --gan-steps 0",
+    "macaw": "--no-weight-transform --no-adv-head --first-order --no-terminal-bootstrap --inner-segment start",
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_are_no_mistakes(name, monkeypatch):
+    class Accepted(Exception):
+        pass
+
+    def accept(*_):
+        raise Accepted
+
+    monkeypatch.setattr(dc, "load_dataset", accept)
+    with pytest.raises(Accepted):
+        command(name, *ABLATIONS[name].split())
+
+
 @scripts
 def test_help_explains_every_argument(name, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -195,10 +252,21 @@ def test_smallest_batches_train(case, tiny_path, tmp_path):
 
 
 @every_script
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(case, straight, tiny_path, tmp_path):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(case, straight, tiny_path, tmp_path, monkeypatch):
+    first, starts = straight(case).run_dir, []
+
+    class Spy(dc.Run):
+        def __enter__(self):
+            starts.append((self.generator.initial_seed(), copy.deepcopy(self.agent.state_dict())))
+            return super().__enter__()
+
+    monkeypatch.setattr(dc, "Run", Spy)
     again, other = (run(case, tiny_path, tmp_path / str(seed), seed=seed)["run_dir"] for seed in (0, 1))
-    files = [(Path(run_dir) / "metrics.csv").read_bytes() for run_dir in (straight(case).run_dir, again, other)]
+    files = [(Path(run_dir) / "metrics.csv").read_bytes() for run_dir in (first, again, other)]
     assert files[0] == files[1] != files[2]
+    (seed, initial), (other_seed, other_initial) = starts
+    assert (seed, other_seed) == (0, 1)  # of the batches
+    assert not all(torch.equal(value, other_initial[name]) for name, value in initial.items())
 
 
 @pytest.mark.parametrize("decay", [True, False])
@@ -299,7 +367,7 @@ def test_ctrl_c_between_two_checkpoints_loses_no_update(case, after, straight, t
 def stop_program(case, tiny_path, folder, update, signal_number, **changes):
     """Start the script as a program and signal it when it reports `update`, of whatever phase
     -> exit code, stdout, stderr, run directory."""
-    settings = flags(SMALL | CASES[case][1] | {"dataset": str(tiny_path), "run_dir": "runs"} | changes)
+    settings = flags(SMALL | CASES[case][1] | {"dataset": str(tiny_path), "run_dir": "my runs"} | changes)
     process = start_script(folder, f"{CASES[case][0]}.py", *settings)
     stdout = ""
     for line in process.stdout:
@@ -307,7 +375,7 @@ def stop_program(case, tiny_path, folder, update, signal_number, **changes):
         if re.match(rf"\[\w+ +{update}/", line):
             process.send_signal(signal_number)
     stderr = process.stderr.read()
-    (run_dir,) = (folder / "runs").glob("*/*/*")
+    (run_dir,) = (folder / "my runs").glob("*/*/*")
     return process.wait(timeout=60), stdout, stderr, run_dir
 
 
@@ -319,7 +387,8 @@ def test_signal_saves_and_says_how_to_resume(name, number, tiny_path, tmp_path):
     code, stdout, stderr, run_dir = stop_program(name, tiny_path, tmp_path, 20, number, total_updates=3000)
     assert code == 128 + number and "Traceback" not in stderr
     (command,) = [line for line in stdout.splitlines() if "--resume" in line]
-    assert command.endswith(f"python {name}.py --resume {run_dir.relative_to(tmp_path)}")
+    again = ["python", str(ROOT / f"{name}.py"), "--resume", str(run_dir.relative_to(tmp_path))]
+    assert shlex.split(command.split("continue with: ")[1]) == again
     assert sum(load(run_dir)["steps"].values()) >= 20 and not (run_dir / "result.json").exists()
 
 
@@ -644,6 +713,17 @@ def test_resume_refuses_what_does_not_fit(case, straight, tmp_path):
     assert "damaged" in stop_message(lambda: resume(case, tmp_path))
 
 
+class ArgsOfAFork(flora.Args):
+    """The same arguments in another file."""
+
+
+def test_run_of_another_script_with_the_same_arguments_is_refused(straight):
+    run_dir = straight("flora").run_dir
+    message = stop_message(lambda: dc.stored_args(ArgsOfAFork, run_dir))
+    assert str(run_dir) in message and "flora.py" in message
+    assert dc.stored_args(flora.Args, run_dir).resume == str(run_dir)
+
+
 @pytest.mark.parametrize("flag, value", [("seed", 7), ("lr", 0.5), ("num_flows", 3), ("env", "cheetah-vel")])
 def test_resume_with_another_value_is_refused(flag, value, straight):
     run_dir = straight("flora").run_dir
@@ -765,6 +845,11 @@ def test_impossible_discount_is_refused_with_its_true_limits(tiny_path, tmp_path
 def test_value_beyond_its_limits_is_refused_and_the_limits_are_named(name, value, limits, tiny_path, tmp_path):
     message = stop_message(lambda: run("flora", tiny_path, tmp_path, **{name: value}))
     assert message == f"--{name.replace('_', '-')} {value}: must be {limits}"
+
+
+def test_momentum_beyond_one_is_refused(tiny_path, tmp_path):
+    message = stop_message(lambda: run("focal_pp", tiny_path, tmp_path, momentum=1.5))
+    assert message == "--momentum 1.5: must be at least 0 and at most 1"
 
 
 @pytest.mark.parametrize("changes", [{"n_step": 1, "anchor_share": 1.0}, {"n_step": 100, "behavior_decay": 0.0}])
