@@ -7,8 +7,8 @@ entropy of the behavior policy given z, which the encoder maximizes. That policy
 imitates its actions from (s, z, noise), and the entropy is that of a Gaussian with the covariance of a task's imitated
 actions. No gradient of reinforcement learning reaches z.
 
-Equations: [D], [G] losses of the GAN; [H] the entropy; the metric loss is that of focal.py. They and the settings of GAN
-and entropy are the official code's; of the paper only the abstract was at hand.
+Equations: [D], [G] losses of the GAN; [H] the entropy; the metric loss is that of focal.py. They and the settings of
+GAN and entropy are the official code's; of the paper only the abstract was at hand.
 
 Deviations from the official code:
   D1  The GAN, too, takes z as a constant (code: its gradients in the encoder are dropped afterwards).

@@ -481,7 +481,7 @@ def main():
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()
     if args.only and (unknown := set(args.only) - {row["name"] for row in read(args.files / "results.csv")}):
-        parser.error(f"--only {' '.join(sorted(unknown))}: no such name in {args.files / 'results.csv'}")
+        raise SystemExit(f"--only {' '.join(sorted(unknown))}: no such name in {args.files / 'results.csv'}")
     if args.add:
         return add(args.add, args.files)
     if args.compare:

@@ -336,7 +336,7 @@ def test_tables_in_a_file_are_made_anew_and_its_text_stays(tmp_path):
     assert sum(line.startswith("| flora | 1 | -4.00 ± 0.70 (50)") for line in lines) == 1
     assert lines.count("| flora | 1 | 50 |  |  |  |") == 1
     (tmp_path / "doc.md").write_text(text.replace("--only flora", "--only none"))
-    assert "no row" in stop_message(report.write, tmp_path / "doc.md")
+    assert "none: no such name" in stop_message(report.write, tmp_path / "doc.md")
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/RESULTS.md"])
@@ -768,3 +768,37 @@ def test_slurm_job_saves_queues_itself_anew_and_goes_on(tiny_path, tmp_path):
     assert start().wait(120) == 0 and list(folder.glob("seed*")) == [run_dir]
     assert json.loads((run_dir / "result.json").read_text())["step"] == 200
     assert start().wait(60) == 0  # nothing left to do
+
+
+def test_trial_of_another_length_replaces_no_run(tmp_path, capsys):
+    write_run(tmp_path / "runs", "flora", 0, [-4.0, -6.0])
+    report.add(tmp_path / "runs", tmp_path)
+    before = (tmp_path / "results.csv").read_bytes()
+    trial = write_run(tmp_path / "trial", "flora", 0, [-1.0, -1.0])
+    result = json.loads((trial / "result.json").read_text())
+    (trial / "result.json").write_text(json.dumps(result | {"step": 20}))
+    message = stop_message(report.add, tmp_path / "trial", tmp_path)
+    assert str(trial) in message and "20 updates" in message and "--exp-name" in message
+    (trial / "result.json").write_text("{")
+    assert f"{trial}: damaged" in stop_message(report.add, tmp_path / "trial", tmp_path)
+    assert (tmp_path / "results.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("report.py --figure curves.pdf", "must end in .png"),
+        ("report.py --write no_such_file.md", "no such file"),
+        ("report.py --only no-such-name", "no such name"),
+        ("ood.py --runs no_such_folder", "no finished run"),
+        ("missing.py LIST", "not a command of a list: python no_such.py"),
+        ("missing.py benchmark/ant-dir.txt --results README.md", "not a results.csv"),
+    ],
+)
+def test_mistakes_get_one_line(command, said, tmp_path):
+    (tmp_path / "list.txt").write_text("python no_such.py --env ant-dir\n")
+    program, *words = command.replace("LIST", str(tmp_path / "list.txt")).split()
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmark" / program, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
