@@ -188,7 +188,12 @@ def main():
     return int(any(BAD & set(counts) for counts in tally.values()))
 
 
+SEEDS = [  # what all scripts share
+    Mutant("one initialization for all seeds", "torch.manual_seed(args.seed)", "torch.manual_seed(0)"),
+    Mutant("the same batches for all seeds", "(data.device).manual_seed(args.seed)", "(data.device).manual_seed(0)"),
+]
 BACKBONE = [  # what focal.py, unicorn.py, corro.py and, but for the entropy, the siblings of focal.py share
+    *SEEDS,
     Mutant("the actor minimizes Q", "agent.brac_alpha * divergence - q_mean", "agent.brac_alpha * divergence + q_mean"),
     Mutant(
         "the target is the maximum of the twins",
@@ -271,6 +276,7 @@ OF_THE_ENTROPY |= {"entropy is a cost in the target", "no decay of the learning 
 
 MUTANTS = {
     "flora.py": [
+        *SEEDS,
         Mutant("the actor minimizes Q", "divergence - q.mean()", "divergence + q.mean()"),
         Mutant("the divergence is rewarded", "agent.brac_alpha * divergence - q", "-agent.brac_alpha * divergence - q"),
         Mutant("the policy's Q is the maximum of the twins", ".sum(-1).amin(0), psi", ".sum(-1).amax(0), psi"),
@@ -602,6 +608,12 @@ MUTANTS = {
             "(divergence - args.divergence_target)",
             "(args.divergence_target - divergence)",
         ),
+        Mutant("another default weight of the guess", "guess_weight: float = 10.0", "guess_weight: float = 1.0"),
+        Mutant(
+            "its ablation is refused",
+            'MAY_BE_ZERO = {"metric_weight", "club_weight"}',
+            'MAY_BE_ZERO = {"metric_weight"}',
+        ),
     ],
     "er_trl.py": [
         *WITHOUT_CONTEXT,
@@ -719,6 +731,9 @@ MUTANTS = {
             "(divergence - args.divergence_target)",
             "(args.divergence_target - divergence)",
         ),
+        Mutant("any momentum", "MAY_BE_ZERO, RANGES)", "MAY_BE_ZERO)"),
+        Mutant("another default temperature", "temperature: float = 0.1", "temperature: float = 1.0"),
+        Mutant("a gate of the wrong activation", "torch.sigmoid(self.widen(", "torch.tanh(self.widen("),
     ],
     "idaq.py": [
         *WITHOUT_CONTEXT,
@@ -774,6 +789,29 @@ MUTANTS = {
             "(divergence - args.divergence_target)",
             "(args.divergence_target - divergence)",
         ),
+        Mutant(
+            "the adaptation sees raw observations",
+            "agent.act(data.standardize(obs)[:, None], z)",
+            "agent.act(obs[:, None], z)",
+        ),
+        Mutant(
+            "pi_beta plays the adaptation",
+            "agent.act(data.standardize(obs)[:, None], z)",
+            "agent.act(data.standardize(obs)[:, None], z, True)",
+        ),
+        Mutant(
+            "what follows an own episode's end is context",
+            'data.recorded(torch.as_tensor(done["lengths"], device=device)) * better',
+            '(data.recorded(torch.as_tensor(done["lengths"], device=device)) | True) * better',
+        ),
+        Mutant(
+            "the adaptation plays fewer episodes",
+            "results |= explore_and_adapt(agent, data, args, episodes)",
+            "results |= explore_and_adapt(agent, data, args, args.eval_episodes)",
+        ),
+        Mutant("diverged episodes are believed", 'np.where(done["diverged"], -math.inf, found)', "found"),
+        Mutant("one reference episode by default", "reference_episodes: int = 5", "reference_episodes: int = 1"),
+        Mutant("a shorter horizon on MuJoCo than FOCAL's", "gamma=0.97", "gamma=0.9"),
     ],
     "unicorn.py": [
         *WITHOUT_CONTEXT,
@@ -971,6 +1009,7 @@ MUTANTS = {
         ),
     ],
     "macaw.py": [
+        *SEEDS,
         Mutant("the policy flees good actions", "return -masked_mean(self.weigh(", "return masked_mean(self.weigh("),
         Mutant(
             "the advantage is flipped",
@@ -1114,6 +1153,7 @@ MUTANTS = {
         ),
     ],
     "meta_dt.py": [
+        *SEEDS,
         Mutant("the return so far, not to go", "rew.flip(-1).cumsum(-1).flip(-1)", "rew.cumsum(-1)"),
         Mutant(
             "returns-to-go off by one", "rew.flip(-1).cumsum(-1).flip(-1)", "rew.flip(-1).cumsum(-1).flip(-1) - rew"
@@ -1306,6 +1346,7 @@ MUTANTS = {
         ),
     ],
     "data_collect.py": [
+        Mutant("runs of a fork are continued by the original", '("", script_name(args_class))', "(script,)"),
         Mutant("bodies are kept in single precision", "    kept_as = np.float16", "    kept_as = np.float32"),
         Mutant("points are kept in half precision", "    kept_as = np.float32", "    kept_as = np.float16"),
         Mutant("half precision is refused", 'if getattr(arrays.get(key), "dtype", None) == np.float16:', "if False:"),
@@ -1394,9 +1435,7 @@ MUTANTS = {
             "on_circle(np.linspace(0, np.pi, sum",
             "on_circle(np.linspace(0, 2 * np.pi, sum",
         ),
-        Mutant(
-            "another fourth of the tasks are the test tasks", "self.counts[1] + 1) + 2\n", "self.counts[1] + 1) + 1\n"
-        ),
+        Mutant("another fourth of the tasks are the test tasks", "test = step // 2 +", "test = step // 2 - 1 +"),
         Mutant("sparse rewards are negative far from the goal", "/ 0.2).clip(0)", "/ 0.2)"),
         Mutant(
             "behavior policies are trained on the sparse reward",
