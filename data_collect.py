@@ -893,7 +893,7 @@ def load_dataset(env, path=None, device="cpu"):
     def refuse(what):
         raise SystemExit(f"{path}: {what}. Remove it and make it anew: {make}")
 
-    if path.suffix != ".npz" or path.is_dir():
+    if path.suffix != ".npz":
         raise SystemExit(f"--dataset {path}: no dataset; give a file that data_collect.py made, its name ends in .npz")
     if not path.exists():
         raise SystemExit(f"{path} not found. Make it: {make}")

@@ -582,6 +582,12 @@ ARRAYS = {"header missing": {"rewards": np.zeros(3)}, "header no JSON": {"header
 ARRAYS |= {"header no text": {"header": np.zeros((2, 2))}, "header a list": {"header": np.array("[1, 2]")}}
 
 
+@pytest.mark.parametrize("name", ["datasets", "README.md", "no_such_file"])
+def test_what_is_named_like_no_dataset_is_not_to_be_removed(name):
+    message = stop_message(dc.load_dataset, "point-robot", ROOT / name)
+    assert str(ROOT / name) in message and ".npz" in message and "emove" not in message
+
+
 @pytest.mark.parametrize("kind", ["directory", "single array", "zip of nothing", *ARRAYS, *RAW])
 def test_file_of_another_kind_is_refused_in_one_line(tiny_path, tmp_path, kind):
     path = tmp_path / "file.npz"
