@@ -60,6 +60,14 @@ def test_sizes_of_the_family(name):
     assert 0.9 < abs(f.draw()[0] / f.param_scale).max() <= 1  # what the task-conditioned SAC sees
 
 
+@pytest.mark.parametrize("counts", [(30, 10), (10, 4), (5, 3), (20, 20), (3, 1)])
+def test_interleaved_split_has_the_sizes_asked_for(counts):
+    family = dc.Family()
+    family.counts = counts
+    _, train, test = family.split_interleaved(np.zeros((sum(counts), 1)))
+    assert (len(train), len(test)) == counts and sorted([*train, *test]) == list(range(sum(counts)))
+
+
 def test_corros_seeds_draw_directions_and_speeds():
     angles = np.arctan2(*dc.FAMILIES["ant-dir"].draw()[0].T[::-1]) % (2 * np.pi)
     np.testing.assert_allclose(angles[[0, 1, 2, 39]], [2.62, 2.739, 3.461, 2.562], atol=5e-4)
