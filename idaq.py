@@ -377,7 +377,7 @@ def explore_and_adapt(agent, data, args, episodes):
         best, best_z = torch.maximum(best, returns), z if best_z is None else torch.where(better, z, best_z)
     env.close()
     if done["diverged"].any():
-        results["eval/idaq/diverged"] = done["diverged"].sum()
+        results["eval/idaq/diverged"] = float(done["diverged"].sum())
     return results | dc.figures(data, "idaq", tasks, found)
 
 

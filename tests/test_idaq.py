@@ -1,6 +1,7 @@
 """idaq.py: its adaptation episode by episode; the rest as its siblings (siblings.py)."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_episodes_that_diverged_are_not_believed(numbered, monkeypatch):
     monkeypatch.setattr(dc, "rollout", broken)
     results = idaq.explore_and_adapt(agent, numbered, args, 1)
     assert torch.equal(zs[3][:2], zs[1][:2]) and torch.equal(zs[3][2], zs[0][2])
-    assert results["eval/idaq/diverged"] == 2
+    assert results["eval/idaq/diverged"] == 2 and json.dumps(results)  # it goes to result.json
 
 
 def test_reference_stage_must_leave_an_episode():
