@@ -119,6 +119,7 @@ def test_episodes_that_diverged_are_not_believed(numbered, monkeypatch):
     """In the first episode rows 0 and 1 break off at once, with the best return."""
     agent, args = TestIDAQ().make_agent(numbered, adapt_episodes=4, reference_episodes=2, candidates=2, context_size=6)
     agent, zs, rollout = agent.float(), [], dc.rollout
+    agent.encoder.net[0].weight.data[:, 4] /= 1000  # the rewards of `numbered` are large
 
     def broken(env, policy, seeds, device):
         done = rollout(env, policy, seeds, device)
@@ -130,6 +131,7 @@ def test_episodes_that_diverged_are_not_believed(numbered, monkeypatch):
 
     monkeypatch.setattr(dc, "rollout", broken)
     results = idaq.explore_and_adapt(agent, numbered, args, 1)
+    assert (zs[0] != zs[1]).any(1).all()
     assert torch.equal(zs[3][:2], zs[1][:2]) and torch.equal(zs[3][2], zs[0][2])
     assert results["eval/idaq/diverged"] == 2 and json.dumps(results)  # it goes to result.json
 
