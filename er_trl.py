@@ -32,6 +32,8 @@ Deviations from the official code:
       to all of it.
   D11 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
       (code: 0, for which no network was trained).
+  D12 Adam's first beta is 0.5 in the GAN (code: 0.9). With 0.9, in so few updates, its two networks chase each other and
+      the imitated actions, whose entropy is wanted, are unlike the data's.
 
 Run:     python er_trl.py --env ant-dir
 Ablate:  --behavior-entropy-weight 0 --gan-steps 0 (FOCAL's encoder)
@@ -92,6 +94,7 @@ class Args:
     """factor on the entropy of the imitated actions (lambda); None = ENV_ARGS"""
     gan_steps: int = 5  # steps of discriminator and generator per update
     gan_lr: float = 2e-4  # Adam's learning rate of both
+    gan_momentum: float = 0.5  # Adam's first beta of both; 0.9 = the official code's (D12)
     noise_dim: int = 20  # size of the generator's noise
     anchor_share: float | None = None
     """share of each task's transitions, those of its best episodes, that pi_beta is fitted to (D10); 1 = the paper's
@@ -118,7 +121,8 @@ ENV_ARGS = {  # for arguments left at None: all families, then what those change
     "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
     "cheetah": dict(behavior_entropy_weight=2.5),
 }
-MAY_BE_ZERO = {"metric_weight", "behavior_entropy_weight", "gan_steps"}
+MAY_BE_ZERO = {"metric_weight", "behavior_entropy_weight", "gan_steps", "gan_momentum"}
+RANGES = {"gan_momentum": (0, 0.999)}
 
 # ---- networks ---------------------------------------------------------------
 
@@ -266,10 +270,9 @@ class Agent(nn.Module):
         self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
         self.generator = Generator(obs_dim, act_dim, z_dim, args.noise_dim, width)
         self.discriminator = Critics(1, obs_dim, act_dim, z_dim, width)
-        self.generator_opt = torch.optim.Adam(self.generator.parameters(), torch.tensor(args.gan_lr), fused=True)
-        self.discriminator_opt = torch.optim.Adam(
-            self.discriminator.parameters(), torch.tensor(args.gan_lr), fused=True
-        )
+        adam = partial(torch.optim.Adam, betas=(args.gan_momentum, 0.999), fused=True)  # [ours: D12]
+        self.generator_opt = adam(self.generator.parameters(), torch.tensor(args.gan_lr))
+        self.discriminator_opt = adam(self.discriminator.parameters(), torch.tensor(args.gan_lr))
         self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
         # what is assumed without a context, set at every evaluation
         self.register_buffer("z_mean", torch.zeros(args.z_dim), persistent=False)
@@ -407,7 +410,7 @@ def evaluate_all(agent, data, args, protocols, episodes):
 
 def train(args):
     """Train and evaluate -> what dc.Run.finish returns."""
-    args = dc.resolve(args, ENV_ARGS, MAY_BE_ZERO)
+    args = dc.resolve(args, ENV_ARGS, MAY_BE_ZERO, RANGES)
     data = dc.load_dataset(args.env, args.dataset, args.device)
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)

@@ -659,6 +659,9 @@ MUTANTS = {
         Mutant("the generator's gradients add up", "    agent.generator_opt.zero_grad()\n", ""),
         Mutant("the discriminator's gradients add up", "    agent.discriminator_opt.zero_grad()\n", ""),
         Mutant("one step of the GAN", "range(args.gan_steps)", "range(1)"),
+        Mutant("the GAN's momentum ignored", "betas=(args.gan_momentum, 0.999), ", ""),
+        Mutant("another momentum of the GAN", "gan_momentum: float = 0.5", "gan_momentum: float = 0.9"),
+        Mutant("any momentum of the GAN", "MAY_BE_ZERO, RANGES)", "MAY_BE_ZERO)"),
         Mutant("the generator without noise", "torch.cat([obs, noise], -1)", "torch.cat([obs, 0 * noise], -1)"),
         Mutant("the tasks share their noise", "torch.randn(*obs.shape[:2], self", "torch.randn(1, obs.shape[1], self"),
         Mutant(

@@ -387,8 +387,9 @@ class Sibling:
         nets = [net for net, _ in self.own.values()]
         rest = [p for name, p in twin.named_parameters() if p.requires_grad and name.split(".")[0] not in nets]
         opts = {"opt": torch.optim.Adam(rest, args.lr)}
+        betas = getattr(args, "gan_momentum", 0.9), 0.999
         for name, (net, rate) in self.own.items():
-            opts[name] = torch.optim.Adam(getattr(twin, net).parameters(), getattr(args, rate))
+            opts[name] = torch.optim.Adam(getattr(twin, net).parameters(), getattr(args, rate), betas)
         for k in range(updates):
             contexts, rest = self.make_contexts(k), self.make_rest(k, args)
             with decaying(twin.behavior, args):

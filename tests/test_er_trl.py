@@ -1,6 +1,7 @@
 """er_trl.py: its GAN and the entropy that its encoder maximizes; the rest as its siblings (siblings.py)."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def slow_entropy(acts):
 class TestERTRL(Sibling):
     script = er_trl
     own = {"discriminator_opt": ("discriminator", "gan_lr"), "generator_opt": ("generator", "gan_lr")}
-    method = {"behavior_entropy_weight": 1.5, "gan_lr": 2**-6, "noise_dim": 2, "gan_steps": 2}
+    method = {"behavior_entropy_weight": 1.5, "gan_lr": 2**-6, "noise_dim": 2, "gan_steps": 2, "gan_momentum": 0.25}
 
     def slow_encoder(self, agent, opts, contexts, segment, args):
         (context,) = contexts
@@ -83,6 +84,23 @@ class TestERTRL(Sibling):
         metrics = er_trl.update(agent, *inputs, args)
         after = [p for net in (agent.generator, agent.discriminator) for p in net.parameters()]
         assert all(map(torch.equal, before, after)) and "losses/generator" not in metrics
+
+
+def test_gan_learns_to_imitate_the_actions_of_each_task():
+    """Where they lie and how widely. With a momentum of 0.9 their spread is a tenth of the data's."""
+    args = er_trl.Args(z_dim=3, gan_lr=1e-3, width=32, encoder_width=16, noise_dim=4, brac_alpha=1.0)
+    torch.manual_seed(0)
+    agent = er_trl.Agent(SimpleNamespace(obs_dim=3, act_dim=2, ctx_dim=9), args)
+    z, mean, spread = torch.eye(3)[:2], vectors((0.4, -0.4), (-0.4, 0)), vectors((0.1, 0.3), (0.3, 0.1))
+    draw = lambda size: (mean[:, None] + spread[:, None] * torch.randn(2, size, 2)).float()  # noqa: E731
+    for k in range(800):
+        for opt in (agent.generator_opt, agent.discriminator_opt):
+            dc.set_lr(opt, args.gan_lr * min(1, 2 - k / 400))
+        er_trl.update_gan(agent, torch.randn(2, 64, 3), draw(64), z)
+    with torch.no_grad():
+        fake = agent.generator(torch.randn(2, 500, 3), z).double()
+    np.testing.assert_allclose(fake.mean(1), mean, atol=0.25)
+    np.testing.assert_allclose(fake.std(1), spread, rtol=0.5)
 
 
 def test_every_imitated_action_has_noise_of_its_own():

@@ -155,7 +155,7 @@ def test_idaq_trains_as_focal_does(straight):
 DEFAULTS = {  # of the methods' official codes, and our choices
     "focal_pp": {"temperature": 0.1, "momentum": 0.99, "heads": 4, "nce_weight": 1, "metric_weight": 0},
     "csro": {"guess_weight": 10, "metric_weight": 10},
-    "er_trl": {"gan_steps": 5, "gan_lr": 2e-4, "noise_dim": 20, "metric_weight": 10},
+    "er_trl": {"gan_steps": 5, "gan_lr": 2e-4, "gan_momentum": 0.5, "noise_dim": 20, "metric_weight": 10},
     "idaq": {"adapt_episodes": 10, "reference_episodes": 5, "candidates": 5, "metric_weight": 10},
 }
 
@@ -169,7 +169,7 @@ ABLATIONS = {  # those of the docstrings, and other zeros
     "flora": "--num-flows 0 --alpha-min 0 --feature-dim 1 --metric-weight 0",
     "focal_pp": "--no-gate --no-attention --nce-weight 0 --metric-weight 10 --momentum 0",
     "csro": "--club-weight 0",
-    "er_trl": "--behavior-entropy-weight 0 --gan-steps 0",
+    "er_trl": "--behavior-entropy-weight 0 --gan-steps 0 --gan-momentum 0",
     "macaw": "--no-weight-transform --no-adv-head --first-order --no-terminal-bootstrap --inner-segment start",
 }
 
@@ -850,6 +850,8 @@ def test_value_beyond_its_limits_is_refused_and_the_limits_are_named(name, value
 def test_momentum_beyond_one_is_refused(tiny_path, tmp_path):
     message = stop_message(lambda: run("focal_pp", tiny_path, tmp_path, momentum=1.5))
     assert message == "--momentum 1.5: must be at least 0 and at most 1"
+    message = stop_message(lambda: run("er_trl", tiny_path, tmp_path, gan_momentum=1.0))
+    assert message == "--gan-momentum 1.0: must be at least 0 and at most 0.999"
 
 
 @pytest.mark.parametrize("changes", [{"n_step": 1, "anchor_share": 1.0}, {"n_step": 100, "behavior_decay": 0.0}])
