@@ -32,7 +32,7 @@ Deviations from the official code:
       to all of it.
   D11 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
       (code: 0, for which no network was trained).
-  D12 Adam's first beta is 0.5 in the GAN (code: 0.9). With 0.9, in so few updates, its two networks chase each other and
+  D12 Adam's first beta is 0.5 in the GAN (code: 0.9). With 0.9, in so few updates, its networks chase each other, and
       the imitated actions, whose entropy is wanted, are unlike the data's.
 
 Run:     python er_trl.py --env ant-dir
