@@ -229,7 +229,7 @@ def of(seeds, protocol):
 
 def print_brief(groups):
     """Normalized returns: 0 = random, 100 = expert."""
-    columns = ("iid", "clone", "ood", "online")
+    columns = ("iid", "clone", "ood", "online", "train")
     rows = [[n, str(len(seeds)), *(cell(of(seeds, p), "normalized") for p in columns)] for n, seeds in groups.items()]
     print_table(["normalized", "seeds", *columns], rows)
 
@@ -477,7 +477,7 @@ def main():
     parser.add_argument("--quality", default="mixed", help="of the data, for the tables of families")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
     parser.add_argument("--gain", metavar="NAME", help="what all others have more than this experiment, seed by seed")
-    parser.add_argument("--brief", action="store_true", help="normalized returns of four protocols only")
+    parser.add_argument("--brief", action="store_true", help="normalized returns of five protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()
     if args.only and (unknown := set(args.only) - {row["name"] for row in read(args.files / "results.csv")}):
