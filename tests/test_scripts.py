@@ -847,11 +847,12 @@ def test_value_beyond_its_limits_is_refused_and_the_limits_are_named(name, value
     assert message == f"--{name.replace('_', '-')} {value}: must be {limits}"
 
 
-def test_momentum_beyond_one_is_refused(tiny_path, tmp_path):
-    message = stop_message(lambda: run("focal_pp", tiny_path, tmp_path, momentum=1.5))
-    assert message == "--momentum 1.5: must be at least 0 and at most 1"
-    message = stop_message(lambda: run("er_trl", tiny_path, tmp_path, gan_momentum=1.0))
-    assert message == "--gan-momentum 1.0: must be at least 0 and at most 0.999"
+@pytest.mark.parametrize(
+    "name, flag, value, most", [("focal_pp", "momentum", 1.5, 1), ("er_trl", "gan_momentum", 1.0, 0.999)]
+)
+def test_momentum_beyond_its_limit_is_refused(name, flag, value, most, tiny_path, tmp_path):
+    message = stop_message(lambda: run(name, tiny_path, tmp_path, **{flag: value}))
+    assert message == f"--{flag.replace('_', '-')} {value}: must be at least 0 and at most {most}"
 
 
 @pytest.mark.parametrize("changes", [{"n_step": 1, "anchor_share": 1.0}, {"n_step": 100, "behavior_decay": 0.0}])
