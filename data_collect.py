@@ -1160,10 +1160,10 @@ def embedding_quality(data, embed):
     nearest = torch.as_tensor(data.train_ids)[torch.cdist(z[odd], centroids).argmin(1)]
     test_z, test_task = label_contexts(data, embed, data.test_ids)
     params = torch.as_tensor(data.task_params)
-    with_one = functools.partial(nn.functional.pad, pad=(0, 1), value=1.0)  # a column for the intercept
-    probe = torch.linalg.lstsq(with_one(z), params[task], driver="gelsd").solution
-    target = params[test_task]
-    error = (with_one(test_z.double()) @ probe - target).pow(2).sum()
+    target, center, mean = params[test_task], z.mean(0), params[task].mean(0)
+    # rcond: nothing is read from where z hardly varies over the training tasks, as in a dimension that is saturated
+    probe = torch.linalg.lstsq(z - center, params[task] - mean, rcond=1e-3, driver="gelsd").solution
+    error = ((test_z.double() - center) @ probe + mean - target).pow(2).sum()
     quality = {
         "z/nearest_task_acc": (nearest == task[odd]).double().mean().item(),
         "z/probe_r2": (1 - error / (target - params[data.train_ids].mean(0)).pow(2).sum()).item(),

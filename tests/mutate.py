@@ -1879,6 +1879,8 @@ MUTANTS = {
             "label_contexts(data, embed, data.test_ids)",
             "label_contexts(data, embed, data.train_ids)",
         ),
+        Mutant("the probe reads saturated dimensions", "rcond=1e-3, driver", "driver"),
+        Mutant("the probe without intercept", "@ probe + mean - target", "@ probe - target"),
         # runs
         Mutant(
             "the learning rate falls from the start",

@@ -1312,6 +1312,22 @@ def test_embedding_quality_is_that_of_nearest_centroids_and_of_a_linear_probe(un
     assert quality["z/probe_r2"] == pytest.approx(1 - error / around, abs=1e-4)
 
 
+def test_probe_reads_nothing_from_a_saturated_dimension(uneven):
+    """Of z's three dimensions two are the task's parameters, with noise; the third is 1 but for some noise that goes
+    with theirs, and in test tasks 0."""
+    data, _ = uneven
+    params = torch.as_tensor(data.task_params, dtype=torch.float32)
+    noise = torch.randn(len(params), 4, generator=torch.Generator().manual_seed(0))
+
+    def embed(context, mask):
+        task, episode, _ = origin(context[:, 0, 4])
+        own = noise[task, episode, None]
+        saturated = torch.where(torch.as_tensor(task)[:, None] < 6, 1 + 1e-5 * own, 0.0)
+        return torch.cat([params[task] + 0.01 * own, saturated], 1)
+
+    assert dc.embedding_quality(data, embed)["z/probe_r2"] > 0.9
+
+
 def test_constant_embedding_has_a_poor_quality(tiny):
     quality = dc.embedding_quality(tiny, lambda context, mask: torch.zeros(len(context), 2))
     assert quality == {"z/nearest_task_acc": pytest.approx(1 / 6), "z/probe_r2": pytest.approx(0, abs=1e-5)}
