@@ -87,8 +87,8 @@ class TestERTRL(Sibling):
 
 
 def test_gan_learns_to_imitate_the_actions_of_each_task():
-    """Where they lie and how widely, in the middle one of three seeds. With a momentum of 0.9 their spread is a fifth
-    of the data's where it is a half at least with the default."""
+    """Where they lie and how widely, in the middle one of three seeds. With a momentum of 0.9 their spread is an
+    eighth of the data's in one dimension, with the default no less than a half."""
     args = er_trl.Args(z_dim=3, gan_lr=1e-3, width=32, encoder_width=16, noise_dim=4, brac_alpha=1.0)
     z, mean, spread = torch.eye(3)[:2], vectors((0.4, -0.4), (-0.4, 0)), vectors((0.1, 0.3), (0.3, 0.1))
     draw = lambda size: (mean[:, None] + spread[:, None] * torch.randn(2, size, 2)).float()  # noqa: E731
