@@ -28,6 +28,8 @@ class Args(focal.Args):
     exp_name: str = "known-task"
 
     def __post_init__(self):
+        if dc.FAMILIES[self.env].scripted:
+            raise SystemExit(f"of {self.env}'s tasks there is nothing but a number to tell; see benchmark/tabular.py")
         self.z_dim = dc.FAMILIES[self.env].draw()[0].shape[1]  # of the true parameters
 
 

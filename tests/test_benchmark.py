@@ -21,8 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 import data_collect as dc
 
 sys.path.append(str(ROOT / "benchmark"))
-SCRIPTS = ("report", "claims", "look", "missing", "ood", "references")
-report, claims, look, missing, ood, references = (importlib.import_module(name) for name in SCRIPTS)
+SCRIPTS = ("report", "claims", "look", "missing", "ood", "references", "tabular")
+report, claims, look, missing, ood, references, tabular = (importlib.import_module(name) for name in SCRIPTS)
 
 
 def write_run(folder, name, seed, returns, quality="mixed", stamp="1"):
@@ -664,6 +664,61 @@ def test_the_reference_trains_and_counts_as_a_run_of_a_list(tiny_path, tmp_path)
     (run_dir,) = (tmp_path / "point-robot" / "known-task").iterdir()
     assert json.loads((run_dir / "args.json").read_text())["args"]["z_dim"] == 2
     assert missing.state(line, str(tmp_path))[0] == "finished"
+
+
+def test_no_reference_where_the_parameters_only_number_the_tasks(tmp_path):
+    code, _, error = run_script(tmp_path, "benchmark/references.py", "--env", "any-mdp")
+    assert code == 1 and "tabular.py" in error and error.count("\n") == 1
+
+
+def transition(state, act, rew, next_state):
+    """A row of a context of any-mdp; the action's vector is as the behavior's, its entry above all others."""
+    return np.concatenate([np.eye(16)[state], np.eye(5)[act] - 0.7, [rew], np.eye(16)[next_state]])
+
+
+def test_the_counted_model_weighs_what_the_context_shows():
+    """From state 0, action 1 earns 1 and returns by way of state 1, action 0 earns 3 on average and leads, now and then,
+    where nothing goes on; from state 5 an action of two loses, by less than an unknown one would."""
+    rows = [transition(0, 1, 1.0, 1), transition(1, 2, 1.0, 0), transition(5, 4, -2.0, 6)]
+    rows += [transition(0, 0, 1.0, 7), transition(0, 0, 5.0, 7), transition(7, 3, 0.5, 8), transition(0, 0, 3.0, 8)]
+    rows += [transition(0, 1, 90.0, 1)]  # behind the mask
+    context = torch.tensor(np.stack([rows, rows[::-1]]), dtype=torch.float32)
+    mask = torch.tensor([[1.0] * 7 + [0.0], [0.0] + [1.0] * 7])
+    q = tabular.plan(*tabular.count(context, mask))
+    forever = (1 - 0.99**300) / (1 - 0.99)
+    known = {(0, 1): forever, (1, 2): forever, (5, 4): -2.0, (7, 3): 0.5, (0, 0): 3 + 0.99 * 2 / 3 * 0.5}
+    for row in range(2):
+        for state in range(16):
+            for act in range(5):
+                # the last of 300 steps may well lead where nothing goes on
+                assert q[row, state, act] == pytest.approx(known.get((state, act), -100), rel=2e-3)
+    policy, explore = tabular.adapt(context, mask), tabular.adapt(context, mask, True)
+    for state, act in ((0, 1), (1, 2), (5, 4), (7, 3)):
+        obs = torch.eye(16)[[state, state]]
+        assert policy(obs, None).argmax(-1).tolist() == [act, act] and policy(obs, None).shape == (2, 5)
+        untried = {2, 3, 4} if state == 0 else set(range(5)) - {act}
+        for own in zip(*(explore(obs, None).argmax(-1).tolist() for _ in untried)):  # of each row
+            assert set(own) == untried
+    chosen = {tuple(policy(torch.eye(16)[[k, k]], None).argmax(-1).tolist()) for k in range(8, 16)}
+    assert len(chosen) > 3  # of unknown actions any
+
+
+def test_the_counted_model_finds_its_way_in_tasks_it_has_never_seen(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "any-mdp.npz"
+    dc.collect(dc.Args(env="any-mdp", out=str(path), train_tasks=3, test_tasks=20, episodes=20, test_episodes=4))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["tabular.py", "--dataset", str(path), "--episodes", "4"])
+    tabular.main()
+    out = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line]
+    assert [len(line) for line in lines] == [8] * 3 + [11] * 3
+    score = {name: [float(x) for x in cell.split(" ± ")] for name, cell in zip(lines[0][1:], lines[2][1:])}
+    assert score["iid"][0] > 35 and score["online"][0] > 15 and score["np_online"][0] > 15
+    assert score["iid"][0] > score["ood_random"][0] > 10 > score["zero_shot"][0] and 2 < score["iid"][1] < 15
+    own = [float(x) for x in lines[5][1:]]
+    assert own[9] > own[0] + 20
+    code, _, error = run_script(tmp_path, "benchmark/tabular.py", "--dataset", str(path), "--episodes", "0")
+    assert code == 2 and "--episodes" in error
 
 
 # ---- lists of runs ------------------------------------------------------------------------
