@@ -1,10 +1,10 @@
 """Reference for any-mdp: what the context tells of the task, used as well as counting can. Nothing is trained.
 
 Run:  python benchmark/tabular.py [--dataset datasets/any-mdp-16.npz] [--episodes 10]
-The context's transitions are counted to a model of the task, and the best actions in it are computed. An action that was
-never taken in a state counts as bad; an exploring episode takes, state by state, the one least taken. No other task is
-needed for that, so a method that reads its contexts should have as much. Prints normalized returns, mean and standard
-error over tasks, and the return of one own episode after the other.
+The context's transitions are counted to a model of the task, and the best actions in it are computed. An action that
+was never taken in a state counts as bad; an exploring episode takes, state by state, the one least taken. No other task
+is needed for that, so a method that reads its contexts should have as much. Prints normalized returns, mean and
+standard error over tasks, and the return of one own episode after the other.
 """
 
 import argparse

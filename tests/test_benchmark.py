@@ -677,8 +677,8 @@ def transition(state, act, rew, next_state):
 
 
 def test_the_counted_model_weighs_what_the_context_shows():
-    """From state 0, action 1 earns 1 and returns by way of state 1, action 0 earns 3 on average and leads, now and then,
-    where nothing goes on; from state 5 an action of two loses, by less than an unknown one would."""
+    """From state 0, action 1 earns 1 and returns by way of state 1; action 0 earns 3 on average, once, and leads where
+    nothing goes on; from state 5 the one known action loses, but less than an unknown one counts."""
     rows = [transition(0, 1, 1.0, 1), transition(1, 2, 1.0, 0), transition(5, 4, -2.0, 6)]
     rows += [transition(0, 0, 1.0, 7), transition(0, 0, 5.0, 7), transition(7, 3, 0.5, 8), transition(0, 0, 3.0, 8)]
     rows += [transition(0, 1, 90.0, 1)]  # behind the mask
