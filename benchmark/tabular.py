@@ -88,4 +88,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with dc.one_line_faults():
+        main()
