@@ -21,8 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 import data_collect as dc
 
 sys.path.append(str(ROOT / "benchmark"))
-SCRIPTS = ("report", "claims", "look", "missing", "ood", "references", "tabular")
-report, claims, look, missing, ood, references, tabular = (importlib.import_module(name) for name in SCRIPTS)
+SCRIPTS = ("report", "claims", "look", "missing", "ood", "references", "speed", "tabular")
+report, claims, look, missing, ood, references, speed, tabular = (importlib.import_module(name) for name in SCRIPTS)
 
 
 def write_run(folder, name, seed, returns, quality="mixed", stamp="1"):
@@ -624,6 +624,34 @@ def test_the_expert_is_inside_the_picture(expert, tmp_path, monkeypatch):
     assert float((tmp_path / "top").read_text()) == pytest.approx(expert + 1)
 
 
+def test_pictures_without_matplotlib_name_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install -r benchmark/requirements.txt" in stop_message(report.pyplot)
+
+
+# ---- cost of an update -------------------------------------------------------------------
+
+
+def test_arithmetic_and_operations_are_counted():
+    with speed.Counter() as counter:
+        (torch.ones(8, 16) @ torch.ones(16, 4)).relu().add_(1)
+    assert counter.flops == 2 * 8 * 16 * 4 and counter.operations == 2 + 3  # two tensors of ones, three operations
+
+
+def test_speed_prints_the_row_of_a_method(tiny_path, tmp_path):
+    code, out, _ = run_script(tmp_path, "benchmark/speed.py", "--help")
+    assert code == 0 and "meta_dt" in out
+    code, _, error = run_script(tmp_path, "benchmark/speed.py", "sac")
+    assert code == 1 and "meta_dt" in error and error.count("\n") == 1
+    settings = flags({"env": "point-robot", "dataset": tiny_path, "width": 200})
+    code, out, error = run_script(tmp_path, "benchmark/speed.py", "focal", *settings)
+    assert code == 0, error
+    name, given, gflop, operations, ms, megabytes = (cell.strip() for cell in out.splitlines()[-1].split("|")[1:-1])
+    assert (name, given) == ("focal", " ".join(settings)) and 300 < int(operations) < 1000
+    assert 0.3 < float(gflop) < 3 and 1 <= int(ms) < 1000 and 100 < int(megabytes) < 5000
+    assert not list(tmp_path.iterdir())  # its trainings leave nothing
+
+
 # ---- references -------------------------------------------------------------------------
 
 
@@ -654,6 +682,9 @@ def test_the_reference_is_told_every_rows_own_task(tiny_path, monkeypatch):
     told = references.Known(2)(data.sample_context(tasks, 64, None), None)
     train = data.task_params[data.train_ids]
     assert np.allclose(told, (data.task_params[tasks] - train.mean(0)) / train.std(0, ddof=1), atol=1e-5)
+    data.train_ids = data.train_ids[:1]
+    monkeypatch.setattr(references, "load_dataset", lambda *_: data)
+    assert "two at least" in stop_message(references.known_tasks, "point-robot")
 
 
 def test_the_reference_trains_and_counts_as_a_run_of_a_list(tiny_path, tmp_path):
