@@ -21,7 +21,6 @@ from report import print_table  # noqa: E402
 import data_collect as dc  # noqa: E402
 
 STATES, ACTIONS = dc.FAMILIES["any-mdp"].states, dc.FAMILIES["any-mdp"].actions
-PROTOCOLS = tuple(name for name in dc.PROTOCOLS if name != "clone")
 UNTRIED = -100.0  # value of an action that the context does not show; 100 is what the optimal policy gains on chance
 GAMMA, SWEEPS = 0.99, 300
 
@@ -74,8 +73,8 @@ def main():
     if args.episodes < 1:
         parser.error("--episodes must be at least 1")
     data = dc.load_dataset("any-mdp", args.dataset)
-    results = dc.evaluate(data, adapt, PROTOCOLS, args.episodes)
-    shown = [name for name in PROTOCOLS if f"eval/{name}/return" in results]
+    results = dc.evaluate(data, adapt, dc.PROTOCOLS, args.episodes)
+    shown = [name for name in dc.PROTOCOLS if f"eval/{name}/return" in results]
     cells = []
     for name in shown:
         tasks = data.train_ids[:10] if name == "train" else data.test_ids
