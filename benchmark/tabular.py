@@ -8,17 +8,13 @@ standard error over tasks, and the return of one own episode after the other.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from claims import spread
+from report import print_table
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
-from report import print_table  # noqa: E402
-
-import data_collect as dc  # noqa: E402
+import data_collect as dc
 
 STATES, ACTIONS = dc.FAMILIES["any-mdp"].states, dc.FAMILIES["any-mdp"].actions
 UNTRIED = -100.0  # value of an action that the context does not show; 100 is what the optimal policy gains on chance
@@ -79,8 +75,7 @@ def main():
     for name in shown:
         tasks = data.train_ids[:10] if name == "train" else data.test_ids
         returns = np.array([results[f"eval/{name}/return_task_{i:02d}"] for i in tasks])
-        normalized = dc.normalize(data, tasks, returns)
-        cells.append(f"{normalized.mean():.0f} ± {normalized.std(ddof=1) / len(tasks) ** 0.5:.0f}")
+        cells.append(spread(dc.normalize(data, tasks, returns), 0))
     print_table(["normalized", *shown], [["counted model", *cells]])
     own = [f"{results[f'eval/online/return_ep_{k}']:.0f}" for k in range(1, 11)]
     print_table(["return, own episodes", *map(str, range(1, 11))], [["counted model", *own]])
