@@ -216,7 +216,7 @@ class PlanarFlows(nn.Module):
 
 
 class Weights(nn.Module):
-    """Task weights W(z) [M, feature_dim]."""
+    """Task weights W(z) of (Eq. 3, 4)."""
 
     def __init__(self, z_dim, feature_dim, width, activation):
         super().__init__()
@@ -224,6 +224,7 @@ class Weights(nn.Module):
         self.activation = activation
 
     def forward(self, z):
+        """z [M, z_dim] -> W [M, feature_dim], with softmax positive and of sum 1."""
         logits = self.net(z)
         return logits.softmax(-1) if self.activation == "softmax" else logits  # [ours: D1]
 
@@ -370,6 +371,7 @@ class Agent(nn.Module):
         return torch.tanh(mean_b if clone else mean)
 
     def arm_probs(self):
+        """-> [num_arms] probabilities of the arms, each at least 0.05."""
         floor = 0.05
         return floor + (1 - floor * len(self.arms)) * self.arm_logits.softmax(0)  # [ours: D4]
 
