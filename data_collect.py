@@ -13,7 +13,6 @@ of one episode's rewards; angles in radians, positions in meters, velocities in 
 
 import contextlib
 import copy
-import fcntl
 import functools
 import io
 import itertools
@@ -34,6 +33,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("this code needs Linux or macOS; on Windows run it in WSL") from None
+
 import gymnasium as gym
 import mujoco
 import mujoco.rollout
@@ -45,6 +49,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 FORMAT_VERSION = 2  # of the dataset files
+DATASETS = Path(__file__).resolve().parent / "datasets"  # beside the scripts, wherever they are started
 
 # ---- task families ----------------------------------------------------------
 #
@@ -577,13 +582,17 @@ EnvName = Literal[tuple(FAMILIES)]
 # ---- batched simulation -----------------------------------------------------
 
 
+class ActionError(ValueError):
+    """A policy returned an action that is not finite."""
+
+
 class TaskEnv(gym.vector.VectorEnv):
     """B rows of one family, each bound to a task; a MuJoCo step of all rows is one rollout call.
 
     Nothing resets by itself (AutoresetMode.DISABLED): a row that terminated, reached the time limit or diverged stands
     still with reward 0 until `reset` names it in options["reset_mask"] [B] bool. options["task_ids"] [B] rebinds the
     rows that are reset. `step` returns, besides gymnasium's five, info["outcome"] [B, k] and info["diverged"] [B]: rows
-    whose physics broke in this step (their transition is void).
+    whose physics broke in this step (their transition is void). An action that is not finite is an ActionError.
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED, "render_modes": []}
@@ -635,6 +644,9 @@ class TaskEnv(gym.vector.VectorEnv):
         if np.shape(actions) != self.action_space.shape:
             raise ValueError(f"actions have shape {np.shape(actions)}, expected {self.action_space.shape}")
         act = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
+        if not np.isfinite(act).all():
+            task = self.task_ids[~np.isfinite(act).all(1)][0]
+            raise ActionError(f"the policy's action on task {task} is not finite")
         live, params = self.live.copy(), self.params[self.task_ids]
         next_state, diverged = self.state.copy(), np.zeros(self.num_envs, bool)
         if live.any():
@@ -882,13 +894,15 @@ def transitions(arrays, prefix="", device="cpu"):
 
 
 def load_dataset(env, path=None, device="cpu"):
-    """Read and check datasets/{env}.npz (or path) -> Dataset on the device, also "auto". Whatever is wrong with the
+    """Read and check {env}.npz in DATASETS (or path) -> Dataset on the device, also "auto". Whatever is wrong with the
     file ends the program with one line that names the remedy, before any training."""
-    device, path = resolve_device(device), Path(path or f"datasets/{env}.npz")
+    device, path = resolve_device(device), Path(path or default_path(env)).expanduser()
     quality = next((q for q in QUALITIES[1:] if path.stem == f"{env}-{q}"), None)
-    make = f"python data_collect.py --env {env}" + (f" --quality {quality}" if quality else "")
-    if path != Path("datasets", f"{env}-{quality}.npz" if quality else f"{env}.npz"):
+    make = f"python {shown(DATASETS.parent / 'data_collect.py')} --env {env}"
+    make += f" --quality {quality}" if quality else ""
+    if path.resolve() != default_path(env, quality or "mixed"):
         make += f" --out {path}"
+    path = shown(path)
 
     def refuse(what):
         raise SystemExit(f"{path}: {what}. Remove it and make it anew: {make}")
@@ -929,7 +943,19 @@ def load_dataset(env, path=None, device="cpu"):
         raise SystemExit(f"{path} holds {name}, not {env}: use --env {name} or another file")
     for fault in faults(FAMILIES[env], arrays):
         refuse(fault)
-    return Dataset(env, header, arrays, device)
+    data = Dataset(env, header, arrays, device)
+    data.path = path
+    return data
+
+
+def default_path(env, quality="mixed"):
+    return DATASETS / (f"{env}.npz" if quality == "mixed" else f"{env}-{quality}.npz")
+
+
+def shown(path):
+    """A path as a person would type it: relative below the working directory."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def short(text):
@@ -1035,7 +1061,8 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     -> {"eval/iid/return": mean over tasks, "eval/iid/return_se": its standard error over tasks x episodes, if any,
     "eval/iid/normalized": 0 = random, 100 = expert, per task, then averaged, "eval/iid/return_task_07": ...,
     "eval/online/return_ep_1": ..., "eval/ood/normalized_near", "_middle", "_far": by the distance between the task and
-    that of the policy which acted, thirds of the rows}"""
+    that of the policy which acted, thirds of the rows; "eval/iid/diverged": number of episodes whose physics broke, if
+    any, see `episode_returns`}. An action that is not finite ends the program."""
     device, results = data.device, {}
     for protocol in protocols:
         tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
@@ -1068,18 +1095,21 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
                     return torch.as_tensor(rng.uniform(-1, 1, (len(obs), data.act_dim)))
                 return policy(data.standardize(obs), rew)
 
-            done = rollout(env, act, reset_seeds(row_tasks, number, k), device)
+            try:
+                done = rollout(env, act, reset_seeds(row_tasks, number, k), device)
+            except ActionError as error:
+                raise SystemExit(f"evaluation {protocol}: {error}") from None
             done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
             if k < reported:
                 last = done | {"context": context[..., :-1], "mask": mask}
             if own:
-                results[f"eval/{protocol}/return_ep_{k + 1}"] = done["rewards"].sum(1, dtype=np.float64).mean()
+                results[f"eval/{protocol}/return_ep_{k + 1}"] = episode_returns(data, row_tasks, done).mean()
                 context = torch.cat([context, transitions(done, device=device)], 1)
                 mask = torch.cat([mask, data.recorded(torch.as_tensor(done["lengths"], device=device)).float()], 1)
         env.close()
         if trace is not None:
             trace.append(last)
-        returns = last["rewards"].sum(1, dtype=np.float64)  # [R]
+        returns = episode_returns(data, row_tasks, last)  # [R]
         results |= figures(data, protocol, row_tasks, returns)
         if protocol == "ood":  # by thirds of the distance between the task and that of the policy which acted
             normalized = normalize(data, row_tasks, returns)
@@ -1091,6 +1121,13 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         if last["diverged"].any():
             results[f"eval/{protocol}/diverged"] = last["diverged"].sum()
     return {tag: float(value) for tag, value in results.items()}
+
+
+def episode_returns(data, tasks, episodes):
+    """Returns [R] of `rollout`'s episodes on tasks [R]. An episode whose physics broke counts as the random policy's:
+    a policy must not gain by breaking off where rewards are negative."""
+    returns = episodes["rewards"].sum(1, dtype=np.float64)
+    return np.where(episodes["diverged"], data.random_returns[tasks], returns)
 
 
 def figures(data, name, tasks, returns):
@@ -1226,6 +1263,8 @@ def one_line_faults():
         with note_signals(at_once="what was saved stays and can be continued"):
             yield
             sys.stdout.flush()
+    except ActionError as error:
+        raise SystemExit(f"stopped: {error}")
     except BrokenPipeError:
         give_up_output()
         raise SystemExit("stopped: nobody reads the output any more; what was saved stays and can be continued")
@@ -1282,7 +1321,7 @@ def resolve(args, env_args, may_be_zero=frozenset(), ranges={}):
 
 def fill_in(args, env_args):
     """Give the arguments left at None, in place, what `resolve` says."""
-    defaults = {"dataset": f"datasets/{args.env}.npz"}
+    defaults = {}
     for part, values in env_args.items():
         defaults |= values if part in args.env else {}
     for name, value in defaults.items():
@@ -1342,9 +1381,15 @@ def script_name(args_class):
     return Path(getattr(sys.modules[args_class.__module__], "__file__", "notebook")).stem
 
 
+def script_path(args_class):
+    """The same as one types it: the script may have been imported by a program that trains many."""
+    path, name = Path(sys.argv[0]), script_name(args_class)
+    return str(path if path.stem == name else f"{name}.py")
+
+
 def load_checkpoint(directory, args_class, device="cpu"):
     """Checkpoint of a run directory as a dict; one line if there is none of the script with these arguments."""
-    path = Path(directory) / "checkpoint.pt"
+    path = Path(directory).expanduser() / "checkpoint.pt"
     if not path.is_file():
         raise SystemExit(f"--resume {directory}: no checkpoint.pt there; give the run directory that training printed")
     keys = ("args", "data", "agent", "opts", "rng", "generator", "steps", "rows", "seconds")
@@ -1392,6 +1437,8 @@ def eval_line(results):
     for p in [tag.split("/")[1] for tag in results if tag.startswith("eval/") and tag.endswith("/return")]:
         error = f" ± {results[f'eval/{p}/return_se']:.1f}" if f"eval/{p}/return_se" in results else ""
         cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error} ({results[f'eval/{p}/normalized']:.0f})")
+    diverged = sum(value for tag, value in results.items() if tag.endswith("/diverged"))
+    cells += [f"{diverged:.0f} episodes diverged, counted as the random policy's"] if diverged else []
     quality = {"acc": "z/nearest_task_acc", "R2": "z/probe_r2"}
     cells += [f"z {name} {results[tag]:.2f}" for name, tag in quality.items() if tag in results]
     return "  ".join(["eval", *cells])
@@ -1414,7 +1461,7 @@ class Run:
         self.recorded = None  # updates after which the last evaluation was logged
         self.stopping, self.closing = [], contextlib.ExitStack()
         if args.resume:
-            self.dir = Path(args.resume)
+            self.dir = Path(args.resume).expanduser()
             self.restore(load_checkpoint(self.dir, type(args), data.device), FREE | free)
         else:
             self.dir = self.make_directory()
@@ -1426,7 +1473,7 @@ class Run:
         """A new run directory; runs that start in the same second get a number."""
         args, name = self.args, f"seed{self.args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         for number in itertools.count(1):
-            path = Path(args.run_dir) / args.env / args.exp_name / (name if number == 1 else f"{name}-{number}")
+            path = Path(args.run_dir).expanduser() / args.env / args.exp_name / (name if number == 1 else f"{name}-{number}")
             try:
                 path.mkdir(parents=True)
                 return path
@@ -1442,10 +1489,13 @@ class Run:
                 raise SystemExit(f"{flag}: the run to resume has {saved['args'][name]}; drop the flag")
         if self.data.header != saved["data"]:
             what = "is not the file that the run to resume was trained on"
-            raise SystemExit(f"{self.args.dataset} {what}; use that: --dataset")
+            raise SystemExit(f"{self.data.path} {what}; use that: --dataset")
         try:
             restore_training(self.agent, saved)
-            self.generator.set_state(saved["generator"].cpu())
+            if saved["generator"].shape == self.generator.get_state().shape:
+                self.generator.set_state(saved["generator"].cpu())
+            else:
+                self.begin_generators(sum(saved["steps"].values()))
             numbers = {name: saved[name] for name in ("steps", "rows", "seconds")}
             if not alike({"steps": self.steps, "rows": self.rows, "seconds": self.timed}, numbers):
                 raise ValueError("numbers of another kind")
@@ -1464,6 +1514,13 @@ class Run:
         if self.args.lr_decay and self.step > planned / 2 and self.args.total_updates != planned:
             print(f"note: learning rates that fell towards update {planned} are now those of {self.args.total_updates}")
 
+    def begin_generators(self, updates):
+        """A generator's state fits its own kind of device alone: on another one, begin with the seed and the step."""
+        torch.manual_seed(self.args.seed + updates)
+        self.generator.manual_seed(self.args.seed + updates)
+        if not self.args.eval_only:
+            print(f"note: the run was trained on another device; on {self.data.device} it does not go on bit for bit")
+
     def read_result(self):
         """result.json as a dict, None if there is none that can be read."""
         try:
@@ -1473,11 +1530,8 @@ class Run:
 
     def lock(self):
         """Refuse a second process in this run directory; the lock ends with the process, however it ends."""
-        folder = os.open(self.dir, os.O_RDONLY)
-        self.closing.callback(os.close, folder)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        file = self.closing.enter_context(open(self.dir / "lock", "w"))
+        if not lock(file):
             raise SystemExit(f"--resume {self.dir}: another process is training this run")
 
     def open_files(self):
@@ -1486,6 +1540,7 @@ class Run:
         self.lock()
         stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
         about = {"args": stored, "versions": versions() | {"commit": commit()}, "command": sys.argv}
+        about |= {"script": script_name(type(args))}
         about |= {"dataset": data.header}
         write_json(self.dir / "args.json", about)
         self.writer = SummaryWriter(str(self.dir), purge_step=self.updates + 1 if args.resume else None)
@@ -1620,7 +1675,7 @@ class Run:
     def finish(self):
         """-> dict: the last evaluation, run_dir, step, updates_per_sec, cpu_s (of all threads, resumed runs
         together); also in result.json. A signal ends the evaluation at once: the checkpoint is written already."""
-        again = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
+        again = shlex.join(["python", script_path(type(self.args)), "--resume", str(self.dir)])
         if self.args.eval_only:
             with note_signals(f"evaluate with: {again} --eval-only"):
                 results = self.evaluate()
@@ -1650,8 +1705,10 @@ class Run:
 
 
 def versions():
-    """{name: version} of Python and of the packages that the results depend on."""
-    return {m.__name__: m.__version__ for m in (torch, np, gym, mujoco)} | {"python": sys.version.split()[0]}
+    """{name: version} of Python and of the packages that the results depend on, and the number of torch's threads:
+    another number changes the last bits."""
+    packages = {m.__name__: m.__version__ for m in (torch, np, gym, mujoco)}
+    return packages | {"python": sys.version.split()[0], "threads": torch.get_num_threads()}
 
 
 def commit():
@@ -1728,6 +1785,18 @@ def atomic_save(path, write):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def lock(file):
+    """Lock an open file until it is closed -> whether no other process holds it. Some network file systems have no
+    locks: there it warns once and goes on."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"note: no lock on {file.name} ({error.strerror}); do not start this twice", file=sys.stderr)
+    return True
 
 
 def resolve_device(name):
@@ -1995,8 +2064,7 @@ def collect(args):
     if args.ood_contexts and len(train_ids) == 1 and train_ids[0] in test_ids:
         raise SystemExit("--train-tasks 1: no other training task for foreign contexts; add --ood-contexts 0")
     device = resolve_device(args.device)
-    suffix = "" if args.quality == "mixed" else f"-{args.quality}"
-    path = Path(args.out or f"datasets/{args.env}{suffix}.npz")
+    path = shown(Path(args.out or default_path(args.env, args.quality)).expanduser())
     if path.suffix != ".npz":
         raise SystemExit(f"--out {path}: the name must end in .npz")
     settings = {k: v for k, v in asdict(args).items() if k not in ("out", "device")}
@@ -2020,10 +2088,8 @@ def collect(args):
         probe.unlink()
     except OSError as error:
         raise SystemExit(f"cannot write {path}: {error.strerror}; choose another --out")
-    with open(path.with_name(f"{args.env}.policies.lock"), "w") as lock:  # other qualities share the policies
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with open(path.with_name(f"{args.env}.policies.lock"), "w") as file:  # other qualities share the policies
+        if not lock(file):
             raise SystemExit(f"another process is collecting {args.env} in {path.parent}: wait for it")
         make_dataset(family, params, train_ids, test_ids, args, path, settings, device)
 

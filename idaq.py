@@ -64,7 +64,7 @@ class Args:
     eval_only: bool = False  # with --resume: evaluate its checkpoint with all protocols and stop
     # data and evaluation
     env: dc.EnvName = "ant-dir"  # task family
-    dataset: str | None = None  # dataset file; by default datasets/{env}.npz
+    dataset: str | None = None  # dataset file; by default datasets/{env}.npz beside this script
     eval_episodes: int = 2  # episodes per task of an evaluation during the training
     final_episodes: int = 10  # episodes per task of the last one, and with --eval-only
     meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]
@@ -362,7 +362,7 @@ def explore_and_adapt(agent, data, args, episodes):
             return agent.act(data.standardize(obs)[:, None], z)[:, 0]
 
         done = dc.rollout(env, act, dc.reset_seeds(tasks, number, k), device)
-        found = done["rewards"].sum(1, dtype=np.float64)  # [R]
+        found = dc.episode_returns(data, tasks, done)  # [R]
         results[f"eval/idaq/return_ep_{k + 1}"] = float(found.mean())
         if last:
             break

@@ -72,7 +72,7 @@ class Args:
     eval_only: bool = False  # with --resume: evaluate its checkpoint with all protocols and stop
     # data and evaluation
     env: dc.EnvName = "ant-dir"  # task family
-    dataset: str | None = None  # dataset file; by default datasets/{env}.npz
+    dataset: str | None = None  # dataset file; by default datasets/{env}.npz beside this script
     eval_episodes: int = 2  # episodes per task of an evaluation during the training
     final_episodes: int = 10  # episodes per task of the last one, and with --eval-only
     meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]
@@ -471,7 +471,7 @@ def fine_tune(agent, data, args):
     for episode in range(args.online_ft + 1):
         last = episode == args.online_ft
         if episode % 10 == 0 or last:
-            returns = play(episode, 0.0)["rewards"].sum(1, dtype=np.float64)
+            returns = dc.episode_returns(data, tasks, play(episode, 0.0))
             results[f"online_ft/return_ep_{episode}"] = float(returns.mean())
         if last:
             break
@@ -554,7 +554,7 @@ def train(args):
     data = dc.load_dataset(args.env, args.dataset, args.device)
     if args.inner_rows == "episode" and data.min_episodes < 2:
         what = "disjoint inner and outer rows need two episodes of every training task"
-        raise SystemExit(f"{args.dataset}: {what}; collect more with --episodes, or use --inner-rows buffer")
+        raise SystemExit(f"{data.path}: {what}; collect more with --episodes, or use --inner-rows buffer")
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)
     agent = Agent(data, args).to(data.device)

@@ -79,7 +79,7 @@ class Args:
     eval_only: bool = False  # with --resume: evaluate its checkpoint with all protocols and stop
     # data and evaluation
     env: dc.EnvName = "ant-dir"  # task family
-    dataset: str | None = None  # dataset file; by default datasets/{env}.npz
+    dataset: str | None = None  # dataset file; by default datasets/{env}.npz beside this script
     eval_episodes: int = 2  # episodes per task of an evaluation during the training
     final_episodes: int = 10  # episodes per task of the last one, and with --eval-only
     meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]
@@ -584,7 +584,7 @@ def check_sizes(args, data):
         what = f"--prompt-length {args.prompt_length} and --context-horizon {args.context_horizon}"
         raise SystemExit(f"{what}: together more than the {data.family.horizon} steps of an episode of {args.env}")
     if data.min_episodes < 2:
-        raise SystemExit(f"{args.dataset}: prompts need two episodes per training task; collect more with --episodes")
+        raise SystemExit(f"{data.path}: prompts need two episodes per training task; collect more with --episodes")
 
 
 def train(args):

@@ -76,7 +76,7 @@ class Args:
     eval_only: bool = False  # with --resume: evaluate its checkpoint with all protocols and stop
     # data and evaluation
     env: dc.EnvName = "ant-dir"  # task family
-    dataset: str | None = None  # dataset file; by default datasets/{env}.npz
+    dataset: str | None = None  # dataset file; by default datasets/{env}.npz beside this script
     eval_episodes: int = 2  # episodes per task of an evaluation during the training
     final_episodes: int = 10  # episodes per task of the last one, and with --eval-only
     meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]

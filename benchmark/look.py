@@ -32,8 +32,10 @@ def play(tasks, script, agent, data, args):
     while env.live.any():
         with torch.no_grad():
             act = policy(data.standardize(torch.as_tensor(obs)), torch.as_tensor(rew, dtype=torch.float32))
-        obs, rew, _, _, _ = env.step(act.numpy())
+        obs, rew, _, _, info = env.step(act.numpy())
         states.append(env.state.copy())
+        if info["diverged"].any():
+            raise SystemExit(f"the physics broke on task {tasks[info['diverged']][0]}: there is no episode to draw")
     env.close()
     return data.family, tasks, data.task_params[tasks], np.stack(states, 1)
 

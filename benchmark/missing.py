@@ -11,10 +11,8 @@ done and how long the rest takes, by the CPU seconds of finished runs, goes to t
 
 import argparse
 import csv
-import fcntl
 import importlib
 import json
-import os
 import shlex
 import sys
 from collections import defaultdict
@@ -44,20 +42,14 @@ def header(path):
 
 
 def being_trained(run_dir):
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(folder)
+    with open(run_dir / "lock", "a") as file:
+        return not dc.lock(file)
 
 
 def recorded(rows, args):
     """Rows of a results.csv of the run that args ask for; where the dataset's file is not here, of any data."""
     asked = {"env": args.env, "name": args.exp_name, "seed": str(args.seed), "updates": str(args.total_updates)}
-    if about := header(args.dataset):
+    if about := header(args.dataset or dc.default_path(args.env)):
         asked["quality"] = about["settings"]["quality"]
     return [row for row in rows if asked.items() <= row.items()]
 
@@ -81,7 +73,7 @@ def state(line, run_dir, rows=()):
         if not (found / "args.json").exists():
             continue
         about = json.loads((found / "args.json").read_text())
-        same_data = about["dataset"] == header(args.dataset)
+        same_data = about["dataset"] == header(args.dataset or dc.default_path(args.env))
         if not same_data or any(about["args"].get(k) != v for k, v in asked.items()):
             continue
         if (found / "result.json").exists():

@@ -168,8 +168,8 @@ def add(folder, directory):
 
 def revisit(run_dir, look):
     """Load a finished run -> what look(script, agent, data, args) returns; nothing is written."""
-    name = Path(json.loads((run_dir / "args.json").read_text())["command"][0]).stem
-    script, found = importlib.import_module(name), []
+    about = json.loads((run_dir / "args.json").read_text())
+    script, found = importlib.import_module(about.get("script") or Path(about["command"][0]).stem), []
 
     def evaluate_all(agent, data, args, *_):
         found.append(look(script, agent, data, args))
