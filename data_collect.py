@@ -1,21 +1,21 @@
 """Task families, offline datasets, evaluation and runs: what all scripts of this repository share.
 
-    python data_collect.py --env ant-dir          # train behavior policies, roll them out, write datasets/ant-dir.npz
+    python data_collect.py --env ant-dir    # train behavior policies, roll them out, write datasets/ant-dir.npz
 
-Read in this order: task families (what a task is, its reward), batched simulation (TaskEnv: many rows at once, each
-bound to its own task), the dataset, evaluation (the adaptation protocols), runs (directory, checkpoints, resume); then
-what only the collector needs: behavior policies (SAC), rolling them out, its command line. No method is known here.
+It reads in the order in which data flow: task families (what a task is, its reward), batched simulation, behavior
+policies (SAC), writing the dataset file, reading it, evaluation (the adaptation protocols), runs (directory,
+checkpoint, resume). No method is known here.
 
 Shape letters: T tasks, N episodes per task, H horizon, B rows or transitions, M tasks of a batch, R evaluation rows.
-Units: actions are in [-1, 1]; rewards are raw environment units; a return is the undiscounted sum
-of one episode's rewards; angles in radians, positions in meters, velocities in meters per second.
+Units: actions are in [-1, 1]; rewards are raw environment units; a return is the undiscounted sum of an episode's
+rewards; angles in radians, positions in meters, velocities in meters per second.
 """
 
 import contextlib
 import copy
+import difflib
 import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -27,9 +27,9 @@ import sys
 import threading
 import time
 import types
-import typing
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -53,14 +53,20 @@ DATASETS = Path(__file__).resolve().parent / "datasets"  # beside the scripts, w
 
 # ---- task families ----------------------------------------------------------
 #
-# A family states how its tasks are drawn and what one step means. `state` [B, S] is the full simulator state of B rows.
-# `outcome` [B, k] is the part of a transition that the reward depends on besides the action, so that `reward(outcome,
-# act, params)` can score any recorded transition for any task (numpy arrays and torch tensors alike). Adding a family =
-# adding one class here and its name to FAMILIES.
+# To add a family, write a class and add its name to FAMILIES.
 
 
 class Family:
-    """Defaults of every family; `params` [T, P] float64 are the hidden task parameters."""
+    """What a family of tasks defines, and the defaults. `params` [T, P] float64 are the hidden task parameters, `state`
+    [B, S] is the full simulator state of B rows.
+
+    Each family defines obs_dim, act_dim, draw() and
+      reset(rng, params [B, P]) -> state
+      step(state, act [B, act_dim], params) -> next state (MuJoCo families inherit it)
+      observe(state) -> obs [B, obs_dim]
+      outcome(state, next_state) -> [B, k]: what the reward depends on besides the action
+      reward(outcome, act, params) -> [B]; numpy arrays and torch tensors alike, so that any recorded transition can be
+        scored for any task"""
 
     gamma = 0.99  # discount of the behavior policies
     horizon = 200  # environment steps per episode (a time limit, never a termination)
@@ -68,43 +74,42 @@ class Family:
     param_scale = 1.0  # params / param_scale is what the task-conditioned SAC sees, about [-1, 1]
     dynamics_vary = False  # True where the transition depends on the task, so no relabelling
     outcome_dim = 1
-    reward_range = (-math.inf, math.inf)  # of one step
     sac_total_updates, sac_width = 120_000, 256  # defaults of the behavior policies
-    kept_as = np.float32  # type of observations and actions in a file
-    scripted = False  # True where `behave` acts in place of trained policies
+    storage_dtype = np.float32  # of observations and actions in a file
+    scripted = False  # True where `behave` acts instead of trained policies
     measured = True  # False where the parameters are names, not quantities
 
     def draw(self):
-        """-> params [T, P] float64, training ids, test ids; the same on every call."""
+        """-> params [T, P], ids of training tasks, ids of test tasks; the same on every call."""
         raise NotImplementedError
 
     def one_draw_per_seed(self):
-        """-> [T] uniform in [0, 1): CORRO's tasks, the first draws of the generators with seeds 1, 2, .."""
+        """-> [T] uniform in [0, 1): the first draws of the generators with seeds 1, 2, .. (CORRO's tasks)."""
         return np.array([np.random.RandomState(seed).rand() for seed in range(1, sum(self.counts) + 1)])
 
     def split_first(self, params):
         return params, np.arange(self.counts[0]), np.arange(self.counts[0], sum(self.counts))
 
     def split_interleaved(self, params):
-        """As CSRO has it: every fourth task or so is a test task, so that each lies between training tasks."""
+        """Test tasks lie between training tasks, as in CSRO: about every fourth task is one."""
         step = self.counts[0] // self.counts[1] + 1
         test = step // 2 + step * np.arange(self.counts[1])
         return params, np.setdiff1d(np.arange(sum(self.counts)), test), test
 
     def distance(self, params, others):
-        """How far apart tasks are: params [.., P], others [.., P] -> [..], in the unit of the parameters."""
+        """How far apart tasks are: params, others [.., P] -> [..], in the unit of the parameters."""
         return ((params - others) ** 2).sum(-1) ** 0.5
 
     def terminated(self, state):
-        """-> [B] bool: the task itself ended (a fall), as opposed to the time limit."""
+        """-> [B] bool: the task itself ended, for example by a fall; a time limit is no termination."""
         return np.zeros(len(state), bool)
 
     def training_reward(self, outcome, act, params):
-        """What the behavior policies are trained on; the recorded reward unless that is too sparse."""
+        """What the behavior policies are trained on: the recorded reward, unless it is too sparse."""
         return self.reward(outcome, act, params)
 
     def stuck(self, state):
-        """-> [B] bool: states in which a behavior policy in training learns nothing more."""
+        """-> [B] bool: states from which a behavior policy in training learns nothing more."""
         return np.zeros(len(state), bool)
 
 
@@ -137,7 +142,6 @@ class PointRobot(Point):
     """Reach a hidden goal on the upper unit half circle; dense reward."""
 
     counts = (30, 10)
-    reward_range = (-math.inf, 0)
 
     def draw(self):
         return self.split_interleaved(on_circle(np.linspace(0, np.pi, sum(self.counts))))
@@ -147,12 +151,12 @@ class PointRobot(Point):
 
 
 class SparsePointRobot(PointRobot):
-    """Goals on the half circle, rewarded only within 0.2 m: from 0 at the rim to 1 at the goal. The behavior
-    policies are trained on the dense reward, as in the papers: a random walk hardly ever meets the goal. The critics
-    of the methods learn from the sparse one, too (FOCAL's code: it is in the context alone)."""
+    """Goals on the half circle, rewarded only within 0.2 m: from 0 at the rim to 1 at the goal.
+
+    As in the papers, behavior policies are trained on the dense reward, since a random walk hardly ever meets the goal.
+    The methods' critics learn from the sparse reward (FOCAL's code: from the dense one)."""
 
     counts = (80, 20)
-    reward_range = (0, 1)
 
     def draw(self):
         params, _, _ = super().draw()
@@ -171,7 +175,6 @@ class PointRobotWind(Point):
 
     counts = (40, 10)
     horizon = 25
-    reward_range = (-math.inf, 0)
     param_scale = 0.05
     dynamics_vary = True
 
@@ -189,14 +192,14 @@ class PointRobotWind(Point):
 class Mujoco(Family):
     """A MuJoCo body; state = [time, qpos, qvel] (mjSTATE_FULLPHYSICS)."""
 
-    kept_as = np.float16  # a file of the same size holds twice as many episodes
-
+    storage_dtype = np.float16  # a file of the same size holds twice as many episodes
     timestep = 0.01  # [s]; set after loading, gymnasium's hopper and walker files say 0.002
     frame_skip = 5
     noise = (0.1, "normal")  # reset noise: qpos uniform +-noise, qvel normal or uniform
 
     @functools.cached_property
     def model(self):
+        mujoco.set_mju_user_warning(lambda _: None)  # TaskEnv reports broken physics; MuJoCo would write a log file
         assets = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"
         model = mujoco.MjModel.from_xml_path(str(assets / self.xml))
         model.opt.timestep = self.timestep
@@ -239,7 +242,6 @@ class CheetahVel(Cheetah):
     """Run at a hidden target speed v* in [0, 3] m/s."""
 
     param_scale = 3.0
-    reward_range = (-math.inf, 0)
 
     def draw(self):
         return self.split_first(3 * self.one_draw_per_seed()[:, None])
@@ -301,7 +303,6 @@ class AntGoal(Ant):
     obs_dim = 29
     counts = (30, 10)
     param_scale = 2.0
-    reward_range = (-math.inf, 0)
 
     def draw(self):
         return self.split_interleaved(2 * on_circle(np.linspace(0, 2 * np.pi, sum(self.counts), endpoint=False)))
@@ -314,12 +315,10 @@ class AntGoal(Ant):
 
 
 class RandomParams(Mujoco):
-    """Physical parameters drawn per task, hidden: each entry is multiplied by base ** params.
+    """Physical parameters differ between tasks: each entry is multiplied by base ** params, params uniform in [-3, 3].
 
-    More than half of the entries have no effect on a planar body (inertias about other axes, the world's mass, ..).
-    params are uniform in [-3, 3], drawn by Python's random.Random(seed) in the order of `randomized`
-    (CORRO's files). mj_setConst is not called afterwards, as in the original environments.
-    """
+    More than half of the entries have no effect on a planar body, for example inertias about other axes. As in CORRO's
+    files, random.Random(seed) draws them in the order of `randomized`, and mj_setConst is not called afterwards."""
 
     frame_skip, timestep = 4, 0.004
     noise = (0.005, "uniform")
@@ -677,13 +676,11 @@ class TaskEnv(gym.vector.VectorEnv):
         return next_state, diverged
 
     def get_state(self):
-        """Everything needed to continue bit for bit, as tensors and numbers (for a checkpoint)."""
+        """Everything needed to continue bit for bit, as tensors and numbers, for a checkpoint."""
         arrays = {name: torch.tensor(getattr(self, name)) for name in ("state", "steps", "live", "task_ids")}
         return {"arrays": arrays, "rng": self.np_random.bit_generator.state}
 
     def set_state(self, saved):
-        if not alike(self.get_state(), saved):
-            raise ValueError("the state of other rows")
         vars(self).update({name: array.numpy().copy() for name, array in saved["arrays"].items()})
         self.np_random.bit_generator.state = saved["rng"]
 
@@ -704,1106 +701,31 @@ def empty_episodes(family, shape):
     }
 
 
-def rollout(env, policy, seeds, device="cpu"):
-    """One episode per row of `env`. policy(obs [B, obs_dim], rew [B]) -> act [B, act_dim], tensors on
-    `device`, where rew is the reward of the previous step (0 at first).
+def rollout(env, policy, seeds, device="cpu", standardize=lambda obs: obs):
+    """One episode per row of `env`. policy(obs [B, obs_dim], rew [B]) -> act [B, act_dim], tensors on `device`; rew is
+    the reward of the previous step, 0 at first; standardize: what is done to every obs, also in the result.
 
     -> `empty_episodes` filled, with zeros after an episode's end, and diverged [B] bool."""
     obs, _ = env.reset(seed=seeds)
     rew = np.zeros(env.num_envs)
     out = empty_episodes(env.family, (env.num_envs,)) | {"diverged": np.zeros(env.num_envs, bool)}
-    out["observations"][:, 0] = obs
+    seen = standardize(torch.as_tensor(obs, device=device))
+    out["observations"][:, 0] = seen.cpu().numpy()
     for t in range(env.family.horizon):
         live = env.live.copy()
         with torch.no_grad():
-            act = policy(torch.as_tensor(obs, device=device), torch.as_tensor(rew, dtype=torch.float32, device=device))
-        act = act.cpu().numpy()
+            act = policy(seen, torch.as_tensor(rew, dtype=torch.float32, device=device)).cpu().numpy()
         obs, rew, terminated, _, info = env.step(act)
+        seen = standardize(torch.as_tensor(obs, device=device))
         out["diverged"] |= info["diverged"]
         live &= ~info["diverged"]
         out["actions"][live, t], out["rewards"][live, t] = act[live].clip(-1, 1), rew[live]
-        out["observations"][live, t + 1] = obs[live]
+        out["observations"][live, t + 1] = seen.cpu().numpy()[live]
         out["lengths"][live] += 1
         out["terminated"] |= terminated
         if not env.live.any():
             break
     return out
-
-
-# ---- dataset ----------------------------------------------------------------
-
-MOST_BYTES, LARGEST = 4 * 2**30, 1e6  # of a file unpacked, and of any number in it
-NO_EPISODE, RANDOM = -1, -2  # entries of tables of policies that are no trained one
-OBS_LIMIT = 10.0  # largest standardized observation
-
-# the file: key -> dtype, shape; letters: T tasks, N episodes, H horizon, O obs_dim, A act_dim, P parameters, U training
-# tasks, V test tasks, C foreign contexts per test task
-FILE_LAYOUT = {
-    "observations": ("float32", ("T", "N", "H+1", "O")),
-    "actions": ("float32", ("T", "N", "H", "A")),
-    "rewards": ("float32", ("T", "N", "H")),
-    "lengths": ("int32", ("T", "N")),
-    "terminated": ("bool", ("T", "N")),
-    "behavior_step": ("int32", ("T", "N")),
-    "task_params": ("float64", ("T", "P")),
-    "train_ids": ("int64", ("U",)),
-    "test_ids": ("int64", ("V",)),
-    "random_returns": ("float64", ("T",)),
-    "expert_returns": ("float64", ("T",)),
-    "ood_observations": ("float32", ("V", "C", "H+1", "O")),
-    "ood_actions": ("float32", ("V", "C", "H", "A")),
-    "ood_rewards": ("float32", ("V", "C", "H")),
-    "ood_lengths": ("int32", ("V", "C")),
-    "ood_terminated": ("bool", ("V", "C")),
-    "ood_behavior_step": ("int32", ("V", "C")),
-    "ood_behavior_task": ("int32", ("V", "C")),
-    "ood_distance": ("float64", ("V", "C")),
-}
-QUALITIES = ("mixed", "medium", "expert", "medium-expert", "random")
-MAY_BE_HALF = ("observations", "actions", "ood_observations", "ood_actions")  # float16, which are read as float32
-
-
-class Batch(NamedTuple):
-    """Transitions of M tasks, B of each."""
-
-    obs: torch.Tensor  # [M, B, obs_dim], standardized
-    act: torch.Tensor  # [M, B, act_dim] in [-1, 1]
-    rew: torch.Tensor  # [M, B]
-    next_obs: torch.Tensor  # [M, B, obs_dim]
-    term: torch.Tensor  # [M, B] 1 = the task itself ended, never a time limit
-
-
-class Segment(NamedTuple):
-    """Up to n consecutive transitions of an episode from each of B starting points of M tasks."""
-
-    obs: torch.Tensor  # [M, B, n, obs_dim], standardized
-    act: torch.Tensor  # [M, B, n, act_dim] in [-1, 1]
-    rew: torch.Tensor  # [M, B, n]
-    next_obs: torch.Tensor  # [M, B, n, obs_dim]; where the episode ends earlier, all repeat its last transition
-    weight: torch.Tensor  # [M, B, n] gamma^k at step k, 0 past the episode's end
-    bootstrap: torch.Tensor  # [M, B] discount of the value at the last next_obs; 0 if the task itself ended there
-
-
-class Dataset:
-    """A checked dataset file as tensors on one device; a batch is one gather.
-
-    Observations are standardized: mean 0 and spread 1 over the training tasks' transitions, clipped to
-    +-OBS_LIMIT. A transition is one row [obs, act, rew, next_obs, term] of width ctx_dim + 1; a context is
-    rows without term, [.., ctx_dim]."""
-
-    def __init__(self, env, header, arrays, device):
-        self.env, self.family, self.header, self.device = env, FAMILIES[env], header, device
-        self.obs_dim, self.act_dim = self.family.obs_dim, self.family.act_dim
-        self.ctx_dim = 2 * self.obs_dim + self.act_dim + 1
-        self.task_params = arrays["task_params"]  # [T, P] float64
-        self.train_ids, self.test_ids = arrays["train_ids"], arrays["test_ids"]
-        self.random_returns, self.expert_returns = arrays["random_returns"], arrays["expert_returns"]  # [T]
-        self.ood_behavior_task = arrays["ood_behavior_task"]  # [V, C], RANDOM where the random policy acted
-        self.ood_distance = arrays["ood_distance"]  # [V, C] from the test task to that task, -1 for the random policy
-        self.train_tasks = torch.as_tensor(self.train_ids, device=device)  # [U]
-        self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0: no episode
-        valid = self.recorded(self.lengths)  # [T, N, H]
-        recorded = valid[self.train_ids].cpu().numpy()
-        self.reward_spread = float(arrays["rewards"][self.train_ids][recorded].std(dtype=np.float64)) or 1.0
-        seen = arrays["observations"][self.train_ids, :, :-1][recorded]  # [.., obs_dim]
-        mean, spread = seen.mean(0, dtype=np.float64), seen.std(0, dtype=np.float64)
-        spread = spread.clip(1e-3)  # a constant observation stays 0
-        self.obs_mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
-        self.obs_spread = torch.as_tensor(spread, dtype=torch.float32, device=device)
-        keys = ("observations", "ood_observations")
-        arrays = arrays | {k: self.standardize(torch.as_tensor(arrays[k], device=device)).cpu().numpy() for k in keys}
-        self.episodes = transitions(arrays, device=device)  # [T, N, H, ctx_dim + 1]
-        self.ood_episodes = transitions(arrays, "ood_", device)  # [V, C, H, ctx_dim + 1]
-        self.ood_lengths = torch.as_tensor(arrays["ood_lengths"], dtype=torch.long, device=device)
-        self.episode_returns = arrays["rewards"].sum(-1, dtype=np.float64)  # [T, N]
-        self.counts = valid.sum((1, 2))  # [T] transitions per task
-        returns = torch.as_tensor(self.episode_returns, device=device)[..., None].expand_as(valid)
-        # the first counts[i] of row i are real, those of the task's best episodes before all others
-        self.valid = returns.where(valid, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
-        self.present = (arrays["lengths"] > 0).sum(1)  # [T] episodes per task; they lie first in their row
-        self.min_episodes = int(self.present[self.train_ids].min())  # of any training task
-        returns = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
-        self.behavior_return = float(returns.mean())  # mean over the training data
-        self.return_spread = float(returns.std()) or 1.0  # a scale even where all returns are equal
-
-    def standardize(self, obs):
-        """Observations of the simulation [.., obs_dim] -> as the networks see them, within +-OBS_LIMIT."""
-        return ((obs - self.obs_mean) / self.obs_spread).clamp(-OBS_LIMIT, OBS_LIMIT)
-
-    def recorded(self, lengths):
-        """lengths [..] of episodes -> [.., H] bool: the steps that they have."""
-        return torch.arange(self.family.horizon, device=self.device) < lengths[..., None]
-
-    def sample_tasks(self, count, generator):
-        """Training tasks, uniform with replacement -> [count]."""
-        draw = torch.randint(len(self.train_tasks), (count,), device=self.device, generator=generator)
-        return self.train_tasks[draw]
-
-    def draw(self, task_ids, size, generator, share=1.0):
-        """Independent uniform transitions with replacement: task_ids [M] -> [M, size], counted through all tasks,
-        episodes and steps. share in (0, 1]: of that share of each task's transitions, at least one, that belongs to its
-        episodes of highest return."""
-        count = share * self.counts[task_ids, None]
-        pick = torch.rand(len(task_ids), size, device=self.device, generator=generator) * count
-        return self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]
-
-    def sample(self, task_ids, size, generator, share=1.0):
-        """Transitions as of `draw` -> rows [M, size, ctx_dim + 1]."""
-        return self.episodes.view(-1, self.ctx_dim + 1)[self.draw(task_ids, size, generator, share)]
-
-    def sample_batch(self, task_ids, size, generator, share=1.0):
-        """The same as a Batch."""
-        return self.unpack(self.sample(task_ids, size, generator, share))
-
-    def sample_segments(self, task_ids, size, steps, gamma, generator):
-        """The transitions of `draw`, each with the steps - 1 that follow it -> Segment."""
-        start = self.draw(task_ids, size, generator)[..., None]  # [M, size, 1]
-        horizon = self.family.horizon
-        left = self.lengths.flatten()[start // horizon] - start % horizon  # [M, size, 1] transitions from start on
-        k = torch.arange(steps, device=self.device)
-        rows = self.episodes.view(-1, self.ctx_dim + 1)[start + torch.minimum(k, left - 1)]
-        obs, act, rew, next_obs, term = self.unpack(rows)
-        bootstrap = gamma ** left.clamp(max=steps)[..., 0] * (1 - term[..., -1])
-        return Segment(obs, act, rew, next_obs, gamma**k * (k < left), bootstrap)
-
-    def unpack(self, rows):
-        """[.., ctx_dim + 1] -> Batch."""
-        obs, act, rew, next_obs, term = rows.split([self.obs_dim, self.act_dim, 1, self.obs_dim, 1], -1)
-        return Batch(obs, act, rew[..., 0], next_obs, term[..., 0])
-
-    def sample_context(self, task_ids, size, generator, episodes=None):
-        """`size` uniform transitions of one random episode per task: task_ids [M] -> [M, size, ctx_dim].
-        episodes [T, N, H, ..]: what to cut them from, by default the rows without term."""
-        present = (self.lengths[task_ids] > 0).float()  # [M, N]
-        # the first of exponential clocks is a uniform draw; torch.multinomial would read from the device
-        episode = (present / torch.empty_like(present).exponential_(generator=generator)).argmax(1, keepdim=True)
-        length = self.lengths[task_ids[:, None], episode]
-        step = (torch.rand(len(task_ids), size, device=self.device, generator=generator) * length).long()
-        episodes = self.episodes[..., :-1] if episodes is None else episodes
-        return episodes[task_ids[:, None], episode, step]
-
-
-def transitions(arrays, prefix="", device="cpu"):
-    """Episode arrays (as of `rollout` or of the file) -> [.., H, ctx_dim + 1] float32; zeros after the end."""
-    obs, act, rew, lengths = (arrays[prefix + k] for k in ("observations", "actions", "rewards", "lengths"))
-    steps = np.arange(rew.shape[-1])
-    term = (arrays[prefix + "terminated"][..., None] & (steps == lengths[..., None] - 1)).astype(np.float32)
-    rows = np.concatenate([obs[..., :-1, :], act, rew[..., None], obs[..., 1:, :], term[..., None]], -1)
-    rows[steps >= lengths[..., None]] = 0.0  # e.g. the last observation of a terminated episode
-    return torch.as_tensor(rows, device=device)
-
-
-def load_dataset(env, path=None, device="cpu"):
-    """Read and check {env}.npz in DATASETS (or path) -> Dataset on the device, also "auto". Whatever is wrong with the
-    file ends the program with one line that names the remedy, before any training."""
-    device, path = resolve_device(device), Path(path or default_path(env)).expanduser()
-    quality = next((q for q in QUALITIES[1:] if path.stem == f"{env}-{q}"), None)
-    make = f"python {shown(DATASETS.parent / 'data_collect.py')} --env {env}"
-    make += f" --quality {quality}" if quality else ""
-    if path.resolve() != default_path(env, quality or "mixed"):
-        make += f" --out {path}"
-    path = shown(path)
-
-    def refuse(what):
-        raise SystemExit(f"{path}: {what}. Remove it and make it anew: {make}")
-
-    if path.suffix != ".npz":
-        raise SystemExit(f"--dataset {path}: no dataset; give a file that data_collect.py made, its name ends in .npz")
-    if not path.exists():
-        raise SystemExit(f"{path} not found. Make it: {make}")
-    if not path.is_file():
-        refuse("is not a file")
-    try:
-        with zipfile.ZipFile(path) as file:  # sizes first: zeros pack a thousandfold
-            unpacked = sum(member.file_size for member in file.infolist())
-        if unpacked > MOST_BYTES:
-            raise ValueError(f"{unpacked / 2**30:.0f} GiB unpacked")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged bytes
-        refuse(f"unreadable ({short(error)})")
-    for key in MAY_BE_HALF:
-        if getattr(arrays.get(key), "dtype", None) == np.float16:  # a damaged member is read as bytes
-            arrays[key] = arrays[key].astype(np.float32)
-    if "header" not in arrays:
-        refuse("no header, so not a dataset of this repository")
-    try:
-        header = json.loads(str(arrays.pop("header")))
-        version, family_name = header["format_version"], header["env"]
-        header["settings"]["seed"]
-        json.dumps(header, indent=1, allow_nan=False)  # args.json will hold it
-    except (ValueError, KeyError, TypeError, RecursionError):
-        refuse("damaged header")
-    if type(version) is not int or version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        remedy = "update this repository" if newer else f"remove it and make it anew: {make}"
-        raise SystemExit(f"{path}: format version {short(version)}, this code reads {FORMAT_VERSION}; {remedy}")
-    if family_name != env:
-        name = short(family_name)
-        raise SystemExit(f"{path} holds {name}, not {env}: use --env {name} or another file")
-    for fault in faults(FAMILIES[env], arrays):
-        refuse(fault)
-    data = Dataset(env, header, arrays, device)
-    data.path = path
-    return data
-
-
-def default_path(env, quality="mixed"):
-    return DATASETS / (f"{env}.npz" if quality == "mixed" else f"{env}-{quality}.npz")
-
-
-def shown(path):
-    """A path as a person would type it: relative below the working directory."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def short(text):
-    """The beginning of a text from a file, fit for a message of one line."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:80]) or "no reason given"
-
-
-def foreign_distance(family, arrays):
-    """-> ood_distance of the file [V, C]: from each test task to the task whose policy played the context, as of
-    Family.distance; -1 where the random policy acted."""
-    behavior, params = arrays["ood_behavior_task"], arrays["task_params"]
-    distance = family.distance(params[arrays["test_ids"], None], params[behavior.clip(0)])
-    return np.where(behavior == RANDOM, -1.0, distance)
-
-
-def faults(family, arrays):
-    """What is wrong with the arrays of a file, as phrases; later checks rely on the earlier ones."""
-    sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
-    family_params, family_train, family_test = family.draw()
-    sizes["P"] = family_params.shape[1]
-    for key, (dtype, letters) in FILE_LAYOUT.items():
-        array = arrays.get(key)
-        if not isinstance(array, np.ndarray):
-            yield f"array {key} is missing"
-        if array.dtype != dtype:
-            yield f"{key} has type {array.dtype}, expected {dtype}"
-        if array.ndim != len(letters) or any(sizes.setdefault(n, s) != s for n, s in zip(letters, array.shape)):
-            yield f"{key} has shape {array.shape}, expected {tuple(sizes.get(n, n) for n in letters)}"
-        if array.dtype.kind == "f" and not (abs(array) < LARGEST).all():
-            yield f"{key} has values that are not finite, or of more than {LARGEST:g}"
-    lengths, tasks, behavior = arrays["lengths"], range(sizes["T"]), arrays["ood_behavior_task"]
-    for key in ("train_ids", "test_ids"):
-        ids = arrays[key].tolist()
-        if not ids or len(set(ids)) != len(ids) or not set(ids) <= set(tasks):
-            yield f"{key} must be distinct task numbers from 0 to {len(tasks) - 1}, at least one"
-        if not (lengths[ids] > 0).any(1).all():
-            yield f"a task of {key} has no episode"
-    for prefix in ("", "ood_"):
-        if not np.isin(arrays[prefix + "lengths"], range(family.horizon + 1)).all():
-            yield f"{prefix}lengths must lie between 0 and the horizon {family.horizon}"
-        if abs(arrays[prefix + "actions"]).max(initial=0) > 1:
-            yield f"{prefix}actions must lie in [-1, 1]"
-    if (np.diff(lengths > 0, axis=1) & (lengths[:, 1:] > 0)).any():
-        yield "lengths has an empty episode before a recorded one"
-    if not np.isin(behavior, [RANDOM, *tasks]).all():
-        yield f"ood_behavior_task must be task numbers or {RANDOM}"
-    if len(set((behavior == RANDOM).sum(1))) > 1:
-        yield "ood_behavior_task has not the same number of random contexts for every test task"
-    if (arrays["ood_lengths"] == 0).any():
-        yield "an episode of ood_lengths is empty"
-    for prefix in ("", "ood_"):
-        if ((arrays[prefix + "lengths"] > 0) != (arrays[prefix + "behavior_step"] != NO_EPISODE)).any():
-            yield f"{prefix}lengths and {prefix}behavior_step disagree on which episodes there are"
-    if not all((abs(family_params - row).max(1) < 1e-9).any() for row in arrays["task_params"]):
-        yield "task_params are not those of the family's tasks"
-    if np.isin(arrays["train_ids"], arrays["test_ids"]).any() and not np.isin(family_train, family_test).any():
-        yield "a task is in both train_ids and test_ids"
-    if not (abs(arrays["ood_distance"] - foreign_distance(family, arrays)) < 1e-9).all():
-        yield "ood_distance does not agree with task_params and ood_behavior_task"
-    if (arrays["expert_returns"] <= arrays["random_returns"]).mean() > 0.5:
-        remedy = "train the policies longer (--total-updates), without the .policies.pt beside it"
-        yield f"for most tasks the expert is no better than the random policy: {remedy}"
-    least, most = (family.horizon * bound for bound in family.reward_range)
-    for key in ("random_returns", "expert_returns"):
-        if not ((least <= arrays[key]) & (arrays[key] <= most)).all():
-            yield f"{key} has a return that the family's reward does not allow"
-
-
-# ---- evaluation -------------------------------------------------------------
-
-EXPLORATION_EPISODES, EXPLOITATION_EPISODES, MORE_EPISODES = 2, 3, 5  # of the online protocols
-PROTOCOLS = ("iid", "ood", "ood_random", "online", "np_online", "zero_shot", "train")
-Protocol = Literal[PROTOCOLS]
-
-
-def reset_seeds(tasks, number, k):
-    """Seeds [R] of rows that play their own k-th episode in succession for the `number`-th time on their task."""
-    return (10_000 + 97 * tasks + number + 31 * k).tolist()
-
-
-def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
-    """Returns of an adaptable policy on the test tasks, all tasks x `episodes` rolled out as one batch.
-
-    adapt(context [R, K, ctx_dim], mask [R, K], explore) -> policy(obs [R, obs_dim], rew [R]) -> act
-    [R, act_dim], tensors on data.device, observations standardized as in the data; mask is 1 for real
-    transitions, K = 0 means no context; explore asks for a sample of the belief over the task rather
-    than its mean; rew is the reward of the previous step (for policies that keep a history). Reset
-    seeds and contexts are the same for every method and at every call.
-
-    iid        context = one episode of the test task's own offline data, for each episode another while they last
-    ood        context = an episode on the test task by the policy of another training task, each of them in turn
-    ood_random context = an episode on the test task by the uniform random policy
-    online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; before
-               each, adapt sees all episodes collected so far (none at first); the last one is reported. Then
-               MORE_EPISODES, that tell whether more experience helps
-    np_online  the same without these, but the first episode has uniform random actions (CSRO's non-prior collection: no
-               belief about the task acts before anything is known of it)
-    zero_shot  no context at all
-    train      as iid, on the first ten training tasks
-
-    trace: a list to which each protocol's last episodes are appended, as of `rollout` (observations standardized),
-    with the "context" and "mask" that adapt was given.
-    -> {"eval/iid/return": mean over tasks, "eval/iid/return_se": its standard error over tasks x episodes, if any,
-    "eval/iid/normalized": 0 = random, 100 = expert, per task, then averaged, "eval/iid/return_task_07": ...,
-    "eval/online/return_ep_1": ..., "eval/ood/normalized_near", "_middle", "_far": by the distance between the task and
-    that of the policy which acted, thirds of the rows; "eval/iid/diverged": number of episodes whose physics broke, if
-    any, see `episode_returns`}. An action that is not finite ends the program."""
-    device, results = data.device, {}
-    for protocol in protocols:
-        tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
-        row_tasks, number = tasks.repeat(episodes), np.tile(np.arange(episodes), len(tasks))  # of each row
-        if protocol in ("ood", "ood_random"):
-            wanted = (data.ood_behavior_task == RANDOM) == (protocol == "ood_random")  # [V, C]
-            if not wanted.any():
-                continue  # a dataset collected with --ood-contexts 0
-            columns, row = np.nonzero(wanted)[1].reshape(len(tasks), -1), np.arange(len(tasks)).repeat(episodes)
-            column = columns[row, (row + number) % columns.shape[1]]  # few episodes meet near and far policies too
-            context, lengths = data.ood_episodes[row, column], data.ood_lengths[row, column]
-            distance = data.ood_distance[row, column]
-        elif protocol in ("iid", "train"):
-            orders = [np.random.default_rng(10_000 + task).permutation(data.present[task]) for task in tasks]
-            pick = np.concatenate([np.resize(order, episodes) for order in orders])
-            context, lengths = data.episodes[row_tasks, pick], data.lengths[row_tasks, pick]
-        else:
-            context = torch.zeros(len(row_tasks), 0, data.ctx_dim + 1, device=device)
-            lengths = torch.zeros(len(row_tasks), dtype=torch.long, device=device)
-        mask = data.recorded(lengths)[:, : context.shape[1]].float()
-        env = TaskEnv(data.family, data.task_params, row_tasks)
-        own = protocol in ("online", "np_online")  # contexts of the agent's own
-        reported = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1
-        for k in range(reported + MORE_EPISODES * (protocol == "online")):
-            policy = adapt(context[..., :-1], mask, own and k < EXPLORATION_EPISODES)
-            rng = np.random.default_rng(10_000) if protocol == "np_online" and k == 0 else None
-
-            def act(obs, rew, policy=policy, rng=rng):
-                if rng is not None:
-                    return torch.as_tensor(rng.uniform(-1, 1, (len(obs), data.act_dim)))
-                return policy(data.standardize(obs), rew)
-
-            try:
-                done = rollout(env, act, reset_seeds(row_tasks, number, k), device)
-            except ActionError as error:
-                raise SystemExit(f"evaluation {protocol}: {error}") from None
-            done["observations"] = data.standardize(torch.as_tensor(done["observations"], device=device)).cpu().numpy()
-            if k < reported:
-                last = done | {"context": context[..., :-1], "mask": mask}
-            if own:
-                results[f"eval/{protocol}/return_ep_{k + 1}"] = episode_returns(data, row_tasks, done).mean()
-                context = torch.cat([context, transitions(done, device=device)], 1)
-                mask = torch.cat([mask, data.recorded(torch.as_tensor(done["lengths"], device=device)).float()], 1)
-        env.close()
-        if trace is not None:
-            trace.append(last)
-        returns = episode_returns(data, row_tasks, last)  # [R]
-        results |= figures(data, protocol, row_tasks, returns)
-        if protocol == "ood":  # by thirds of the distance between the task and that of the policy which acted
-            normalized = normalize(data, row_tasks, returns)
-            third = np.searchsorted(np.quantile(distance, (1 / 3, 2 / 3)), distance)
-            for k in np.unique(third):
-                results[f"eval/ood/normalized_{('near', 'middle', 'far')[k]}"] = normalized[third == k].mean()
-        of_task = returns.reshape(len(tasks), episodes).mean(1)
-        results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, of_task)}
-        if last["diverged"].any():
-            results[f"eval/{protocol}/diverged"] = last["diverged"].sum()
-    return {tag: float(value) for tag, value in results.items()}
-
-
-def episode_returns(data, tasks, episodes):
-    """Returns [R] of `rollout`'s episodes on tasks [R]. An episode whose physics broke counts as the random policy's:
-    a policy must not gain by breaking off where rewards are negative."""
-    returns = episodes["rewards"].sum(1, dtype=np.float64)
-    return np.where(episodes["diverged"], data.random_returns[tasks], returns)
-
-
-def figures(data, name, tasks, returns):
-    """Returns [R] of rows on tasks [R] -> {"eval/{name}/return": mean, "return_se": its standard error, if any,
-    "normalized": mean on the tasks' own scales}."""
-    results = {f"eval/{name}/return": float(returns.mean())}
-    if len(returns) > 1:
-        results[f"eval/{name}/return_se"] = float(returns.std(ddof=1) / len(returns) ** 0.5)
-    return results | {f"eval/{name}/normalized": float(normalize(data, tasks, returns).mean())}
-
-
-def q_error(episodes, value, gamma):
-    """How far a critic is from what its policy reaches, on `episodes` that `evaluate` traced: Q(s_0, pi(s_0)) minus the
-    discounted return that followed (first curve of the FLORA paper's Figure 1).
-
-    value(context [R, K, ctx_dim], mask [R, K], obs [R, 2, obs_dim]) -> Q(s, pi(s)) [R, 2] in units of the reward. The
-    critic bootstraps across the time limit, so the return is continued with it at the episode's last state unless the
-    task terminated. -> {"eval/iid/q_error": mean over rows, "eval/iid/q_relative": the same as a share of the mean
-    return's size}"""
-    context, mask = episodes["context"], episodes["mask"]
-    obs, rew = (torch.as_tensor(episodes[key], device=mask.device) for key in ("observations", "rewards"))
-    length = torch.as_tensor(episodes["lengths"], dtype=torch.long, device=mask.device)
-    terminated = torch.as_tensor(episodes["terminated"], device=mask.device)
-    last = obs[torch.arange(len(obs), device=mask.device), length]
-    with torch.no_grad():
-        first_q, last_q = value(context, mask, torch.stack([obs[:, 0], last], 1)).unbind(1)
-    discounts = gamma ** torch.arange(rew.shape[1], device=mask.device)
-    monte_carlo = (discounts * rew).sum(1) + gamma**length * ~terminated * last_q
-    error, size = (first_q - monte_carlo).mean().item(), abs(monte_carlo.mean().item())
-    return {"eval/iid/q_error": error, "eval/iid/q_relative": error / max(size, 1e-8)}
-
-
-def evaluate_actor_critic(data, adapt, value, gamma, protocols, episodes, clone=None):
-    """`evaluate`, with the critic's error on iid by `q_error` (value, gamma), and with the returns of `clone`, as
-    adapt, on the contexts of iid: the policy that the actor is kept close to acts alone, "eval/clone/return" ..
-    -> dict tag -> float."""
-    traced = []
-    results = evaluate(data, adapt, protocols, episodes, traced)
-    results |= q_error(traced[protocols.index("iid")], value, gamma)
-    if clone is not None:
-        alone = evaluate(data, clone, ("iid",), episodes)
-        results |= {tag.replace("iid", "clone"): found for tag, found in alone.items()}
-    return results
-
-
-def label_contexts(data, embed, tasks=None, limit=10):
-    """Embed up to `limit` episodes per task, evenly over the recorded ones: embed(context [R, K, ctx_dim],
-    mask [R, K]) -> z [R, z_dim]. -> z [R, z_dim] on the CPU, task of each row (list of int)."""
-    tasks = np.concatenate([data.train_ids, data.test_ids]) if tasks is None else tasks
-    pairs = [(t, n) for t in tasks for n in np.unique(np.linspace(0, data.present[t] - 1, limit).round().astype(int))]
-    task, episode = (torch.as_tensor([int(p[i]) for p in pairs], device=data.device) for i in (0, 1))
-    mask = data.recorded(data.lengths[task, episode])
-    return embed(data.episodes[task, episode][..., :-1], mask.float()).cpu(), task.tolist()
-
-
-def embedding_quality(data, embed):
-    """How well z tells the tasks apart, from contexts of one episode each (embed: see label_contexts).
-
-    z/nearest_task_acc  training tasks: share of odd-numbered contexts whose nearest centroid, over the
-                        even-numbered contexts of each task, is that of their own task
-    z/probe_r2          linear regression from z to the task parameters, fitted on the training tasks,
-                        coefficient of determination on the test tasks (1 = perfect, 0 = the mean)
-    What `unmeasurable` names is left out."""
-    z, task = label_contexts(data, embed, data.train_ids)
-    z, task, odd = z.double(), torch.tensor(task), torch.arange(len(task)) % 2 == 1
-    centroids = torch.stack([z[~odd & (task == t)].mean(0) for t in data.train_ids])
-    nearest = torch.as_tensor(data.train_ids)[torch.cdist(z[odd], centroids).argmin(1)]
-    test_z, test_task = label_contexts(data, embed, data.test_ids)
-    params = torch.as_tensor(data.task_params)
-    target, center, mean = params[test_task], z.mean(0), params[task].mean(0)
-    # rcond: nothing is read from where z hardly varies over the training tasks, as in a dimension that is saturated
-    probe = torch.linalg.lstsq(z - center, params[task] - mean, rcond=1e-3, driver="gelsd").solution
-    error = ((test_z.double() - center) @ probe + mean - target).pow(2).sum()
-    quality = {
-        "z/nearest_task_acc": (nearest == task[odd]).double().mean().item(),
-        "z/probe_r2": (1 - error / (target - params[data.train_ids].mean(0)).pow(2).sum()).item(),
-    }
-    return {tag: value for tag, value in quality.items() if tag not in unmeasurable(data)}
-
-
-def unmeasurable(data):
-    """Figures of `embedding_quality` that these data do not give -> dict tag -> reason."""
-    reasons, center = {}, data.task_params[data.train_ids].mean(0)
-    if data.min_episodes < 2:
-        reasons["z/nearest_task_acc"] = "a training task has a single episode"
-    if not data.family.measured:
-        reasons["z/probe_r2"] = "the tasks' parameters are names, or without effect"
-    elif (data.task_params[data.test_ids] == center).all():
-        reasons["z/probe_r2"] = "the test tasks do not differ from the training tasks' mean"
-    return reasons
-
-
-def normalize(data, tasks, returns):
-    """Returns [len(tasks)] -> the same on each task's own scale: 0 = random policy, 100 = expert; 0 where
-    the expert is no better, so that there is no scale."""
-    worst, best = data.random_returns[tasks], data.expert_returns[tasks]
-    return 100 * (returns - worst) / np.where(best > worst, best - worst, np.inf)
-
-
-# ---- runs -------------------------------------------------------------------
-#
-# What surrounds a training and belongs to no method. A script's train() reads: `resolve` the arguments, load the data,
-# make the agent, then, in `with Run(..) as run`, update while `run.going()`, hand each update's metrics to
-# `run.advance` and return `run.finish()`.
-
-RUN_VERSION = 2  # of run directories and policies files; a checkpoint of another version is refused
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster wants the program to stop
-# arguments that may be 0, and those with limits of their own, in all scripts; all other numbers must be positive
-MAY_BE_ZERO = {"seed", "brac_alpha", "brac_alpha_lr", "divergence_target", "entropy_weight"}
-MAY_BE_ZERO |= {"target_noise", "behavior_decay"}
-RANGES = {"gamma": (0, 1), "tau": (0, 1), "anchor_share": (0, 1), "n_step": (1, 100)}
-LONGEST = 1000  # of a name or path
-# arguments that do not shape the training: a resumed run may change them
-FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "final_episodes", "device"}
-FREE |= {"compile", "resume", "eval_only", "run_dir", "dataset"}
-
-
-def command_line(args_class, train, doc, arguments=None):
-    """Parse the command line (list of str, by default the process's own) and train -> what `train` returns. With
-    --resume the arguments stored there are the defaults."""
-    cli = functools.partial(tyro.cli, args_class, description=doc.split("\n\n")[0], args=arguments)
-    with one_line_faults():
-        args = cli()
-        check_text("--resume", "none" if args.resume is None else args.resume)  # it is read before all others
-        return train(cli(default=stored_args(args_class, args.resume)) if args.resume else args)
-
-
-@contextlib.contextmanager
-def one_line_faults():
-    """In its block signals, and faults of disk, pipe and memory, end the program with one line, no traceback."""
-    threading.excepthook = lambda _: None  # TensorBoard's thread meets the disk's faults too; we report them here
-    try:
-        with note_signals(at_once="what was saved stays and can be continued"):
-            yield
-            sys.stdout.flush()
-    except ActionError as error:
-        raise SystemExit(f"stopped: {error}")
-    except BrokenPipeError:
-        give_up_output()
-        raise SystemExit("stopped: nobody reads the output any more; what was saved stays and can be continued")
-    except OSError as error:
-        give_up_output()
-        place = f"{error.filename}: " if error.filename else ""
-        raise SystemExit(f"{place}{error.strerror or error}; what was saved stays and can be continued")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        raise SystemExit("out of memory: choose smaller networks or batches (--width, --batch-size, .., see --help)")
-
-
-def give_up_output():
-    """If nothing can be written to the output any more, keep Python's own last flush from failing again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def note_signals(at_once=None):
-    """In its block the first of SIGNALS is only noted, so that one can save -> list of signal numbers, empty until
-    then. The second, or the first where there is a text to print `at_once`, ends it with exit code 128 + signal."""
-    noted = []
-
-    def note(number, _):
-        if noted or at_once:
-            print(f"interrupted; {at_once or 'the last checkpoint stays'}", flush=True)
-            raise SystemExit(128 + number)
-        noted.append(number)
-
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup and `&` ignore some
-    previous = [signal.signal(number, note) for number in heard]
-    try:
-        yield noted
-    finally:
-        for number, handler in zip(heard, previous):
-            signal.signal(number, handler)
-
-
-def resolve(args, env_args, may_be_zero=frozenset(), ranges={}):
-    """Fill in the arguments left at None and check all of them -> args; one line for whatever is wrong.
-
-    env_args: {part of the family's name: {argument: value}}, later entries change earlier ones; may_be_zero, ranges:
-    what the script adds to MAY_BE_ZERO and RANGES."""
-    if args.eval_only and not args.resume:
-        raise SystemExit("--eval-only needs --resume RUN_DIR")
-    fill_in(args, env_args)
-    check_arguments(args, MAY_BE_ZERO | may_be_zero, RANGES | ranges)
-    return args
-
-
-def fill_in(args, env_args):
-    """Give the arguments left at None, in place, what `resolve` says."""
-    defaults = {}
-    for part, values in env_args.items():
-        defaults |= values if part in args.env else {}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-
-def check_text(flag, value):
-    if not value.isprintable() or not 0 < len(value) <= LONGEST:
-        raise SystemExit(f"{flag} {short(value)!r}: must be printable text of at most {LONGEST} characters")
-
-
-def check_arguments(args, may_be_zero, ranges):
-    """Numbers are positive, or 0 where they may be, and within their range; texts are printable, a name is no path."""
-    for name, value in asdict(args).items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, str):
-            check_text(flag, value)
-        if name == "exp_name" and (Path(value).name != value or value == ".."):
-            raise SystemExit(f"{flag} {value}: must be the name of one folder, not a path")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        count = name == "seed" or name.endswith(("_updates", "_every"))  # all other whole numbers are sizes
-        least, most = ranges.get(name, (0, 1e6 if isinstance(value, float) else 2**31 - 1 if count else 2**20))
-        if not least <= value <= most or (value == 0 and name not in may_be_zero):
-            lower = f"at least {least}" if least or name in may_be_zero else "above 0"
-            raise SystemExit(f"{flag} {value}: must be {lower} and at most {most:.10g}")
-
-
-def read_saved(path, keys, device="cpu"):
-    """A dict that `atomic_save` and torch.save wrote, the first of whose keys marks what it is; ValueError says what is
-    wrong with the file."""
-    if not path.is_file():
-        raise ValueError("not a file")
-    try:
-        with zipfile.ZipFile(path) as file:
-            intact = file.testzip() is None  # torch.load takes damaged numbers without a word
-        saved = torch.load(path, map_location=device, weights_only=True) if intact else None
-    except OSError:
-        raise
-    except Exception:  # zipfile and torch raise a dozen kinds on damaged bytes
-        intact = False
-    if not intact:
-        raise ValueError("damaged")
-    if not isinstance(saved, dict) or keys[0] not in saved:
-        raise ValueError("not one of this repository")
-    version = saved.get("version", 1)
-    if not isinstance(version, int) or version != RUN_VERSION:
-        raise ValueError(f"of version {short(version)} of this repository, this is {RUN_VERSION}")
-    if missing := set(keys) - set(saved):
-        raise ValueError(f"incomplete: no {missing.pop()}")
-    return saved
-
-
-def script_name(args_class):
-    """Of the script that defines the class of its arguments, without .py: a fork may have the same arguments."""
-    return Path(getattr(sys.modules[args_class.__module__], "__file__", "notebook")).stem
-
-
-def script_path(args_class):
-    """The same as one types it: the script may have been imported by a program that trains many."""
-    path, name = Path(sys.argv[0]), script_name(args_class)
-    return str(path if path.stem == name else f"{name}.py")
-
-
-def load_checkpoint(directory, args_class, device="cpu"):
-    """Checkpoint of a run directory as a dict; one line if there is none of the script with these arguments."""
-    path = Path(directory).expanduser() / "checkpoint.pt"
-    if not path.is_file():
-        raise SystemExit(f"--resume {directory}: no checkpoint.pt there; give the run directory that training printed")
-    keys = ("args", "data", "agent", "opts", "rng", "generator", "steps", "rows", "seconds")
-    try:
-        saved, hints = read_saved(path, keys, device), typing.get_type_hints(args_class)
-        if not isinstance(saved["args"], dict) or set(saved["args"]) != set(hints):
-            raise ValueError("of another script or version")
-        if not all(fits(value, hints[name]) for name, value in saved["args"].items()):
-            raise ValueError("damaged: arguments of a wrong type")
-    except ValueError as fault:
-        raise SystemExit(f"--resume {directory}: {path.name} is {fault}; start anew without --resume")
-    if (script := saved.get("script", "")) not in ("", script_name(args_class)):
-        raise SystemExit(f"--resume {directory}: a run of {short(script)}.py; give it to that script")
-    return saved
-
-
-def fits(value, hint):
-    """Whether a value is of a type: a class, a Literal, or several of them."""
-    options = typing.get_args(hint)
-    if options:
-        return any(fits(value, option) for option in options)
-    if not isinstance(hint, type):
-        return type(value) is type(hint) and value == hint
-    return type(value) in ((hint, int) if hint is float else (hint,))
-
-
-def stored_args(args_class, directory):
-    """Arguments of the run in a directory, set to continue it."""
-    return args_class(**load_checkpoint(directory, args_class)["args"] | {"resume": str(directory)})
-
-
-def set_lr(opt, lr):
-    """Give an optimizer, whose rates are tensors, the learning rate lr."""
-    for group in opt.param_groups:
-        group["lr"].fill_(lr)
-
-
-def write_json(path, content):
-    atomic_save(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode()))
-
-
-def eval_line(results):
-    """One line of the returns per protocol with standard errors, normalized in brackets, and of the quality of z."""
-    cells = []
-    for p in [tag.split("/")[1] for tag in results if tag.startswith("eval/") and tag.endswith("/return")]:
-        error = f" ± {results[f'eval/{p}/return_se']:.1f}" if f"eval/{p}/return_se" in results else ""
-        cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error} ({results[f'eval/{p}/normalized']:.0f})")
-    diverged = sum(value for tag, value in results.items() if tag.endswith("/diverged"))
-    cells += [f"{diverged:.0f} episodes diverged, counted as the random policy's"] if diverged else []
-    quality = {"acc": "z/nearest_task_acc", "R2": "z/probe_r2"}
-    cells += [f"z {name} {results[tag]:.2f}" for name, tag in quality.items() if tag in results]
-    return "  ".join(["eval", *cells])
-
-
-class Run:
-    """The run directory of one training: restores a run to resume, then counts, logs, evaluates and saves.
-
-    A training has one or more phases, the last of which is "policy"; --{phase}-updates is a phase's length. agent: the
-    module with all networks and, as attributes, all optimizers; generator: draws the batches; evaluate(agent, data,
-    args, protocols, episodes per task) -> dict tag -> float; embed(agent, context, mask) -> z, see `label_contexts`;
-    free: arguments that a resumed run may change besides FREE."""
-
-    def __init__(self, args, data, agent, generator, evaluate, embed, phases=("policy",), free=frozenset()):
-        self.args, self.data, self.agent, self.generator = args, data, agent, generator
-        self.evaluate_agent = functools.partial(evaluate, agent, data, args)
-        self.embed = functools.partial(embed, agent)
-        self.steps, self.phase = dict.fromkeys(phases, 0), "policy"  # updates done per phase
-        self.timed, self.born, self.rows = 0.0, time.process_time(), 1
-        self.recorded = None  # updates after which the last evaluation was logged
-        self.stopping, self.closing = [], contextlib.ExitStack()
-        if args.resume:
-            self.dir = Path(args.resume).expanduser()
-            self.restore(load_checkpoint(self.dir, type(args), data.device), FREE | free)
-        else:
-            self.dir = self.make_directory()
-        self.result = self.read_result() if self.step == args.total_updates else None
-        if not self.result and not args.eval_only:
-            self.open_files()
-
-    def make_directory(self):
-        """A new run directory; runs that start in the same second get a number."""
-        args, name = self.args, f"seed{self.args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for number in itertools.count(1):
-            path = Path(args.run_dir).expanduser() / args.env / args.exp_name / (name if number == 1 else f"{name}-{number}")
-            try:
-                path.mkdir(parents=True)
-                return path
-            except OSError as error:
-                if not path.is_dir():
-                    raise SystemExit(f"cannot make {path}: {error.strerror}; choose another --run-dir")
-
-    def restore(self, saved, free):
-        """Take over a checkpoint; whatever shapes the training must agree with it."""
-        for name in sorted(set(saved["args"]) - free):
-            if getattr(self.args, name) != saved["args"][name]:
-                flag = f"--{name.replace('_', '-')} {getattr(self.args, name)}"
-                raise SystemExit(f"{flag}: the run to resume has {saved['args'][name]}; drop the flag")
-        if self.data.header != saved["data"]:
-            what = "is not the file that the run to resume was trained on"
-            raise SystemExit(f"{self.data.path} {what}; use that: --dataset")
-        try:
-            restore_training(self.agent, saved)
-            if saved["generator"].shape == self.generator.get_state().shape:
-                self.generator.set_state(saved["generator"].cpu())
-            else:
-                self.begin_generators(sum(saved["steps"].values()))
-            numbers = {name: saved[name] for name in ("steps", "rows", "seconds")}
-            if not alike({"steps": self.steps, "rows": self.rows, "seconds": self.timed}, numbers):
-                raise ValueError("numbers of another kind")
-            if not 0 <= saved["seconds"] < math.inf or min(saved["rows"] - 1, *saved["steps"].values()) < 0:
-                raise ValueError("negative numbers")
-            self.steps, self.rows, self.born = saved["steps"], saved["rows"], self.born - saved["seconds"]
-            self.recorded = saved.get("recorded")
-            if not fits(self.recorded, int | None):
-                raise ValueError("no number of updates")
-        except BAD_CONTENT:
-            raise SystemExit(f"--resume {self.dir}: checkpoint.pt does not fit these arguments; start anew")
-        planned = saved["args"]["total_updates"]
-        if self.step > self.args.total_updates:
-            what = f"that run has done {self.step}; nothing to do"
-            raise SystemExit(f"--total-updates {self.args.total_updates}: {what}")
-        if self.args.lr_decay and self.step > planned / 2 and self.args.total_updates != planned:
-            print(f"note: learning rates that fell towards update {planned} are now those of {self.args.total_updates}")
-
-    def begin_generators(self, updates):
-        """A generator's state fits its own kind of device alone: on another one, begin with the seed and the step."""
-        torch.manual_seed(self.args.seed + updates)
-        self.generator.manual_seed(self.args.seed + updates)
-        if not self.args.eval_only:
-            print(f"note: the run was trained on another device; on {self.data.device} it does not go on bit for bit")
-
-    def read_result(self):
-        """result.json as a dict, None if there is none that can be read."""
-        try:
-            return json.loads((self.dir / "result.json").read_text())
-        except (OSError, ValueError):
-            return None
-
-    def lock(self):
-        """Refuse a second process in this run directory; the lock ends with the process, however it ends."""
-        file = self.closing.enter_context(open(self.dir / "lock", "w"))
-        if not lock(file):
-            raise SystemExit(f"--resume {self.dir}: another process is training this run")
-
-    def open_files(self):
-        """args.json, TensorBoard events and metrics.csv, of which the rows up to the checkpoint stay."""
-        args, data = self.args, self.data
-        self.lock()
-        stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
-        about = {"args": stored, "versions": versions() | {"commit": commit()}, "command": sys.argv}
-        about |= {"script": script_name(type(args))}
-        about |= {"dataset": data.header}
-        write_json(self.dir / "args.json", about)
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.updates + 1 if args.resume else None)
-        self.closing.callback(self.writer.close)
-        self.writer.add_text("args", "|argument|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in stored.items()))
-        path, kept = self.dir / "metrics.csv", [b"step,tag,value\n"]
-        if path.exists():
-            rows = path.read_bytes().splitlines(keepends=True)
-            if rows[:1] != kept or len(rows) < self.rows:
-                raise SystemExit(f"{path} is damaged; remove it to continue the run without its earlier rows")
-            kept = rows[: self.rows]
-        atomic_save(path, lambda file: file.writelines(kept))
-        self.csv, self.rows = self.closing.enter_context(open(path, "a")), len(kept)
-        tasks = f"{len(data.train_ids)} training and {len(data.test_ids)} test tasks"
-        print(f"{self.dir}: {args.env}, {tasks}, device {data.device}")
-        worst, best = data.random_returns[data.test_ids].mean(), data.expert_returns[data.test_ids].mean()
-        returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {data.behavior_return:.1f}"
-        print(f"  mean return on the test tasks: {returns}", flush=True)
-        for tag, reason in unmeasurable(data).items():
-            print(f"  {tag} is left out: {reason}", flush=True)
-
-    def __enter__(self):
-        self.stopping = self.closing.enter_context(note_signals())
-        return self
-
-    def __exit__(self, *_):
-        self.closing.close()
-
-    @property
-    def step(self):
-        """Updates done in the current phase."""
-        return self.steps[self.phase]
-
-    @property
-    def updates(self):
-        """Updates done in all phases."""
-        return sum(self.steps.values())
-
-    @property
-    def total(self):
-        """Updates that the current phase has in all."""
-        return self.args.total_updates if self.phase == "policy" else getattr(self.args, f"{self.phase}_updates")
-
-    @property
-    def decay(self):
-        """Factor on the learning rate: 1 in the first half of the phase, then falling linearly to 0."""
-        return min(1.0, 2 - 2 * (self.step / self.total)) if self.args.lr_decay else 1.0
-
-    def going(self, phase="policy"):
-        """Whether an update of this phase is to be done."""
-        if self.stopping or self.args.eval_only:
-            return False
-        if self.phase != phase or not self.timed:
-            self.phase = phase
-            self.start_step, self.start, self.tick, self.timed = self.step, time.time(), time.perf_counter(), 1e-9
-        return self.step < self.total
-
-    def advance(self, metrics):
-        """Count an update; log, evaluate and save when it is time; the last evaluation is for `finish`, after the
-        checkpoint. metrics: dict tag -> 0-d tensor."""
-        args = self.args
-        self.steps[self.phase] += 1
-        last = self.step == self.total
-        if last or any(self.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every)):
-            values = self.read(metrics)
-        self.timed += time.perf_counter() - self.tick
-        if self.step % args.log_every == 0:
-            self.log(values)
-            self.print_progress(values)
-        if self.phase == "policy" and self.step % args.eval_every == 0 and not last:
-            self.record(self.evaluate(("iid", "train"), args.eval_episodes))
-        if self.step % args.save_every == 0 or last:
-            self.save()
-        self.tick = time.perf_counter()
-
-    def read(self, metrics):
-        """The only place where training reads from the device -> dict tag -> float; all must be finite."""
-        values = {tag: value.item() for tag, value in metrics.items()}
-        self.must_be_finite(values)
-        return values
-
-    def evaluate(self, protocols=PROTOCOLS, episodes=None):
-        """By default the final evaluation -> dict tag -> finite float."""
-        results = self.evaluate_agent(protocols, episodes or self.args.final_episodes)
-        self.must_be_finite(results)
-        return results
-
-    def must_be_finite(self, values):
-        """Stop with one line if one of the values (dict tag -> float) or a parameter is not finite."""
-        broken = [f"{tag} ({value})" for tag, value in values.items() if not math.isfinite(value)]
-        broken += [f"parameter {name}" for name, p in self.agent.named_parameters() if not p.isfinite().all()]
-        if broken:
-            good = self.dir / "checkpoint.pt"
-            remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
-            raise SystemExit(f"stopped at update {self.step}: {broken[0]} is not finite; {remedy}")
-
-    def log(self, values):
-        """dict tag -> number, to metrics.csv and TensorBoard."""
-        for tag, value in values.items():
-            self.csv.write(f"{self.step},{tag},{float(value)!r}\n")
-            if "/return_task_" not in tag:
-                self.writer.add_scalar(tag, value, self.updates)
-        self.csv.flush()
-        self.rows += len(values)
-
-    def record(self, results):
-        """Log and show an evaluation."""
-        self.log(results)
-        print("  " + eval_line(results), flush=True)
-
-    def print_progress(self, values):
-        """One line with the speed, the time that is left and all losses."""
-        done, elapsed = self.step - self.start_step, time.time() - self.start
-        if self.phase == "policy":
-            self.writer.add_scalar("charts/updates_per_sec", done / self.timed, self.updates)
-            self.writer.add_scalar("charts/cpu_s", time.process_time() - self.born, self.updates)
-        eta = duration(elapsed / done * (self.total - self.step))
-        share = f"{self.phase} {self.step:>7}/{self.total} {100 * self.step // self.total:>3}%"
-        losses = "  ".join(f"{tag[7:]} {value:.3g}" for tag, value in values.items() if tag.startswith("losses/"))
-        print(f"[{share}] {done / self.timed:.1f} upd/s  eta {eta}  {losses}", flush=True)
-
-    def save(self):
-        """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
-        self.writer.flush()  # what a resumed run builds on is on the disk, should this one be killed
-        state = training_state(self.agent) | {"generator": self.generator.get_state(), "steps": self.steps}
-        state |= {"version": RUN_VERSION, "script": script_name(type(self.args)), "args": asdict(self.args)}
-        state |= {"data": self.data.header}
-        state |= {"rows": self.rows, "seconds": time.process_time() - self.born, "recorded": self.recorded}
-        if all(p.isfinite().all() for p in self.agent.parameters()):
-            atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
-
-    def finish(self):
-        """-> dict: the last evaluation, run_dir, step, updates_per_sec, cpu_s (of all threads, resumed runs
-        together); also in result.json. A signal ends the evaluation at once: the checkpoint is written already."""
-        again = shlex.join(["python", script_path(type(self.args)), "--resume", str(self.dir)])
-        if self.args.eval_only:
-            with note_signals(f"evaluate with: {again} --eval-only"):
-                results = self.evaluate()
-            print(f"{self.dir} after {self.step} updates, in full in eval.json\n  " + eval_line(results))
-            write_json(self.dir / "eval.json", {"step": self.step} | results)
-            return results | {"run_dir": str(self.dir)}
-        if self.result:
-            print(f"{self.dir} is finished after {self.step} updates; --total-updates continues it further")
-            return self.result
-        if self.stopping:
-            self.save()
-            print(f"interrupted after {self.step} updates ({self.phase}); continue with: {again}")
-            raise SystemExit(128 + self.stopping[0])
-        with note_signals(f"all updates are done; evaluate with: {again}"):
-            results = self.evaluate()
-        if self.recorded != self.step:  # else result.json was lost
-            self.record(results)
-        self.recorded = self.step
-        z, labels = label_contexts(self.data, self.embed)
-        self.writer.add_embedding(z, metadata=labels, global_step=self.updates, tag="z")
-        speed = (self.step - self.start_step) / self.timed if self.timed else 0.0
-        results |= {"run_dir": str(self.dir), "step": self.step}
-        results |= {"updates_per_sec": speed, "cpu_s": time.process_time() - self.born}
-        write_json(self.dir / "result.json", results)
-        self.save()  # with the evaluation's rows, for a run that is continued further
-        return results
-
-
-def versions():
-    """{name: version} of Python and of the packages that the results depend on, and the number of torch's threads:
-    another number changes the last bits."""
-    packages = {m.__name__: m.__version__ for m in (torch, np, gym, mujoco)}
-    return packages | {"python": sys.version.split()[0], "threads": torch.get_num_threads()}
-
-
-def commit():
-    """The commit that this code is at, with "-dirty" if tracked files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def duration(seconds):
-    """75 -> '1m15s'."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-
-
-def optimizers(agent):
-    """-> {name: optimizer} of those that an agent has as attributes."""
-    return {name: value for name, value in vars(agent).items() if isinstance(value, torch.optim.Optimizer)}
-
-
-def training_state(agent):
-    """Networks, optimizers and torch's global generators (CPU and CUDA), for a checkpoint -> dict."""
-    opts = {name: opt.state_dict() for name, opt in optimizers(agent).items()}
-    return {"agent": agent.state_dict(), "opts": opts, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-
-
-BAD_CONTENT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of a saved state
-
-
-def alike(one, two):
-    """Whether two nested states agree in their keys, types and shapes of tensors."""
-    if isinstance(one, dict):
-        return isinstance(two, dict) and one.keys() == two.keys() and all(alike(one[key], two[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return type(one) is type(two) and len(one) == len(two) and all(map(alike, one, two))
-    if isinstance(one, torch.Tensor):
-        return isinstance(two, torch.Tensor) and (one.dtype, one.shape) == (two.dtype, two.shape)
-    return type(one) is type(two)
-
-
-def restore_training(agent, saved):
-    """Take over what `training_state` gave; torch itself would convert types and miss what is not there."""
-    form = training_state(agent)
-    for name, opt in optimizers(agent).items():
-        if saved["opts"][name]["state"]:  # of a phase that has begun
-            params = enumerate(p for group in opt.param_groups for p in group["params"])
-            trained = {i: p for i, p in params if p.requires_grad}
-            moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in trained.items()}
-            form["opts"][name] = form["opts"][name] | {"state": moments}
-    if not all(alike(form[key], saved[key]) for key in ("agent", "opts")):
-        raise ValueError("of other networks")
-    agent.load_state_dict(saved["agent"])
-    for name, opt in optimizers(agent).items():
-        opt.load_state_dict(saved["opts"][name])
-    cpu, *cuda = (state.cpu() for state in saved["rng"])
-    torch.set_rng_state(cpu)
-    torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
-
-
-def atomic_save(path, write):
-    """write(file) to memory, from there to a temporary name, then rename: a reader never meets half a file, and a fault
-    of the disk is an OSError that names the file, whose old content stays."""
-    temporary, content = path.with_name(path.name + ".tmp"), io.BytesIO()
-    write(content)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def lock(file):
-    """Lock an open file until it is closed -> whether no other process holds it. Some network file systems have no
-    locks: there it warns once and goes on."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        print(f"note: no lock on {file.name} ({error.strerror}); do not start this twice", file=sys.stderr)
-    return True
-
-
-def resolve_device(name):
-    """ "auto" | "cpu" | "cuda" -> torch.device; one line if there is no GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no GPU here; use --device auto or cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 # ---- behavior policies ------------------------------------------------------
@@ -1908,12 +830,11 @@ class Replay:
 PHASES = 20  # snapshots of a behavior policy, evenly over its training
 
 
-def train_behavior(family, params, task_ids, args, device, saved, save, stopping, label):
-    """Train one SAC agent on the tasks `task_ids` (all of them: shared; one: per-task).
+def train_behavior(family, params, task_ids, args, device, saved, save, signals, label):
+    """Train one SAC agent on the tasks `task_ids` (all: shared; one: per-task) -> list of PHASES actor state dicts.
 
-    saved: what an interrupted run handed to `save`, or None; save(state) is called at every phase.
-    stopping: a list that ends the run early, after a last save, once it is not empty. Updates start after one
-    episode of random actions in every row. -> list of PHASES actor state dicts, or None if stopped."""
+    saved: what an interrupted run gave to `save`, or None; save(state) is called at every phase. signals: `Signals`;
+    one that is received saves and ends the program. Updates start after one episode of random actions in every row."""
     torch.manual_seed(args.seed + 1000 * int(task_ids[0]))
     agent = SAC(family, params.shape[1], args).to(device)
     warmup = family.horizon  # vector steps
@@ -1923,26 +844,12 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stopping
     progress = {"vector_steps": 0, "step": 0, "diverged": 0, "snapshots": [], "returns": []}
     running = np.zeros(args.rows)  # return so far of each row's episode
     if saved is not None:
-        try:
-            restore_training(agent, saved)
-            done = saved["progress"]
-            bound = np.append(saved["replay_task_ids"], saved["env"]["arrays"]["task_ids"])
-            if not 0 <= done["step"] <= args.total_updates or not np.isin(bound, task_ids).all():
-                raise ValueError("out of range")
-            snapshots = [agent.actor.state_dict()] * (done["step"] * PHASES // args.total_updates)
-            new = slice(args.rows * done["vector_steps"] - done["diverged"])
-            form = {"progress": progress | {"snapshots": snapshots, "returns": [0.0] * len(done["returns"])}}
-            form |= {"replay_rows": replay.rows[new], "replay_task_ids": replay.task_ids[new]}
-            form |= {"running": torch.as_tensor(running)}
-            if not alike(form, {key: saved[key] for key in form}):
-                raise ValueError("of another training")
-            replay.count = len(saved["replay_rows"])
-            replay.rows[new], replay.task_ids[new] = saved["replay_rows"], saved["replay_task_ids"]
-            env.set_state(saved["env"])
-            obs, running = family.observe(env.state).astype(np.float32), saved["running"].numpy()
-            progress = done
-        except BAD_CONTENT:
-            raise SystemExit(f"the policies file of {label} is damaged: remove it and run the same command again")
+        restore_training(agent, saved)
+        progress, running = saved["progress"], saved["running"].numpy()
+        replay.count = len(saved["replay_rows"])
+        replay.rows[: replay.count], replay.task_ids[: replay.count] = saved["replay_rows"], saved["replay_task_ids"]
+        env.set_state(saved["env"])
+        obs = family.observe(env.state).astype(np.float32)
 
     def checkpoint():
         stored = {"replay_rows": replay.rows[: replay.count].clone(), "running": torch.as_tensor(running)}
@@ -2002,14 +909,55 @@ def train_behavior(family, params, task_ids, args, device, saved, save, stopping
                 f"  critic {critic_loss.item():.3f}  q {q_mean.item():.2f}",
                 flush=True,
             )
-        if stopping:
+        if signals.received:
             checkpoint()
-            return None
+            signals.stop(signals.received)
     env.close()
     return progress["snapshots"]
 
 
-# ---- the dataset file: writing ----------------------------------------------
+# ---- the dataset file: writing ------------------------------------------------
+
+
+MOST_BYTES, LARGEST = 4 * 2**30, 1e6  # of a file unpacked, and of any number in it
+NO_EPISODE, RANDOM = -1, -2  # entries of tables of policies that are no trained one
+OBS_LIMIT = 10.0  # largest standardized observation
+
+# the file: key -> dtype, shape; letters: T tasks, N episodes, H horizon, O obs_dim, A act_dim, P parameters, U training
+# tasks, V test tasks, C foreign contexts per test task
+FILE_LAYOUT = {
+    "observations": ("float32", ("T", "N", "H+1", "O")),
+    "actions": ("float32", ("T", "N", "H", "A")),
+    "rewards": ("float32", ("T", "N", "H")),
+    "lengths": ("int32", ("T", "N")),
+    "terminated": ("bool", ("T", "N")),
+    "behavior_step": ("int32", ("T", "N")),
+    "task_params": ("float64", ("T", "P")),
+    "train_ids": ("int64", ("U",)),
+    "test_ids": ("int64", ("V",)),
+    "random_returns": ("float64", ("T",)),
+    "expert_returns": ("float64", ("T",)),
+    "ood_observations": ("float32", ("V", "C", "H+1", "O")),
+    "ood_actions": ("float32", ("V", "C", "H", "A")),
+    "ood_rewards": ("float32", ("V", "C", "H")),
+    "ood_lengths": ("int32", ("V", "C")),
+    "ood_terminated": ("bool", ("V", "C")),
+    "ood_behavior_step": ("int32", ("V", "C")),
+    "ood_behavior_task": ("int32", ("V", "C")),
+    "ood_distance": ("float64", ("V", "C")),
+}
+QUALITIES = ("mixed", "medium", "expert", "medium-expert", "random")
+MAY_BE_HALF = ("observations", "actions", "ood_observations", "ood_actions")  # float16, which are read as float32
+
+
+def default_path(env, quality="mixed"):
+    return DATASETS / (f"{env}.npz" if quality == "mixed" else f"{env}-{quality}.npz")
+
+
+def shown(path):
+    """A path as a person would type it: relative below the working directory."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 @dataclass
@@ -2046,117 +994,84 @@ POLICY_SETTINGS = ("env", "seed", "train_tasks", "test_tasks", "behavior", "tota
 POLICY_SETTINGS += ("rows", "updates_per_step", "batch_size", "width", "lr")
 
 
+
 def collect(args):
-    """Train the behavior policies and write the dataset file; continues an interrupted run, and does
-    nothing if the file is already there with the same settings."""
+    """Train the behavior policies, roll them out and write the dataset file. An interrupted collection goes on, and
+    nothing is done if the file is already there with the same settings."""
     family = FAMILIES[args.env]
     for name in ("total_updates", "width"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(family, f"sac_{name}"))
-    check_arguments(args, {"ood_contexts", "seed"}, {"batch_size": (2, 2**20)})
+    check_numbers(args)
     params, train_ids, test_ids = family.draw()
-    for name, ids in (("train_tasks", train_ids), ("test_tasks", test_ids)):
-        if (getattr(args, name) or 0) > len(ids):
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.env} has {len(ids)}")
     train_ids, test_ids = train_ids[: args.train_tasks], test_ids[: args.test_tasks]
     used = np.union1d(train_ids, test_ids)  # keep only the chosen tasks and renumber them
     params, train_ids, test_ids = params[used], np.searchsorted(used, train_ids), np.searchsorted(used, test_ids)
     if args.ood_contexts and len(train_ids) == 1 and train_ids[0] in test_ids:
         raise SystemExit("--train-tasks 1: no other training task for foreign contexts; add --ood-contexts 0")
-    device = resolve_device(args.device)
     path = shown(Path(args.out or default_path(args.env, args.quality)).expanduser())
     if path.suffix != ".npz":
         raise SystemExit(f"--out {path}: the name must end in .npz")
     settings = {k: v for k, v in asdict(args).items() if k not in ("out", "device")}
     if path.exists():
         written = load_dataset(args.env, path).header["settings"]
-        changed = [k for k in settings if settings[k] != written.get(k)]
-        if changed:
-            k = changed[0]
-            made = f"{path} was made with {k} {short(written.get(k))}, not {settings[k]}"
-            raise SystemExit(f"{made}: choose another --out or remove it")
+        for key in settings:
+            if settings[key] != written.get(key):
+                made = f"{path} was made with {key} {written.get(key)}, not {settings[key]}"
+                raise SystemExit(f"{made}: choose another --out or move the file away")
         print(f"{path} is complete; nothing to do")
         return
-    one = empty_episodes(family, (1,))
-    size = sum(v.astype(family.kept_as).nbytes if k in MAY_BE_HALF else v.nbytes for k, v in one.items())
-    if size * len(params) * max(args.episodes, args.test_episodes) > 0.9 * MOST_BYTES:
-        raise SystemExit(f"--episodes {args.episodes}: the file would be too large to be read; choose fewer")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f"{path.name}~")
-        atomic_save(probe, lambda file: None)  # find out now, not in half an hour, whether we may write here
-        probe.unlink()
-    except OSError as error:
-        raise SystemExit(f"cannot write {path}: {error.strerror}; choose another --out")
-    with open(path.with_name(f"{args.env}.policies.lock"), "w") as file:  # other qualities share the policies
-        if not lock(file):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start, device, policies_path = time.time(), resolve_device(args.device), path.with_name(f"{args.env}.policies.pt")
+    with open(policies_path.with_suffix(".lock"), "w") as file, Signals(
+        f"progress is in {policies_path}, the same command continues"
+    ) as signals:
+        if not lock(file):  # other qualities share the policies
             raise SystemExit(f"another process is collecting {args.env} in {path.parent}: wait for it")
-        make_dataset(family, params, train_ids, test_ids, args, path, settings, device)
-
-
-def make_dataset(family, params, train_ids, test_ids, args, path, settings, device):
-    """`collect` once all is checked: policies, those of an interrupted collection first, episodes, file."""
-    groups = [np.arange(len(params))] if args.behavior == "shared" else [np.array([i]) for i in range(len(params))]
-    if family.scripted:
-        groups = []
-    policies_path = path.with_name(f"{args.env}.policies.pt")
-    wanted = {k: settings[k] for k in POLICY_SETTINGS}
-    policies = {"version": RUN_VERSION, "settings": wanted, "finished": [], "training": None}
-    if policies_path.exists():
-        actor = BehaviorActor(family.obs_dim, family.act_dim, params.shape[1], args.width)
-        policies = load_policies(policies_path, wanted, actor, len(groups))
-        print(f"continuing from {policies_path}")
-
-    def save(training):
-        policies["training"] = training
-        atomic_save(policies_path, lambda file: torch.save(policies, file))
-
-    start = time.time()
-    with note_signals() as stopping:
-        for task_ids in groups[len(policies["finished"]) :]:
-            label = args.env if args.behavior == "shared" else f"{args.env} task {task_ids[0]}"
-            saved = policies["training"]
-            snapshots = train_behavior(family, params, task_ids, args, device, saved, save, stopping, label)
-            if snapshots is not None:
-                policies["finished"].append(snapshots)
-                save(None)
-            if stopping:
-                print(f"interrupted; progress is in {policies_path}, the same command continues")
-                raise SystemExit(128 + stopping[0])
-    print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
-    with note_signals(at_once=f"progress is in {policies_path}, the same command continues"):
-        arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies["finished"], args, device)
-    header = {"format_version": FORMAT_VERSION, "env": args.env, "settings": settings, "versions": versions()}
-    header |= {"command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | note
-    arrays["header"] = np.array(json.dumps(header))
-    atomic_save(path, lambda file: np.savez_compressed(file, **arrays))
+        policies = train_policies(family, params, args, policies_path, device, signals)
+        print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
+        arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies, args, device)
+        header = {"format_version": FORMAT_VERSION, "env": args.env, "settings": settings, "versions": versions()}
+        header |= {"command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | note
+        arrays["header"] = np.array(json.dumps(header))
+        atomic_save(path, lambda file: np.savez_compressed(file, **arrays))
     load_dataset(args.env, path)
     print(
         f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) after {duration(time.time() - start)}: "
         f"mean return random {arrays['random_returns'].mean():.1f}, data {note['behavior_return']:.1f}, "
         f"expert {arrays['expert_returns'].mean():.1f}; {note['diverged_episodes']} diverged episodes redone"
     )
+    if (arrays["expert_returns"] <= arrays["random_returns"]).mean() > 0.5:
+        print("warning: for most tasks the expert is no better than the random policy; use more --total-updates")
     if not family.scripted:
         print(f"{policies_path} holds the policies for other --quality files; remove it when you need none")
 
 
-def load_policies(path, wanted, actor, agents):
-    """What an interrupted collection with the settings `wanted` left, as a dict; one line if it cannot be continued.
-    actor: a BehaviorActor that its snapshots must fit; agents: number of SAC agents in all."""
-    try:
-        policies = read_saved(path, ("settings", "finished", "training"))
-        finished = policies["finished"]
-        if policies["settings"] == wanted:
-            form = [[actor.state_dict()] * PHASES] * min(len(finished), agents)
-            if not alike(form, finished) or not isinstance(policies["training"], (dict, type(None))):
-                raise ValueError("damaged")
-    except BAD_CONTENT as fault:
-        fault = fault if type(fault) is ValueError else "damaged"
-        raise SystemExit(f"{path} is {fault}: remove it and run the same command again")
-    if policies["settings"] != wanted:
-        remedy = "remove it, or write to another folder with --out"
-        raise SystemExit(f"{path} holds policies with other settings: {remedy}")
-    return policies
+def train_policies(family, params, args, path, device, signals):
+    """The behavior policies, continued from the file `path` if it is there -> for each SAC agent (one, or one per task)
+    a list of PHASES actor state dicts."""
+    groups = [np.arange(len(params))] if args.behavior == "shared" else [np.array([i]) for i in range(len(params))]
+    wanted = {k: getattr(args, k) for k in POLICY_SETTINGS}
+    policies = {"version": RUN_VERSION, "settings": wanted, "finished": [], "training": None}
+    if path.exists():
+        remedy = "move it away, or write to another folder with --out"
+        policies = read_saved(path, remedy)
+        if policies["settings"] != wanted:
+            raise SystemExit(f"{path} holds policies with other settings: {remedy}")
+        print(f"continuing from {path}")
+
+    def save(training):
+        policies["training"] = training
+        atomic_save(path, lambda file: torch.save(policies, file))
+
+    signals.may_save = True
+    for task_ids in () if family.scripted else groups[len(policies["finished"]) :]:
+        label = args.env if args.behavior == "shared" else f"{args.env} task {task_ids[0]}"
+        snapshots = train_behavior(family, params, task_ids, args, device, policies["training"], save, signals, label)
+        policies["finished"].append(snapshots)
+        save(None)
+    signals.may_save = False
+    return policies["finished"]
 
 
 def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
@@ -2228,7 +1143,7 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
     arrays["ood_behavior_task"] = foreign.astype(np.int32)
     arrays |= {"task_params": params, "train_ids": train_ids.astype(np.int64), "test_ids": test_ids.astype(np.int64)}
     arrays |= {"random_returns": random_returns, "expert_returns": expert_returns}
-    arrays |= {key: arrays[key].astype(family.kept_as) for key in MAY_BE_HALF}
+    arrays |= {key: arrays[key].astype(family.storage_dtype) for key in MAY_BE_HALF}
     arrays["ood_distance"] = foreign_distance(family, arrays)
     recorded = arrays["rewards"][phase_of != NO_EPISODE].sum(-1)
     return arrays, {"behavior_return": float(recorded.mean()), "diverged_episodes": diverged}
@@ -2280,6 +1195,861 @@ def choose_foreign(family, params, train_ids, test_ids, count):
     return foreign, phases
 
 
+def foreign_distance(family, arrays):
+    """-> ood_distance of the file [V, C]: from each test task to the task whose policy played the context, as of
+    Family.distance; -1 where the random policy acted."""
+    behavior, params = arrays["ood_behavior_task"], arrays["task_params"]
+    distance = family.distance(params[arrays["test_ids"], None], params[behavior.clip(0)])
+    return np.where(behavior == RANDOM, -1.0, distance)
+
+
+# ---- the dataset file: reading ------------------------------------------------
+
+class Batch(NamedTuple):
+    """Transitions of M tasks, B of each."""
+
+    obs: torch.Tensor  # [M, B, obs_dim], standardized
+    act: torch.Tensor  # [M, B, act_dim] in [-1, 1]
+    rew: torch.Tensor  # [M, B]
+    next_obs: torch.Tensor  # [M, B, obs_dim]
+    term: torch.Tensor  # [M, B] 1 = the task itself ended, never a time limit
+
+
+class Segment(NamedTuple):
+    """Up to n consecutive transitions of an episode from each of B starting points of M tasks."""
+
+    obs: torch.Tensor  # [M, B, n, obs_dim], standardized
+    act: torch.Tensor  # [M, B, n, act_dim] in [-1, 1]
+    rew: torch.Tensor  # [M, B, n]
+    next_obs: torch.Tensor  # [M, B, n, obs_dim]; where the episode ends earlier, all repeat its last transition
+    discount: torch.Tensor  # [M, B, n] gamma^k at step k, 0 past the episode's end
+    bootstrap: torch.Tensor  # [M, B] discount of the value at the last next_obs; 0 if the task itself ended there
+
+
+class Dataset:
+    """A checked dataset file as tensors on one device; a batch is one gather.
+
+    Observations are standardized: mean 0 and standard deviation 1 over the training tasks' transitions, clipped to
+    +-OBS_LIMIT. A transition is one row [obs, act, rew, next_obs, term] of width ctx_dim + 1. A context has the first
+    context_dim columns: all except term, unless a method needs it and sets context_dim to ctx_dim + 1."""
+
+    def __init__(self, env, header, arrays, device, path=None):
+        self.env, self.family, self.header, self.device, self.path = env, FAMILIES[env], header, device, path
+        self.obs_dim, self.act_dim = self.family.obs_dim, self.family.act_dim
+        self.ctx_dim = self.context_dim = 2 * self.obs_dim + self.act_dim + 1
+        self.task_params = arrays["task_params"]  # [T, P] float64
+        self.train_ids, self.test_ids = arrays["train_ids"], arrays["test_ids"]
+        self.random_returns, self.expert_returns = arrays["random_returns"], arrays["expert_returns"]  # [T]
+        self.ood_behavior_task = arrays["ood_behavior_task"]  # [V, C], RANDOM where the random policy acted
+        self.ood_distance = arrays["ood_distance"]  # [V, C] from the test task to that task, -1 for the random policy
+        self.train_tasks = torch.as_tensor(self.train_ids, device=device)  # [U]
+        self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0: no episode
+        valid = self.recorded(self.lengths)  # [T, N, H]
+        recorded = valid[self.train_ids].cpu().numpy()
+        rewards = arrays["rewards"][self.train_ids][recorded]
+        self.reward_std = float(nonzero_std(rewards.std(dtype=np.float64), abs(rewards).max()))
+        seen = arrays["observations"][self.train_ids, :, :-1][recorded]  # [.., obs_dim]
+        mean, std = seen.mean(0, dtype=np.float64), nonzero_std(seen.std(0, dtype=np.float64), abs(seen).max(0))
+        self.obs_mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
+        self.obs_std = torch.as_tensor(std, dtype=torch.float32, device=device)
+        keys = ("observations", "ood_observations")
+        arrays = arrays | {k: self.standardize(torch.as_tensor(arrays[k], device=device)).cpu().numpy() for k in keys}
+        self.episodes = transitions(arrays, device=device)  # [T, N, H, ctx_dim + 1]
+        self.ood_episodes = transitions(arrays, "ood_", device)  # [V, C, H, ctx_dim + 1]
+        self.ood_lengths = torch.as_tensor(arrays["ood_lengths"], dtype=torch.long, device=device)
+        self.episode_returns = arrays["rewards"].sum(-1, dtype=np.float64)  # [T, N]
+        self.counts = valid.sum((1, 2))  # [T] transitions per task
+        returns = torch.as_tensor(self.episode_returns, device=device)[..., None].expand_as(valid)
+        # the first counts[i] of row i are real, those of the task's best episodes before all others
+        self.valid = returns.where(valid, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
+        self.present = (arrays["lengths"] > 0).sum(1)  # [T] episodes per task; they lie first in their row
+        self.min_episodes = int(self.present[self.train_ids].min())  # of any training task
+        returns = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
+        self.behavior_return = float(returns.mean())  # mean over the training data
+        self.return_std = float(nonzero_std(returns.std(), abs(returns).max()))
+
+    def standardize(self, obs):
+        """Observations of the simulation [.., obs_dim] -> as the networks see them, within +-OBS_LIMIT."""
+        return ((obs - self.obs_mean) / self.obs_std).clamp(-OBS_LIMIT, OBS_LIMIT)
+
+    def recorded(self, lengths):
+        """lengths [..] of episodes -> [.., H] bool: the steps that they have."""
+        return torch.arange(self.family.horizon, device=self.device) < lengths[..., None]
+
+    def sample_tasks(self, count, generator):
+        """Training tasks, uniform with replacement -> [count]."""
+        draw = torch.randint(len(self.train_tasks), (count,), device=self.device, generator=generator)
+        return self.train_tasks[draw]
+
+    def draw(self, task_ids, size, generator, share=1.0):
+        """Independent uniform transitions with replacement: task_ids [M] -> [M, size], counted through all tasks,
+        episodes and steps. share in (0, 1]: of that share of each task's transitions, at least one, that belongs to its
+        episodes of highest return."""
+        count = share * self.counts[task_ids, None]
+        pick = torch.rand(len(task_ids), size, device=self.device, generator=generator) * count
+        return self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]
+
+    def sample(self, task_ids, size, generator, share=1.0):
+        """Transitions as of `draw` -> rows [M, size, ctx_dim + 1]."""
+        return self.episodes.view(-1, self.ctx_dim + 1)[self.draw(task_ids, size, generator, share)]
+
+    def sample_batch(self, task_ids, size, generator, share=1.0):
+        """The same as a Batch."""
+        return self.unpack(self.sample(task_ids, size, generator, share))
+
+    def sample_segments(self, task_ids, size, steps, gamma, generator):
+        """The transitions of `draw`, each with the steps - 1 that follow it -> Segment."""
+        start = self.draw(task_ids, size, generator)[..., None]  # [M, size, 1]
+        horizon = self.family.horizon
+        left = self.lengths.flatten()[start // horizon] - start % horizon  # [M, size, 1] transitions from start on
+        k = torch.arange(steps, device=self.device)
+        rows = self.episodes.view(-1, self.ctx_dim + 1)[start + torch.minimum(k, left - 1)]
+        obs, act, rew, next_obs, term = self.unpack(rows)
+        bootstrap = gamma ** left.clamp(max=steps)[..., 0] * (1 - term[..., -1])
+        return Segment(obs, act, rew, next_obs, gamma**k * (k < left), bootstrap)
+
+    def unpack(self, rows):
+        """[.., ctx_dim + 1] -> Batch."""
+        obs, act, rew, next_obs, term = rows.split([self.obs_dim, self.act_dim, 1, self.obs_dim, 1], -1)
+        return Batch(obs, act, rew[..., 0], next_obs, term[..., 0])
+
+    def sample_context(self, task_ids, size, generator, episodes=None):
+        """`size` uniform transitions of one random episode per task: task_ids [M] -> [M, size, ctx_dim].
+        episodes [T, N, H, ..]: what to cut them from, by default the rows without term."""
+        present = (self.lengths[task_ids] > 0).float()  # [M, N]
+        # a uniform draw by an exponential race; torch.multinomial would synchronize with the device
+        episode = (present / torch.empty_like(present).exponential_(generator=generator)).argmax(1, keepdim=True)
+        length = self.lengths[task_ids[:, None], episode]
+        step = (torch.rand(len(task_ids), size, device=self.device, generator=generator) * length).long()
+        episodes = self.episodes[..., :-1] if episodes is None else episodes
+        return episodes[task_ids[:, None], episode, step]
+
+
+def nonzero_std(std, largest):
+    """A standard deviation to divide by, of numbers of at most this size: 1 where it is mere rounding, because all
+    numbers are the same. Arrays and tensors alike."""
+    return std + (1 - std) * (std <= 1e-6 * largest)
+
+
+def transitions(arrays, prefix="", device="cpu"):
+    """Episode arrays (as of `rollout` or of the file) -> [.., H, ctx_dim + 1] float32; zeros after the end."""
+    obs, act, rew, lengths = (arrays[prefix + k] for k in ("observations", "actions", "rewards", "lengths"))
+    steps = np.arange(rew.shape[-1])
+    term = (arrays[prefix + "terminated"][..., None] & (steps == lengths[..., None] - 1)).astype(np.float32)
+    rows = np.concatenate([obs[..., :-1, :], act, rew[..., None], obs[..., 1:, :], term[..., None]], -1)
+    rows[steps >= lengths[..., None]] = 0.0  # e.g. the last observation of a terminated episode
+    return torch.as_tensor(rows, device=device)
+
+
+def load_dataset(env, path=None, device="cpu"):
+    """Read and check {env}.npz in DATASETS (or path) -> Dataset on the device, also "auto". One line says what is wrong
+    with a file, and the command that makes a new one, before any training."""
+    device, path = resolve_device(device), Path(path or default_path(env)).expanduser()
+    quality = next((q for q in QUALITIES[1:] if path.stem == f"{env}-{q}"), "mixed")
+    make = f"python {shown(DATASETS.parent / 'data_collect.py')} --env {env}"
+    make += f" --quality {quality}" if quality != "mixed" else ""
+    make += f" --out {shown(path)}" if path.resolve() != default_path(env, quality) else ""
+    if not path.is_file():
+        raise SystemExit(f"{shown(path)} not found. Make it: {make}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        header = json.loads(str(arrays.pop("header")))
+        made_for = header["format_version"], header["env"]
+    except Exception:  # zipfile, numpy and json raise a dozen kinds on damaged bytes
+        raise SystemExit(f"{shown(path)}: damaged, or not a dataset of this repository. Move it away and run: {make}")
+    if made_for != (FORMAT_VERSION, env):
+        what = f"holds {made_for[1]} in format {made_for[0]}, expected {env} in format {FORMAT_VERSION}"
+        raise SystemExit(f"{shown(path)}: {what}. Choose another --env or --dataset")
+    for key in MAY_BE_HALF:
+        if key in arrays and arrays[key].dtype == np.float16:
+            arrays[key] = arrays[key].astype(np.float32)
+    for error in dataset_errors(FAMILIES[env], arrays):
+        raise SystemExit(f"{shown(path)}: {error}. Move it away and run: {make}")
+    return Dataset(env, header, arrays, device, shown(path))
+
+
+def dataset_errors(family, arrays):
+    """Yield what is wrong with the arrays of a file, as phrases; later checks rely on the earlier ones."""
+    sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
+    for key, (dtype, letters) in FILE_LAYOUT.items():
+        if key not in arrays:
+            yield f"array {key} is missing"
+        array = arrays[key]
+        if array.dtype != dtype:
+            yield f"{key} has type {array.dtype}, expected {dtype}"
+        if array.ndim != len(letters) or any(sizes.setdefault(n, s) != s for n, s in zip(letters, array.shape)):
+            yield f"{key} has shape {array.shape}, expected {tuple(sizes.get(n, n) for n in letters)}"
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            yield f"{key} has values that are not finite"
+    for key in ("train_ids", "test_ids"):
+        ids = arrays[key]
+        if not len(ids) or len(set(ids)) < len(ids) or not np.isin(ids, range(sizes["T"])).all():
+            yield f"{key} must be distinct task numbers from 0 to {sizes['T'] - 1}, at least one"
+        if not (arrays["lengths"][ids] > 0).any(1).all():
+            yield f"a task of {key} has no episode"
+    for prefix in ("", "ood_"):
+        if not np.isin(arrays[prefix + "lengths"], range(family.horizon + 1)).all():
+            yield f"{prefix}lengths must lie between 0 and the horizon {family.horizon}"
+        if abs(arrays[prefix + "actions"]).max(initial=0) > 1:
+            yield f"{prefix}actions must lie in [-1, 1]"
+    if (np.diff(arrays["lengths"] > 0, axis=1) & (arrays["lengths"][:, 1:] > 0)).any():
+        yield "lengths has an empty episode before a recorded one"
+
+
+# ---- evaluation -------------------------------------------------------------
+
+EXPLORATION_EPISODES, EXPLOITATION_EPISODES, MORE_EPISODES = 2, 3, 5  # of the online protocols
+PROTOCOLS = ("iid", "ood", "ood_random", "online", "online_random_start", "zero_shot", "train")
+Protocol = Literal[PROTOCOLS]
+
+
+def reset_seeds(tasks, number, k):
+    """Seeds [R] of rows that play their own k-th episode in succession for the `number`-th time on their task."""
+    return (10_000 + 97 * tasks + number + 31 * k).tolist()
+
+
+def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
+    """Returns of an adaptable policy on the test tasks; all tasks x `episodes` are rolled out as one batch.
+
+    adapt(context [R, K, context_dim], mask [R, K], explore) -> policy(obs [R, obs_dim], rew [R]) -> act [R, act_dim],
+    tensors on data.device, observations standardized as in the data. mask is 1 for real transitions; K = 0 means no
+    context. explore asks for a sample of the belief over the task instead of its mean. rew is the reward of the
+    previous step, for policies that keep a history. Reset seeds and contexts are the same for every method and call.
+
+    iid        context = one episode of the test task's own offline data, another one for each episode while they last
+    ood        context = an episode on the test task by another training task's policy, each of these policies in turn
+    ood_random context = an episode on the test task by the uniform random policy
+    online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES, of which the last is
+               reported; before each, adapt sees all episodes played so far. Then MORE_EPISODES, which tell whether more
+               experience helps
+    online_random_start  as online, without MORE_EPISODES; the first episode has uniform random actions (CSRO calls this
+               non-prior collection)
+    zero_shot  no context at all
+    train      as iid, on the first ten training tasks
+
+    trace: a list to which each protocol's last episodes are appended, as of `rollout` (observations standardized), with
+    the "context" and "mask" that adapt was given.
+    -> {"eval/iid/return": mean over tasks, "eval/iid/return_se": its standard error over tasks x episodes, if any,
+    "eval/iid/normalized": 0 = random, 100 = expert, per task, then averaged, "eval/iid/return_task_07": ...,
+    "eval/online/return_ep_1": ..., "eval/ood/normalized_near", "_middle", "_far": thirds of the rows by the distance of
+    the acting policy's task, "eval/iid/diverged": number of episodes whose physics broke, if any; see
+    `returns_of`}. An action that is not finite ends the program."""
+    results = {}
+    for protocol in protocols:
+        tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
+        row_tasks, number = tasks.repeat(episodes), np.tile(np.arange(episodes), len(tasks))  # of each row
+        context, lengths, distance = initial_context(data, protocol, tasks, episodes)
+        if context is None:
+            continue  # a dataset collected with --ood-contexts 0
+        mask = data.recorded(lengths)[:, : context.shape[1]].float()
+        env = TaskEnv(data.family, data.task_params, row_tasks)
+        own = protocol in ("online", "online_random_start")  # contexts are the agent's own episodes
+        reported = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1
+        for k in range(reported + MORE_EPISODES * (protocol == "online")):
+            policy = adapt(context[..., : data.context_dim], mask, own and k < EXPLORATION_EPISODES)
+            if protocol == "online_random_start" and k == 0:
+                rng = np.random.default_rng(10_000)
+                policy = functools.partial(random_policy, rng, data.act_dim)
+            try:
+                played = rollout(env, policy, reset_seeds(row_tasks, number, k), data.device, data.standardize)
+            except ActionError as error:
+                raise SystemExit(f"evaluation {protocol}: {error}") from None
+            if k < reported:
+                last = played | {"context": context[..., : data.context_dim], "mask": mask}
+            if own:
+                results[f"eval/{protocol}/return_ep_{k + 1}"] = returns_of(data, row_tasks, played).mean()
+                context = torch.cat([context, transitions(played, device=data.device)], 1)
+                new = data.recorded(torch.as_tensor(played["lengths"], device=data.device))
+                mask = torch.cat([mask, new.float()], 1)
+        env.close()
+        if trace is not None:
+            trace.append(last)
+        returns = returns_of(data, row_tasks, last)
+        results |= summary(data, protocol, row_tasks, returns)
+        if distance is not None:
+            normalized = normalize(data, row_tasks, returns)
+            third = np.searchsorted(np.quantile(distance, (1 / 3, 2 / 3)), distance)
+            for k in np.unique(third):
+                results[f"eval/ood/normalized_{('near', 'middle', 'far')[k]}"] = normalized[third == k].mean()
+        of_task = returns.reshape(len(tasks), episodes).mean(1)
+        results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, of_task)}
+        if last["diverged"].any():
+            results[f"eval/{protocol}/diverged"] = last["diverged"].sum()
+    return {tag: float(value) for tag, value in results.items()}
+
+
+def random_policy(rng, act_dim, obs, rew):
+    """Uniform actions: obs [R, obs_dim] -> [R, act_dim]."""
+    return torch.as_tensor(rng.uniform(-1, 1, (len(obs), act_dim)))
+
+
+def initial_context(data, protocol, tasks, episodes):
+    """What a protocol of `evaluate` gives before the first episode, for R = len(tasks) * episodes rows -> context
+    [R, K, ctx_dim + 1] (None if the data have none), lengths [R], and for ood the distance [R] of the acting policy's
+    task (else None)."""
+    if protocol in ("ood", "ood_random"):
+        wanted = (data.ood_behavior_task == RANDOM) == (protocol == "ood_random")  # [V, C]
+        if not wanted.any():
+            return None, None, None
+        columns, row = np.nonzero(wanted)[1].reshape(len(tasks), -1), np.arange(len(tasks)).repeat(episodes)
+        number = np.tile(np.arange(episodes), len(tasks))
+        column = columns[row, (row + number) % columns.shape[1]]  # a few episodes already meet near and far policies
+        distance = data.ood_distance[row, column] if protocol == "ood" else None
+        return data.ood_episodes[row, column], data.ood_lengths[row, column], distance
+    if protocol in ("iid", "train"):
+        orders = [np.random.default_rng(10_000 + task).permutation(data.present[task]) for task in tasks]
+        pick, rows = np.concatenate([np.resize(order, episodes) for order in orders]), tasks.repeat(episodes)
+        return data.episodes[rows, pick], data.lengths[rows, pick], None
+    count = len(tasks) * episodes
+    empty = torch.zeros(count, 0, data.ctx_dim + 1, device=data.device)
+    return empty, torch.zeros(count, dtype=torch.long, device=data.device), None
+
+
+def returns_of(data, tasks, played):
+    """Returns [R] of `rollout`'s episodes on tasks [R]. An episode whose physics broke counts as the random policy's:
+    a policy must not gain by breaking off where rewards are negative."""
+    returns = played["rewards"].sum(1, dtype=np.float64)
+    return np.where(played["diverged"], data.random_returns[tasks], returns)
+
+
+def summary(data, name, tasks, returns):
+    """Returns [R] of rows on tasks [R] -> {"eval/{name}/return": mean, "return_se": its standard error, if any,
+    "normalized": mean on the tasks' own scales}."""
+    results = {f"eval/{name}/return": float(returns.mean())}
+    if len(returns) > 1:
+        results[f"eval/{name}/return_se"] = float(returns.std(ddof=1) / len(returns) ** 0.5)
+    return results | {f"eval/{name}/normalized": float(normalize(data, tasks, returns).mean())}
+
+
+def normalize(data, tasks, returns):
+    """Returns [len(tasks)] -> the same on each task's own scale: 0 = random policy, 100 = expert; 0 where the expert is
+    no better, so that there is no scale."""
+    worst, best = data.random_returns[tasks], data.expert_returns[tasks]
+    return 100 * (returns - worst) / np.where(best > worst, best - worst, np.inf)
+
+
+def q_error(played, value, gamma):
+    """How far a critic is from what its policy reaches, on episodes that `evaluate` traced: Q(s_0, pi(s_0)) minus the
+    discounted return that followed (first curve of the FLORA paper's Figure 1).
+
+    value(context [R, K, context_dim], mask [R, K], obs [R, 2, obs_dim]) -> Q(s, pi(s)) [R, 2] in units of the reward.
+    The critic bootstraps across the time limit, so its value of the last state continues the return, except after a
+    termination. -> {"eval/iid/q_error": mean over rows, "eval/iid/q_relative": the same divided by the size of the mean
+    return}"""
+    context, mask = played["context"], played["mask"]
+    obs, rew, length, terminated = (
+        torch.as_tensor(played[key], device=mask.device) for key in ("observations", "rewards", "lengths", "terminated")
+    )
+    last = obs[torch.arange(len(obs), device=mask.device), length.long()]
+    with torch.no_grad():
+        first_q, last_q = value(context, mask, torch.stack([obs[:, 0], last], 1)).unbind(1)
+    discounts = gamma ** torch.arange(rew.shape[1], device=mask.device)
+    monte_carlo = (discounts * rew).sum(1) + gamma**length * ~terminated * last_q
+    error, size = (first_q - monte_carlo).mean().item(), abs(monte_carlo.mean().item())
+    return {"eval/iid/q_error": error, "eval/iid/q_relative": error / max(size, 1e-8)}
+
+
+def evaluate_actor_critic(data, adapt, value, gamma, protocols, episodes, bc=None):
+    """`evaluate`, with the critic's error on iid by `q_error` (value, gamma), and with the returns of bc, an adapt like
+    the other, on the contexts of iid ("eval/bc/return" ..): behavior cloning, which the actor is kept close to
+    -> dict tag -> float."""
+    traced = []
+    results = evaluate(data, adapt, protocols, episodes, traced)
+    results |= q_error(traced[protocols.index("iid")], value, gamma)
+    if bc is not None:
+        alone = evaluate(data, bc, ("iid",), episodes)
+        results |= {tag.replace("iid", "bc"): found for tag, found in alone.items()}
+    return results
+
+
+def label_contexts(data, embed, tasks=None, limit=10):
+    """Embed up to `limit` episodes per task, evenly over the recorded ones: embed(context [R, K, ctx_dim],
+    mask [R, K]) -> z [R, z_dim]. -> z [R, z_dim] on the CPU, task of each row (list of int)."""
+    tasks = np.concatenate([data.train_ids, data.test_ids]) if tasks is None else tasks
+    pairs = [(t, n) for t in tasks for n in np.unique(np.linspace(0, data.present[t] - 1, limit).round().astype(int))]
+    task, episode = (torch.as_tensor([int(p[i]) for p in pairs], device=data.device) for i in (0, 1))
+    mask = data.recorded(data.lengths[task, episode])
+    return embed(data.episodes[task, episode][..., : data.context_dim], mask.float()).cpu(), task.tolist()
+
+
+def embedding_quality(data, embed):
+    """How well z tells the tasks apart, from contexts of one episode each (embed: see label_contexts).
+
+    z/nearest_task_acc  training tasks: share of odd-numbered contexts whose nearest centroid, over the
+                        even-numbered contexts of each task, is that of their own task
+    z/probe_r2          linear regression from z to the task parameters, fitted on the training tasks,
+                        coefficient of determination on the test tasks (1 = perfect, 0 = the mean)
+    What `unmeasurable` names is left out."""
+    z, task = label_contexts(data, embed, data.train_ids)
+    z, task, odd = z.double(), torch.tensor(task), torch.arange(len(task)) % 2 == 1
+    centroids = torch.stack([z[~odd & (task == t)].mean(0) for t in data.train_ids])
+    nearest = torch.as_tensor(data.train_ids)[torch.cdist(z[odd], centroids).argmin(1)]
+    test_z, test_task = label_contexts(data, embed, data.test_ids)
+    params = torch.as_tensor(data.task_params)
+    target, center, mean = params[test_task], z.mean(0), params[task].mean(0)
+    # rcond: nothing is read from where z hardly varies over the training tasks, as in a dimension that is saturated
+    probe = torch.linalg.lstsq(z - center, params[task] - mean, rcond=1e-3, driver="gelsd").solution
+    error = ((test_z.double() - center) @ probe + mean - target).pow(2).sum()
+    quality = {
+        "z/nearest_task_acc": (nearest == task[odd]).double().mean().item(),
+        "z/probe_r2": (1 - error / (target - params[data.train_ids].mean(0)).pow(2).sum()).item(),
+    }
+    return {tag: value for tag, value in quality.items() if tag not in unmeasurable(data)}
+
+
+def unmeasurable(data):
+    """Figures of `embedding_quality` that these data do not give -> dict tag -> reason."""
+    reasons, center = {}, data.task_params[data.train_ids].mean(0)
+    if data.min_episodes < 2:
+        reasons["z/nearest_task_acc"] = "a training task has a single episode"
+    if not data.family.measured:
+        reasons["z/probe_r2"] = "the tasks' parameters are names, or without effect"
+    elif (data.task_params[data.test_ids] == center).all():
+        reasons["z/probe_r2"] = "the test tasks do not differ from the training tasks' mean"
+    return reasons
+
+
+# ---- runs -------------------------------------------------------------------
+#
+# The machinery around a training. A script's train() reads: `resolve` the arguments, load the data, make the agent.
+# Then, in `with Run(..) as run`: update for each step of `run.updates()`, `run.log` what should be seen, and
+# `run.finish` the last evaluation.
+
+RUN_VERSION = 3  # of run directories and policies files; another version is refused
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster wants the program to stop
+# arguments that do not shape the training: a resumed run may change them
+FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "final_episodes", "device"}
+FREE |= {"resume", "eval_only", "run_dir", "dataset"}
+MAY_BE_ZERO = {"seed", "num_flows", "online_ft", "ood_contexts"}  # whole numbers; all others must be positive
+
+
+def command_line(args_class, train, doc, env_defaults=None, arguments=None):
+    """Parse the command line (list of str, by default the process's own) and train -> what `train` returns. With
+    --resume the arguments stored there are the defaults. env_defaults: see `resolve`."""
+    words = sys.argv[1:] if arguments is None else arguments
+    description = doc.split("\n\n")[0] + describe(env_defaults or {})
+    parse = functools.partial(tyro.cli, args_class, description=description, args=words)
+    with one_line_errors():
+        check_words([part for word in words for part in word.split("=", 1)], script_path(args_class))
+        args = parse()
+        if args.resume:
+            stored = load_checkpoint(args.resume, args_class)["args"]
+            args = parse(default=args_class(**stored | {"resume": args.resume}))
+        return train(args)
+
+
+def describe(env_defaults):
+    """What --help says of the arguments whose default depends on the family."""
+    base = env_defaults.get("", {})
+    texts = []
+    for name in sorted({name for values in env_defaults.values() for name in values}):
+        others = [f"{part}* {values[name]}" for part, values in env_defaults.items() if part and name in values]
+        texts.append(f"--{name.replace('_', '-')} " + ", ".join([str(base.get(name)), *others]))
+    return "\n\nArguments with the default None depend on the family: " + "; ".join(texts) + "." if texts else ""
+
+
+def check_words(words, script):
+    """One line for two frequent slips of the command line, a misspelt family and several seeds."""
+    for flag, value, after in zip(words, words[1:], [*words[2:], ""]):
+        if flag == "--env" and value not in FAMILIES and not value.startswith("-"):
+            guess = difflib.get_close_matches(value, FAMILIES, 1)
+            hint = f"did you mean {guess[0]}?" if guess else f"choose from {', '.join(FAMILIES)}"
+            raise SystemExit(f"--env {value}: no such family; {hint}")
+        if flag == "--seed" and value.isdigit() and after.isdigit():
+            several = f"for s in 0 1 2; do python {script} --seed $s; done"
+            raise SystemExit(f"--seed takes one number; for several: {several}")
+
+
+def resolve(args, env_defaults):
+    """Fill in the arguments left at None and check the numbers -> args.
+
+    env_defaults: {part of the family's name: {argument: value}}, later entries change earlier ones."""
+    if args.eval_only and not args.resume:
+        raise SystemExit("--eval-only needs --resume RUN_DIR")
+    if Path(args.exp_name).name != args.exp_name:
+        raise SystemExit(f"--exp-name {args.exp_name}: must be the name of one folder")
+    fill_in(args, env_defaults)
+    check_numbers(args)
+    return args
+
+
+def fill_in(args, env_defaults):
+    """Give the arguments left at None, in place, what `resolve` says."""
+    for part, values in reversed(env_defaults.items()):
+        for name, value in values.items() if part in args.env else ():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+
+
+def check_numbers(args):
+    """Whole numbers are positive, or 0 where that means none; other numbers are finite."""
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if type(value) is int and value < (name not in MAY_BE_ZERO):
+            raise SystemExit(f"{flag}: must be at least {int(name not in MAY_BE_ZERO)}")
+        if type(value) is float and not math.isfinite(value):
+            raise SystemExit(f"{flag}: must be finite")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """In its block an interruption, and faults of disk, pipe and memory, end the program with one line."""
+    threading.excepthook = lambda _: None  # TensorBoard's thread meets the disk's faults too; they are reported here
+    saved = "what was saved stays and can be continued"
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; {saved}")
+    except ActionError as error:
+        raise SystemExit(f"stopped: {error}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails again
+        raise SystemExit(f"stopped: nobody reads the output any more; {saved}")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(f"{place}{error.strerror or error}; {saved}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise SystemExit("out of memory: choose smaller networks or batches (--width, --batch-size, see --help)")
+
+
+class Signals:
+    """In its block the first of SIGNALS is only noted while `may_save` is set, so that the program can save; every
+    other one ends it at once. how: text that tells how to go on."""
+
+    def __init__(self, how):
+        self.how, self.received, self.may_save = how, None, False
+
+    def __enter__(self):
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.previous = {number: signal.signal(number, self.handle) for number in heard}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, _):
+        if self.may_save and self.received is None:
+            self.received = number
+        else:
+            self.stop(number)
+
+    def stop(self, number):
+        print(f"interrupted; {self.how}", flush=True)
+        raise SystemExit(128 + number)
+
+
+def atomic_save(path, write):
+    """write(file) to memory, from there to a temporary name, then rename: a reader never meets half a file. If the disk
+    is full, an OSError names the file, and its old content stays."""
+    temporary, content = path.with_name(path.name + ".tmp"), io.BytesIO()
+    write(content)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_json(path, content):
+    atomic_save(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def read_saved(path, remedy):
+    """The dict in a file of torch.save, on the CPU; one line with the remedy if it is damaged or of another version."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            intact = file.testzip() is None  # torch.load reads damaged numbers without a word
+        saved = torch.load(path, map_location="cpu", weights_only=True) if intact else {}
+    except OSError:
+        raise
+    except Exception:  # zipfile and torch raise a dozen kinds on damaged bytes
+        intact = False
+    if not intact:
+        raise SystemExit(f"{path} is damaged; {remedy}")
+    if not isinstance(saved, dict) or saved.get("version") != RUN_VERSION:
+        raise SystemExit(f"{path} is not of this version of the repository; {remedy}")
+    return saved
+
+
+def script_name(args_class):
+    """Name of the script that defines the class of its arguments, without .py."""
+    return Path(getattr(sys.modules[args_class.__module__], "__file__", "notebook")).stem
+
+
+def script_path(args_class):
+    """The same as one types it: the script may have been imported by a program that trains many."""
+    path, name = Path(sys.argv[0]), script_name(args_class)
+    return str(path if path.stem == name else f"{name}.py")
+
+
+def load_checkpoint(directory, args_class):
+    """Checkpoint of a run directory as a dict; one line if there is none of this script."""
+    path = Path(directory).expanduser() / "checkpoint.pt"
+    if not path.is_file():
+        raise SystemExit(f"--resume {directory}: no checkpoint.pt there; give the run directory that training printed")
+    saved = read_saved(path, "start anew without --resume")
+    if saved["script"] != script_name(args_class):
+        raise SystemExit(f"--resume {directory}: a run of {saved['script']}.py; give it to that script")
+    if saved["args"].keys() != {field.name for field in fields(args_class)}:
+        raise SystemExit(f"--resume {directory}: the script's arguments have changed; start anew without --resume")
+    return saved
+
+
+def lock(file):
+    """Lock an open file until it is closed -> whether no other process holds it. Some network file systems have no
+    locks: there it warns once and goes on."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"note: no lock on {file.name} ({error.strerror}); do not start this twice", file=sys.stderr)
+    return True
+
+
+def resolve_device(name):
+    """ "auto" | "cpu" | "cuda" -> torch.device; one line if there is no GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here; use --device auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def versions():
+    """{name: version} of all that the results depend on: Python, packages, commit of this code, number of threads."""
+    git = ["git", "-C", str(DATASETS.parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # outside a git checkout
+    packages = {m.__name__: m.__version__ for m in (torch, np, gym, mujoco)}
+    return packages | {"python": sys.version.split()[0], "threads": torch.get_num_threads(), "commit": commit}
+
+
+def duration(seconds):
+    """75 -> '1m15s'."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def set_lr(opt, lr):
+    """Give an optimizer the learning rate lr."""
+    for group in opt.param_groups:
+        group["lr"] = lr
+
+
+def optimizers(agent):
+    """-> {name: optimizer} of the optimizers that are attributes of the agent."""
+    return {name: value for name, value in vars(agent).items() if isinstance(value, torch.optim.Optimizer)}
+
+
+def training_state(agent):
+    """Networks, optimizers and torch's global generators (CPU and CUDA), for a checkpoint -> dict."""
+    opts = {name: opt.state_dict() for name, opt in optimizers(agent).items()}
+    return {"agent": agent.state_dict(), "opts": opts, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+
+
+def restore_training(agent, saved):
+    """Take over what `training_state` gave; ValueError if it is of other networks."""
+    try:
+        agent.load_state_dict(saved["agent"])
+        for name, opt in optimizers(agent).items():
+            opt.load_state_dict(saved["opts"][name])
+    except (KeyError, RuntimeError, ValueError):  # what torch raises
+        raise ValueError("other networks") from None
+    cpu, *cuda = saved["rng"]
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
+
+
+def eval_line(results):
+    """One line of the returns per protocol with standard errors, normalized in brackets, and of the quality of z."""
+    cells = []
+    for p in [tag.split("/")[1] for tag in results if tag.startswith("eval/") and tag.endswith("/return")]:
+        error = f" ± {results[f'eval/{p}/return_se']:.1f}" if f"eval/{p}/return_se" in results else ""
+        cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error} ({results[f'eval/{p}/normalized']:.0f})")
+    diverged = sum(value for tag, value in results.items() if tag.endswith("/diverged"))
+    cells += [f"{diverged:.0f} episodes diverged, counted as the random policy's"] if diverged else []
+    quality = {"acc": "z/nearest_task_acc", "R2": "z/probe_r2"}
+    cells += [f"z {name} {results[tag]:.2f}" for name, tag in quality.items() if tag in results]
+    return "  ".join(["eval", *cells])
+
+
+class Run:
+    """The run directory of one training: args.json, metrics.csv, TensorBoard events, checkpoint.pt, result.json.
+
+    A training has one or more phases, the last of which is "policy"; --{phase}-updates is a phase's length. agent: the
+    module with all networks and, as attributes, all optimizers; generator: draws the batches; free: arguments that a
+    resumed run may change besides FREE."""
+
+    def __init__(self, args, data, agent, generator, phases=("policy",), free=frozenset()):
+        self.args, self.data, self.agent, self.generator = args, data, agent, generator
+        self.steps, self.phase = dict.fromkeys(phases, 0), "policy"  # updates done per phase
+        self.rows, self.born, self.timed = 1, time.process_time(), [0, 0.0]  # lines of metrics.csv; updates, seconds
+        if args.resume:
+            self.dir = Path(args.resume).expanduser()
+            self.restore(load_checkpoint(self.dir, type(args)), FREE | free)
+        else:
+            name = f"seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+            self.dir = Path(args.run_dir).expanduser() / args.env / args.exp_name / name
+            self.dir.mkdir(parents=True)
+        again = shlex.join(["python", script_path(type(args)), "--resume", str(self.dir)])
+        self.signals, self.closing = Signals(f"continue with: {again}"), contextlib.ExitStack()
+
+    def __enter__(self):
+        self.closing.enter_context(self.signals)
+        if not self.args.eval_only:
+            self.open_files()
+        return self
+
+    def __exit__(self, *_):
+        self.closing.close()
+
+    def restore(self, saved, free):
+        """Take over a checkpoint; whatever shapes the training must agree with it."""
+        for name in sorted(set(saved["args"]) - free):
+            if getattr(self.args, name) != saved["args"][name]:
+                flag = f"--{name.replace('_', '-')} {getattr(self.args, name)}"
+                raise SystemExit(f"{flag}: the run to resume has {saved['args'][name]}; drop the flag")
+        if self.data.header != saved["data"]:
+            raise SystemExit(f"{self.data.path} is not the file that {self.dir} was trained on; use that: --dataset")
+        try:
+            restore_training(self.agent, saved)
+        except ValueError as fault:
+            raise SystemExit(f"--resume {self.dir}: the checkpoint is of {fault}; start anew without --resume")
+        self.steps, self.rows, self.born = saved["steps"], saved["rows"], self.born - saved["seconds"]
+        if saved["device"] == self.data.device.type:
+            self.generator.set_state(saved["generator"])
+        elif not self.args.eval_only:  # a generator's state fits its own kind of device alone
+            torch.manual_seed(self.args.seed + sum(self.steps.values()))
+            self.generator.manual_seed(self.args.seed + sum(self.steps.values()))
+            print(f"note: the run comes from another device; on {self.data.device} it does not go on bit for bit")
+        planned, total = saved["args"]["total_updates"], self.args.total_updates
+        if self.steps["policy"] > total:
+            raise SystemExit(f"--total-updates {total}: the run has done {self.steps['policy']}; nothing to do")
+        if self.args.lr_decay and self.steps["policy"] > planned / 2 and total != planned:
+            print(f"note: learning rates that fell towards update {planned} are now those of {total}")
+
+    def open_files(self):
+        """args.json, TensorBoard events and metrics.csv, of which the rows up to the checkpoint stay."""
+        args, data = self.args, self.data
+        if not lock(self.closing.enter_context(open(self.dir / "lock", "w"))):
+            raise SystemExit(f"--resume {self.dir}: another process is training this run")
+        stored = {k: v for k, v in asdict(args).items() if k not in ("resume", "eval_only")}
+        about = {"args": stored, "script": script_name(type(args)), "versions": versions(), "command": sys.argv}
+        write_json(self.dir / "args.json", about | {"dataset": data.header})
+        self.writer = SummaryWriter(str(self.dir), purge_step=sum(self.steps.values()) + 1 if args.resume else None)
+        self.closing.callback(self.writer.close)
+        path, kept = self.dir / "metrics.csv", [b"step,tag,value\n"]
+        if path.exists():
+            kept = path.read_bytes().splitlines(keepends=True)[: self.rows]
+        atomic_save(path, lambda file: file.writelines(kept))
+        self.csv, self.rows = self.closing.enter_context(open(path, "a")), len(kept)
+        tasks = f"{len(data.train_ids)} training and {len(data.test_ids)} test tasks"
+        print(f"{self.dir}: {args.env}, {tasks}, device {data.device}")
+        worst, best = data.random_returns[data.test_ids].mean(), data.expert_returns[data.test_ids].mean()
+        returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {data.behavior_return:.1f}"
+        print(f"  mean return on the test tasks: {returns}", flush=True)
+        for tag, reason in unmeasurable(data).items():
+            print(f"  {tag} is left out: {reason}", flush=True)
+
+    @property
+    def total(self):
+        """Updates that the current phase has in all."""
+        return getattr(self.args, "total_updates" if self.phase == "policy" else f"{self.phase}_updates")
+
+    @property
+    def decay(self):
+        """Factor on the learning rate: 1 in the first half of the phase, then falling linearly to 0."""
+        return min(1.0, 2 - 2 * self.steps[self.phase] / self.total) if self.args.lr_decay else 1.0
+
+    def updates(self, phase="policy"):
+        """Yield the numbers, from 1, of the updates of a phase that are still to be done, and save in between. The
+        first signal saves after the current update and ends the program."""
+        self.phase, self.timed = phase, [0, 1e-9]
+        if self.args.eval_only:
+            return
+        self.signals.may_save = True
+        for step in range(self.steps[phase] + 1, self.total + 1):
+            start = time.perf_counter()
+            yield step
+            self.steps[phase] = step
+            if step % self.args.eval_every or phase != "policy":
+                self.timed = [self.timed[0] + 1, self.timed[1] + time.perf_counter() - start]
+            if step % self.args.save_every == 0 or step == self.total or self.signals.received:
+                self.save()
+            if self.signals.received:
+                self.signals.stop(self.signals.received)
+        self.signals.may_save = False  # all is saved: from now on a signal ends the program at once
+
+    def log(self, step, values):
+        """dict tag -> number or 0-d tensor, to metrics.csv, TensorBoard and the console; all must be finite."""
+        values = {tag: float(value) for tag, value in values.items()}  # the only place where training reads the device
+        self.must_be_finite(step, values)
+        for tag, value in values.items():
+            self.csv.write(f"{step},{tag},{value!r}\n")
+        self.csv.flush()
+        self.rows += len(values)
+        count, seconds = self.timed
+        if "eval/iid/return" in values:
+            print("  " + eval_line(values), flush=True)
+        else:
+            values |= {"charts/updates_per_sec": count / seconds, "charts/cpu_s": time.process_time() - self.born}
+            eta = duration((self.total - step) * seconds / max(count, 1))
+            losses = "  ".join(f"{tag[7:]} {value:.3g}" for tag, value in values.items() if tag.startswith("losses/"))
+            share = f"{self.phase} {step:>7}/{self.total} {100 * step // self.total:>3}%"
+            print(f"[{share}] {count / seconds:.1f} upd/s  eta {eta}  {losses}", flush=True)
+        at = step + sum(done for phase, done in self.steps.items() if phase != self.phase)  # updates in all phases
+        for tag, value in values.items():
+            if "/return_task_" not in tag:
+                self.writer.add_scalar(tag, value, at)
+
+    def must_be_finite(self, step, values):
+        """Stop with one line if one of the values (dict tag -> float) or a parameter is not finite."""
+        broken = [f"{tag} ({value})" for tag, value in values.items() if not math.isfinite(value)]
+        broken += [f"parameter {name}" for name, p in self.agent.named_parameters() if not p.isfinite().all()]
+        if broken:
+            good = self.dir / "checkpoint.pt"
+            remedy = f"the last good state is {good}" if good.exists() else "there is no checkpoint yet"
+            raise SystemExit(f"stopped at update {step}: {broken[0]} is not finite; {remedy}")
+
+    def save(self):
+        """checkpoint.pt, unless a parameter is not finite: then the last good one stays."""
+        self.writer.flush()  # what a resumed run builds on is on the disk, should this one be killed
+        state = training_state(self.agent) | {"generator": self.generator.get_state(), "steps": self.steps}
+        state |= {"version": RUN_VERSION, "script": script_name(type(self.args)), "args": asdict(self.args)}
+        state |= {"data": self.data.header, "device": self.data.device.type}
+        state |= {"rows": self.rows, "seconds": time.process_time() - self.born}
+        if all(p.isfinite().all() for p in self.agent.parameters()):
+            atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def finish(self, results):
+        """Keep the last evaluation in result.json, or in eval.json with --eval-only -> the same as a dict, with
+        run_dir, step, updates_per_sec and cpu_s (of all threads, resumed runs together)."""
+        step = self.steps["policy"]
+        if self.args.eval_only:
+            self.must_be_finite(step, results)
+            print(f"{self.dir} after {step} updates, in full in eval.json\n  " + eval_line(results))
+            write_json(self.dir / "eval.json", {"step": step} | results)
+            return results | {"run_dir": str(self.dir), "step": step}
+        self.log(step, results)
+        results |= {"run_dir": str(self.dir), "step": step}
+        results |= {"updates_per_sec": self.timed[0] / self.timed[1], "cpu_s": time.process_time() - self.born}
+        write_json(self.dir / "result.json", results)
+        print(f"results: {self.dir / 'result.json'}; curves: tensorboard --logdir {self.dir}")
+        return results
+
+
 if __name__ == "__main__":
-    with one_line_faults():
+    with one_line_errors():
+        check_words([part for word in sys.argv[1:] for part in word.split("=", 1)], "data_collect.py")
         collect(tyro.cli(Args, description=__doc__.split("\n\n")[0]))

@@ -1,52 +1,35 @@
 """FOCAL: fully-offline meta-reinforcement learning with distance metric learning and behavior regularization.
 
-Li, Yang, Luo, ICLR 2021, https://arxiv.org/abs/2010.01112
-[ICLR] https://github.com/FOCAL-ICLR/FOCAL-ICLR, [latest] https://github.com/LanqingLi1993/FOCAL-latest
-A task is a point z: the mean over the context of a deterministic, bounded embedding of each transition. The
-encoder is trained by a metric loss alone, which pulls contexts of one task together and pushes those of
-different tasks apart by an inverse power of their distance; z never gets a gradient of the reinforcement
-learning, which is a behavior-regularized actor-critic (BRAC).
-
-Deviations from the paper and from the two official codes:
-  D1  Metric loss in the form of both codes: mean over the dimensions of z, square root in the attraction, positive and
-      negative pairs averaged apart. Tasks are drawn with replacement, as in [latest]; in [ICLR] without, so that there
-      is no positive pair and no attraction.
-  D2  The divergence D_KL(pi || pi_beta) is by default BRAC's primal estimate, the closed form against a behavior policy
-      fitted to the data, because an update costs less than half (docs/RESULTS.md, "Cost of an update") and has no
-      inner loop. `--divergence dual` is the paper's critic, with a penalty on its gradient, as BRAC defines it;
-      `--gp-mode output` has it on the critic's output, as in both codes.
-  D3  Twin critics with targets, as in [latest] ([ICLR]: a V network with a target). The divergence regularizes the
-      policy, as in [ICLR] ([latest]: the critics' target only). No entropy term unless --entropy-weight is given.
-  D4  Time limits are no terminations, as in [latest] ([ICLR]: every trajectory terminates); falls are ([latest]: not).
-  D5  All losses of a step use the parameters from before the step, but for the dual critic: its --dual-iters steps come
-      first, and its value at the data is that in the last of them, of that step's batch. Its learning rate stays.
-  D6  With the primal divergence the policy is the fitted behavior policy plus a learned shift of mean and log_std.
-  D7  Layer normalization in all networks on transitions but the encoder, all with two hidden layers, as in [latest]
-      ([ICLR] and paper: three); the learning rate falls to 0 in the second half. No penalty on the policy's mean and
-      log_std.
-  D8  A training context is drawn with replacement from one episode (paper and [ICLR]: transitions of the task;
-      [latest]: one whole trajectory), of (s, a, r, s') in all families ([ICLR]: s' only where the dynamics differ).
-  D9  Observations are standardized; log_std is clamped to [-5, 2], pi_beta's to [-3, 1] (codes: at -20 from below), and
-      the data's actions to +-0.999 where pi_beta is fitted to them.
-  D10 The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
-      (paper: one step, a sample), so that the critics come nearer to their value in as few updates. With an entropy
-      term the action is a sample, too; the steps before it have no entropy. pi_beta is fitted, with weight decay, to
-      the best quarter of each task's data, by the returns of the episodes.
-  D11 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
-      (codes: 0, for which no network was trained).
-
-Run:     python focal.py --env ant-dir
+Li, Yang, Luo, ICLR 2021, https://arxiv.org/abs/2010.01112. Official codes on GitHub: [ICLR] FOCAL-ICLR/FOCAL-ICLR,
+[latest] LanqingLi1993/FOCAL-latest. A deterministic encoder maps a context to a task vector z. A metric loss alone
+trains it: contexts of one task attract, contexts of two tasks repel. The rest is a behavior-regularized actor-critic.
+Symbols: M tasks, B transitions of each.
+  z [M, z_dim] task vector in (-1, 1), the mean over the context of an embedding of each (s, a, r, s')
+  Q [2, M, B] twin critics of (s, a, z)     pi policy, pi_beta behavior policy, tanh-Gaussians of (s, z)
+One update:
+  1 encoder  z = encoder(context);  metric loss: root distance within a task, inverse square distance across tasks
+  2 critic   y = n_step(rewards, min of the target Q at the next action);  (Q - y)^2 trains Q
+  3 policy   maximum likelihood trains pi_beta;  kl_coef KL(pi || pi_beta) - min Q trains pi;  kl_coef is adapted
+Differences from the paper and both codes, tagged in the code. D are FOCAL's, B the shared actor-critic's:
+  D1  metric loss as in both codes: mean over dimensions, root in the attraction, pairs averaged apart (paper: sums)
+  D2  twin critics with targets, as in [latest] ([ICLR]: a value network); --entropy-weight 0 ([ICLR]: 1)
+  D3  without a context z is the mean over the training tasks (codes: 0, for which no network was trained)
+  D4  sizes: 32 transitions per task, context 64, 8,000 updates (codes: 256; 100 to 1,024; 100,000 to 2,000,000)
+  B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: all, 1 and 0)
+  B2  the KL is in closed form, before the tanh (paper: dual critic); pi = pi_beta + a residual (paper: a full policy)
+  B3  targets: --n-step 5 rewards (1 in point families), then --target-noise 0, the mean action (paper: 1 and 1)
+  B4  layer norm except in the encoder; --lr-decay: learning rates fall in the second half (paper: neither)
+  B5  standardized observations, clamped log_std; a training context is of one episode; time limits never terminate
 Closest to the paper, cheetah-vel: --divergence dual --gamma 0.99 --reward-scale 5 --entropy-weight 1 --n-step 1
-         --tau 0.005 --brac-alpha 50 --brac-alpha-lr 1 --brac-alpha-max 2000 --divergence-target 0.05 --batch-size 256
-         --context-size 100 --lr 3e-4 --no-lr-decay --total-updates 100000
-No flag reaches: D1, D3 to D5, D8, D9, D11, layer normalization, the number of layers, the penalty on mean and log_std.
+  --target-noise 1 --tau 0.005 --kl-coef 50 --kl-coef-lr 1 --kl-coef-max 2000 --kl-target 0.05 --batch-size 256
+  --context-size 100 --lr 3e-4 --no-lr-decay --total-updates 100000. No flag reaches D1, D3, B5, layer norm, 3 layers.
 """
 
 import copy
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +46,8 @@ class Args:
     exp_name: str = "focal"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization and batches (tasks and data are fixed by the dataset file)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    compile: bool = False  # compile the update with torch.compile (pays on a GPU, is slower on a CPU)
     total_updates: int = 8_000  # updates of the policy [gradient steps]
-    log_every: int = 250  # updates between two log lines [gradient steps]
+    log_every: int = 100  # updates between two log lines [gradient steps]
     eval_every: int = 1_000  # updates between two evaluations [gradient steps]
     save_every: int = 1_000  # updates between two checkpoints [gradient steps]
     run_dir: str = "runs"  # parent of all run directories: {run_dir}/{env}/{exp_name}/seed{seed}-{time}
@@ -74,296 +56,309 @@ class Args:
     # data and evaluation
     env: dc.EnvName = "ant-dir"  # task family
     dataset: str | None = None  # dataset file; by default datasets/{env}.npz beside this script
-    eval_episodes: int = 2  # episodes per task of an evaluation during the training
-    final_episodes: int = 10  # episodes per task of the last one, and with --eval-only
+    eval_episodes: int = 2  # episodes per task in an evaluation during training
+    final_episodes: int = 10  # episodes per task in the last evaluation, and with --eval-only
     meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]
     batch_size: int = 32  # transitions per task and update [transitions]
-    context_size: int = 64  # transitions of one episode that a task is inferred from in training [transitions]
+    context_size: int = 64  # transitions of a training context [transitions]
     # method
-    gamma: float | None = None  # discount; None = ENV_ARGS
-    reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
-    lr: float = 1.2e-3  # Adam's learning rate of all networks but the dual critic
+    gamma: float | None = None  # discount
+    reward_scale: float | None = None  # factor on the rewards in the critics' loss
+    lr: float = 1.2e-3  # learning rate of all networks except the dual critic
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
-    n_step: int | None = None  # steps of the data's rewards in a target; 1 = the paper's (D10); None = ENV_ARGS
+    n_step: int | None = None  # steps of the data's rewards in a target [steps]
     target_noise: float = 0.0
-    """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = the policy's
-    mean (D10); with an entropy term always 1"""
-    tau: float = 0.02  # rate at which the target networks follow
-    width: int = 256  # hidden units of policy and critics, two layers
-    encoder_width: int = 200  # hidden units of the encoder, two layers
-    z_dim: int | None = None  # size of the task latent; None = ENV_ARGS
-    metric_weight: float = 10.0  # factor on the metric loss
+    """noise of the target's action: 1 = a sample of the policy, 0 = its mean; with an entropy term always 1"""
+    tau: float = 0.02  # rate at which target networks follow
+    width: int = 256  # hidden units of the networks
+    encoder_width: int = 200  # hidden units of the encoder
+    z_dim: int | None = None  # size of the task vector
+    metric_weight: float = 10.0  # weight of the metric loss
     entropy_weight: float = 0.0  # weight of the policy's entropy in target and policy loss
     divergence: Literal["primal", "dual"] = "primal"
-    """estimate of D_KL(pi || pi_beta): fitted behavior policy, or the paper's dual critic (D2)"""
-    gp_mode: Literal["gradient", "output"] = "gradient"  # what the dual critic's penalty acts on (D2)
+    """estimate of KL(pi || pi_beta): primal = closed form with a fitted pi_beta, dual = the paper's dual critic"""
+    gp_mode: Literal["gradient", "output"] = "gradient"
+    """the dual critic's penalty: gradient = on its slope in the action (BRAC), output = on its value (both codes)"""
     gp_weight: float = 5.0  # weight of that penalty
     dual_lr: float = 1e-4  # learning rate of the dual critic
     dual_iters: int = 3  # steps of the dual critic per update
-    anchor_share: float | None = None
-    """share of each task's transitions, those of its best episodes, that pi_beta is fitted to (D10); 1 = the paper's
-    behavior policy; None = ENV_ARGS"""
-    behavior_decay: float = 0.3  # AdamW's weight decay of pi_beta, which would learn few episodes by heart; 0 = none
-    brac_alpha: float | None = None  # initial weight of the divergence in the policy loss; None = ENV_ARGS
-    brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
-    brac_alpha_max: float = 100.0  # largest weight of the divergence
-    divergence_target: float | None = None  # divergence that the weight aims at [nats]; None = ENV_ARGS
+    bc_top_fraction: float | None = None
+    """share of each task's transitions, best episodes first, that pi_beta is fitted to"""
+    bc_weight_decay: float = 0.3  # weight decay of pi_beta
+    kl_coef: float | None = None  # initial weight of KL(pi || pi_beta) in the policy loss
+    kl_coef_lr: float | None = None  # step size with which it follows --kl-target; 0 = fixed
+    kl_coef_max: float = 100.0  # its largest value
+    kl_target: float | None = None  # divergence that it aims at [nats]
 
 
-ENV_ARGS = {  # for arguments left at None: all families, then what those change whose name holds the key
+ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for families whose name holds the key
     "": dict(
         gamma=0.97,
         reward_scale=0.5,
         n_step=5,
         z_dim=20,
-        anchor_share=0.25,
-        brac_alpha=1.0,
-        brac_alpha_lr=1e-3,
-        divergence_target=0.2,
+        bc_top_fraction=0.25,
+        kl_coef=1.0,
+        kl_coef_lr=1e-3,
+        kl_target=0.2,
     ),
-    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
+    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, kl_coef=1.5, kl_coef_lr=0.0),
 }
-MAY_BE_ZERO = {"metric_weight", "gp_weight"}
 
 # ---- networks ---------------------------------------------------------------
 
 
+# SHARED: identical in flora.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py, idaq.py
 class MLP(nn.Module):
-    """`members` networks of one shape on (x, z), evaluated together; two hidden layers, each linear, layer
-    normalization (without scale and shift of its own), ReLU; linear output. z enters as a bias per task, which
-    equals a first layer on the concatenation (x, z) and saves its repetition over the task's rows."""
+    """Network on [x, z]: two hidden layers, each linear, layer norm, ReLU; then a linear output."""
 
-    def __init__(self, members, in_dim, z_dim, width, out_dim):
+    def __init__(self, in_dim, z_dim, width, out_dim):
         super().__init__()
-
-        def parameter(fan_in, *shape):  # initialized as in nn.Linear
-            return nn.Parameter(torch.empty(members, *shape).uniform_(-1, 1) / math.sqrt(fan_in))
-
-        self.w_x, self.w_z = (parameter(in_dim + z_dim, size, width) for size in (in_dim, z_dim))
-        self.b_1 = parameter(in_dim + z_dim, 1, width)
-        self.w_2, self.b_2 = parameter(width, width, width), parameter(width, 1, width)
-        self.w_3, self.b_3 = parameter(width, width, out_dim), parameter(width, 1, out_dim)
+        self.net = nn.Sequential(
+            nn.Linear(in_dim + z_dim, width),
+            nn.LayerNorm(width, elementwise_affine=False),  # [ours: B4]
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.LayerNorm(width, elementwise_affine=False),
+            nn.ReLU(),
+            nn.Linear(width, out_dim),
+        )
 
     def forward(self, x, z):
-        """x [M, B, in_dim], z [M, z_dim] -> [members, M, B, out_dim]."""
-        members = len(self.w_x)
-        of_task = torch.baddbmm(self.b_1, z.expand(members, *z.shape), self.w_z)  # [members, M, width]
-        h = torch.bmm(x.flatten(0, 1).expand(members, -1, -1), self.w_x).unflatten(1, x.shape[:2])
-        h = (h + of_task[:, :, None]).flatten(1, 2)  # [members, M * B, width]
-        for weight, bias in ((self.w_2, self.b_2), (self.w_3, self.b_3)):
-            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)  # [ours: D7]
-        return h.unflatten(1, x.shape[:2])
+        """x [M, B, in_dim], z [M, z_dim] -> [M, B, out_dim]."""
+        return self.net(torch.cat([x, z[:, None].expand(-1, x.shape[1], -1)], -1))
+
+
+# SHARED: identical in flora.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+class Twin(nn.Module):
+    """Two MLPs with the same sizes and different initial weights."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.nets = nn.ModuleList([MLP(*sizes), MLP(*sizes)])
+
+    def forward(self, x, z):
+        """x [M, B, in_dim], z [M, z_dim] -> [2, M, B, out_dim]."""
+        return torch.stack([net(x, z) for net in self.nets])
 
 
 class Encoder(nn.Module):
-    """Deterministic task embedding z(context): mean of the bounded embeddings of the transitions."""
+    """Deterministic task vector z(context): the mean of a bounded embedding of each transition."""
 
     def __init__(self, ctx_dim, z_dim, width):
         super().__init__()
         layers = [nn.Linear(ctx_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(width, z_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(width, z_dim), nn.Tanh())
 
     def forward(self, context, mask):
         """context [M, K, ctx_dim], mask [M, K] 1 = real -> z [M, z_dim] in (-1, 1); 0 without any transition."""
-        each = torch.tanh(self.net(context.flatten(0, 1))).unflatten(0, mask.shape) * mask[..., None]
+        each = self.net(context) * mask[..., None]  # [M, K, z_dim]
         return each.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-class Critics(MLP):
-    """`members` scalar functions of (obs, act, z), evaluated together."""
-
-    def __init__(self, members, obs_dim, act_dim, z_dim, width):
-        super().__init__(members, obs_dim + act_dim, z_dim, width, 1)
-
-    def forward(self, obs, act, z):
-        """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> [members, M, B]."""
-        return super().forward(torch.cat([obs, act], -1), z)[..., 0]
 
 
 # ---- losses -----------------------------------------------------------------
 
-EPS = 1e-3  # of the metric loss, as in FOCAL's official code
+
+# SHARED: identical in flora.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+class Gaussian(NamedTuple):
+    """A policy's normal distribution before the tanh that bounds its actions."""
+
+    mean: torch.Tensor  # [M, B, act_dim]
+    log_std: torch.Tensor  # [M, B, act_dim]
+
+    def sample(self, noise=1.0):
+        """-> [M, B, act_dim], `noise` standard deviations from the mean; 0 = the mean."""
+        return self.mean + noise * self.log_std.exp() * torch.randn_like(self.mean)
+
+    def log_prob(self, pre):
+        """Log-density of the action tanh(pre): pre [M, B, act_dim] -> [M, B]."""
+        normal = -0.5 * ((pre - self.mean) * (-self.log_std).exp()).pow(2) - self.log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - pre - F.softplus(-2 * pre))  # log of 1 - tanh(pre)^2
+        return (normal - log_slope).sum(-1)
+
+    def kl(self, other):
+        """KL(self || other) -> [M, B] nats; the tanh of both does not change it."""
+        log_ratio = self.log_std - other.log_std
+        distance = ((self.mean - other.mean) * (-other.log_std).exp()).pow(2)
+        return (0.5 * ((2 * log_ratio).exp() + distance - 1) - log_ratio).sum(-1)  # [ours: B2]
 
 
-def metric_loss(z, task_ids):
+# SHARED: identical in flora.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+def n_step(steps, final, segment):
+    """Discounted sum: steps [M, B, n, D] along a segment, final [M, B, D] after it -> [M, B, D]."""
+    return (segment.discount[..., None] * steps).sum(2) + segment.bootstrap[..., None] * final  # [ours: B3]
+
+
+# SHARED: identical in flora.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+def metric_loss(z, task_ids, eps=1e-3):
     """z [M, z_dim], task_ids [M] -> scalar over pairs: root mean square within a task, inverse mean square across."""
     distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
     pairs = torch.ones_like(distance).triu(1)
     same = pairs * (task_ids[:, None] == task_ids)
     other = pairs - same
-    pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
-    push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
+    pull = (same * (distance + eps).sqrt()).sum() / (same.sum() + eps)
+    push = (other / (distance + 100 * eps)).sum() / (other.sum() + eps)
     return pull + push  # [FOCAL's code] metric loss with inverse-square repulsion
 
 
 def dual_divergence(c_data, c_policy):
-    """Dual critic at the data's and at the policy's actions [..] -> lower bound of D_KL(pi || pi_beta) [..]."""
-    return 1 - F.softplus(c_data) + torch.log(F.softplus(c_policy) + 1e-8)  # [BRAC, dual form of the KL]
+    """Dual critic at the data's and at the policy's actions, [..] each -> lower bound of KL(pi || pi_beta) [..]."""
+    return 1 - F.softplus(c_data) + torch.log(F.softplus(c_policy) + 1e-8)  # [BRAC] dual form of the KL
 
 
-def slope_penalty(dual, obs, act, z, mode):
-    """Mean square of how far the dual critic's slope in the action exceeds 1: at obs [M, B, obs_dim] and actions
-    [M, B, act_dim] between the data's and the policy's -> scalar. With mode "output" its value stands in place of the
-    slope, as in the official codes (D2)."""
-    slope = dual(obs, act.requires_grad_(), z)[0]  # [M, B]
+def dual_penalty(dual, obs, act, z, mode):
+    """Mean square of how far the dual critic's slope in the action exceeds 1: obs [M, B, obs_dim], act [M, B, act_dim],
+    between the data's and the policy's actions -> scalar. With mode "output" its value takes the place of the slope."""
+    slope = dual(torch.cat([obs, act.requires_grad_()], -1), z)[..., 0]  # [M, B]
     if mode == "gradient":
         (gradient,) = torch.autograd.grad(slope.sum(), act, create_graph=True)
         slope = torch.sqrt(1e-8 + gradient.pow(2).sum(-1))
     return (slope.abs() - 1).clamp(min=0).pow(2).mean()
 
 
-def gaussian_kl(mean, log_std, mean_b, log_std_b):
-    """D_KL(N(mean, std) || N(mean_b, std_b)), all [.., act_dim] -> [..] nats."""
-    log_ratio = log_std - log_std_b
-    distance = ((mean - mean_b) * (-log_std_b).exp()).pow(2)
-    return (0.5 * ((2 * log_ratio).exp() + distance - 1) - log_ratio).sum(-1)  # [ours: D2]
-
-
-def pre_tanh(act):
-    """act [.., act_dim] in [-1, 1] -> its value before the tanh, finite at the bounds."""
-    return torch.atanh(act.clamp(-0.999, 0.999))
-
-
-def tanh_gaussian_logp(mean, log_std, pre):
-    """Log-density of the action tanh(pre) under tanh(N(mean, std)), all [.., act_dim] -> [..]."""
-    gaussian = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std
-    log_slope = -2 * (pre + F.softplus(-2 * pre))  # of the tanh, but for its constant 2 log 2
-    constant = 0.5 * math.log(2 * math.pi) + 2 * math.log(2)
-    return (gaussian - log_slope).sum(-1) - constant * pre.shape[-1]
-
-
 # ---- agent ------------------------------------------------------------------
 
 
 class Agent(nn.Module):
-    """Networks, targets, the weight of the divergence, and the optimizers."""
+    """Networks, targets, the weight of the KL, and the optimizers."""
 
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim, z_dim, width = data.obs_dim, data.act_dim, args.z_dim, args.width
         self.encoder = Encoder(data.ctx_dim, z_dim, args.encoder_width)
-        self.q = Critics(2, obs_dim, act_dim, z_dim, width)
-        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
-        self.behavior = MLP(1, obs_dim, z_dim, width, 2 * act_dim) if args.divergence == "primal" else None
-        self.shift = MLP(1, obs_dim, z_dim, width, 2 * act_dim)  # of pi from pi_beta, or from N(0, 1) without one
-        for net in (self.behavior, self.shift):
-            for parameter in (net.w_3, net.b_3) if net else ():
+        self.critic = Twin(obs_dim + act_dim, z_dim, width, 1)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)  # [code: D2]
+        self.behavior = MLP(obs_dim, z_dim, width, 2 * act_dim) if args.divergence == "primal" else None
+        self.residual = MLP(obs_dim, z_dim, width, 2 * act_dim)
+        for net in filter(None, (self.behavior, self.residual)):  # they start near 0
+            for parameter in net.net[-1].parameters():
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
-        # learning rates as tensors, so that a compiled update reads the current ones
-        fitted = list(self.behavior.parameters()) if self.behavior else []
-        rest = [p for name, p in self.named_parameters() if not name.startswith("behavior.")]
-        groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
-        self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
-        if args.divergence == "dual":
-            self.dual = Critics(1, obs_dim, act_dim, z_dim, width)
-            self.dual_opt = torch.optim.Adam(self.dual.parameters(), torch.tensor(args.dual_lr), fused=True)
-        self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
-        # what is assumed without a context, set at every evaluation
-        self.register_buffer("z_mean", torch.zeros(args.z_dim), persistent=False)
+        nets = (self.encoder, self.critic, self.residual)
+        self.opt = torch.optim.Adam([p for net in nets for p in net.parameters()], args.lr, fused=True)
+        if args.divergence == "primal":
+            self.behavior_opt = torch.optim.AdamW(
+                self.behavior.parameters(), args.lr, weight_decay=args.bc_weight_decay, fused=True
+            )
+        else:
+            self.dual = MLP(obs_dim + act_dim, z_dim, width, 1)
+            self.dual_opt = torch.optim.Adam(self.dual.parameters(), args.dual_lr, fused=True)
+        self.register_buffer("kl_coef", torch.tensor(float(args.kl_coef)))
+        # z without a context, set at every evaluation
+        self.register_buffer("z_mean", torch.zeros(z_dim), persistent=False)
 
-    def fitted(self, obs, z):
-        """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of pi_beta."""
-        mean, log_std = self.behavior(obs, z)[0].chunk(2, -1)
-        return mean, log_std.clamp(-3, 1)
+    def q(self, obs, act, z):
+        """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> Q of both critics [2, M, B]."""
+        return self.critic(torch.cat([obs, act], -1), z)[..., 0]
+
+    # SHARED: identical in flora.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+    def behavior_policy(self, obs, z):
+        """obs [M, B, obs_dim], z [M, z_dim] -> Gaussian of pi_beta."""
+        mean, log_std = self.behavior(obs, z).chunk(2, -1)
+        return Gaussian(mean, log_std.clamp(-3, 1))
 
     def policies(self, obs, z):
-        """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi, and
-        the same of the behavior policy pi_beta, fitted to the data, or None without one. Where there is a pi_beta, pi
-        is pi_beta, detached, plus a shift (D6)."""
-        mean, log_std = self.shift(obs, z)[0].chunk(2, -1)
+        """obs [M, B, obs_dim], z [M, z_dim] -> Gaussians of pi and pi_beta; only pi's residual gets gradients. With the
+        dual critic there is no pi_beta, and pi is the residual from N(0, 1)."""
+        mean, log_std = self.residual(obs, z).chunk(2, -1)
         if self.behavior is None:
-            return mean, log_std.clamp(-5, 2), None, None
+            return Gaussian(mean, log_std.clamp(-5, 2)), None
         with torch.no_grad():
-            mean_b, log_std_b = self.fitted(obs, z)
-        return mean_b + mean, (log_std_b + log_std).clamp(-5, 2), mean_b, log_std_b
+            pi_beta = self.behavior_policy(obs, z)
+        return Gaussian(pi_beta.mean + mean, (pi_beta.log_std + log_std).clamp(-5, 2)), pi_beta  # [ours: B5]
 
-    def act(self, obs, z, clone=False):
-        """obs [M, B, obs_dim], z [M, z_dim] -> the deterministic action [M, B, act_dim] in (-1, 1) of pi, or of its
-        clone of the data, pi_beta."""
-        mean, _, mean_b, _ = self.policies(obs, z)
-        return torch.tanh(mean_b if clone else mean)
+    # SHARED: identical in flora.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+    def act(self, obs, z, bc=False):
+        """obs [M, B, obs_dim], z [M, z_dim] -> mean action [M, B, act_dim] in (-1, 1) of pi, or of pi_beta with bc."""
+        pi, pi_beta = self.policies(obs, z)
+        return torch.tanh(pi_beta.mean if bc else pi.mean)
 
 
 # ---- update -----------------------------------------------------------------
 
 
-@torch.compiler.disable  # it cannot differentiate twice
 def update_dual(agent, obs, act, pi_act, z, args):
-    """One step of the dual critic. obs [M, B, obs_dim], act [M, B, act_dim] of the data, pi_act of the policy, z
+    """One step of the dual critic: obs [M, B, obs_dim], act [M, B, act_dim] of the data, pi_act of the policy, z
     [M, z_dim] -> loss, and the critic at the data before the step [M, B]."""
-    c_data, c_policy = agent.dual(obs, act, z)[0], agent.dual(obs, pi_act, z)[0]
+    c_data, c_policy = (agent.dual(torch.cat([obs, x], -1), z)[..., 0] for x in (act, pi_act))
     between = torch.lerp(pi_act, act, torch.rand_like(act[..., :1]))
-    penalty = args.gp_weight * slope_penalty(agent.dual, obs, between, z, args.gp_mode)
+    penalty = args.gp_weight * dual_penalty(agent.dual, obs, between, z, args.gp_mode)
     loss = penalty - dual_divergence(c_data, c_policy).mean()
     agent.dual_opt.zero_grad()
-    loss.backward(inputs=list(agent.dual.parameters()))
+    loss.backward()
     agent.dual_opt.step()
     return loss.detach(), c_data.detach()
 
 
-def update(agent, task_ids, context, segment, best, more, args):
-    """One step of every network. task_ids [M]; context [M, K, ctx_dim]; segment: Segment of [M, B, n, ..], drawn apart
-    from the context; best: Batch of [M, B, ..] that pi_beta is fitted to; more: list of Batches for further steps of
-    the dual critic; all of the same tasks -> dict of detached 0-d tensors."""
+def update(agent, task_ids, context, segment, bc_batch, dual_batches, args):
+    """One step of every network, from the parameters before the step. task_ids [M]; context [M, K, ctx_dim]; segment:
+    Segment [M, B, n, ..], drawn independently of the context; bc_batch: Batch [M, B, ..] from the best episodes;
+    dual_batches: list of Batches for further steps of the dual critic -> dict of detached 0-d tensors."""
     obs, act = segment.obs[:, :, 0], segment.act[:, :, 0]
     agent.opt.zero_grad()
 
-    # task inference: the metric loss alone trains the encoder
+    # 1 encoder: the metric loss alone trains it
     z = agent.encoder(context, torch.ones_like(context[..., 0]))  # [M, z_dim]
     encoder_loss = args.metric_weight * metric_loss(z, task_ids)
-    z_fixed = z.detach()  # nothing else trains the encoder
+    encoder_loss.backward()
+    z = z.detach()
 
-    # critics
+    # 2 critic
     with torch.no_grad():
         next_obs = segment.next_obs[:, :, -1]
-        mean, log_std, _, _ = agent.policies(next_obs, z_fixed)
-        next_noise = 1.0 if args.entropy_weight else args.target_noise  # an entropy is estimated by a sample
-        next_pre = mean + next_noise * log_std.exp() * torch.randn_like(mean)
-        next_q = agent.q_target(next_obs, torch.tanh(next_pre), z_fixed).amin(0)
+        pi, _ = agent.policies(next_obs, z)
+        next_pre = pi.sample(1.0 if args.entropy_weight else args.target_noise)
+        next_q = agent.critic_target(torch.cat([next_obs, torch.tanh(next_pre)], -1), z).amin(0)  # [M, B, 1]
         if args.entropy_weight:
-            next_q = next_q - args.entropy_weight * tanh_gaussian_logp(mean, log_std, next_pre)
-        q_target = args.reward_scale * (segment.weight * segment.rew).sum(-1) + segment.bootstrap * next_q  # [M, B]
-    q_loss = (agent.q(obs, act, z_fixed) - q_target).pow(2).mean((1, 2)).sum()
-    (encoder_loss + q_loss).backward(inputs=[*agent.encoder.parameters(), *agent.q.parameters()])
+            next_q = next_q - args.entropy_weight * pi.log_prob(next_pre)[..., None]
+        q_target = n_step(args.reward_scale * segment.rew[..., None], next_q, segment)[..., 0]  # [M, B]
+    q_loss = (agent.q(obs, act, z) - q_target).pow(2).mean((1, 2)).sum()
+    q_loss.backward()
 
-    # behavior policy by maximum likelihood, and the policy, regularized towards it
-    mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
-    pi_pre = mean + log_std.exp() * torch.randn_like(mean)
+    # 3 behavior policy by maximum likelihood, and the policy, kept close to it
+    pi, pi_beta = agent.policies(obs, z)
+    pi_pre = pi.sample()
     pi_act = torch.tanh(pi_pre)
-    q_mean = agent.q(obs, pi_act, z_fixed).amin(0).mean()
+    q = agent.q(obs, pi_act, z).amin(0).mean()
     if args.divergence == "primal":
-        behavior_loss = -tanh_gaussian_logp(*agent.fitted(best.obs, z_fixed), pre_tanh(best.act)).mean()
-        behavior_loss.backward(inputs=list(agent.behavior.parameters()))
-        divergence = gaussian_kl(mean, log_std, mean_b, log_std_b).mean()
-        fitted = {"losses/behavior": behavior_loss.detach()}
+        agent.behavior_opt.zero_grad()
+        bc_act = torch.atanh(bc_batch.act.clamp(-0.999, 0.999))  # before the tanh, finite at the bounds
+        bc_loss = -agent.behavior_policy(bc_batch.obs, z).log_prob(bc_act).mean()  # [ours: B1]
+        bc_loss.backward()
+        kl = pi.kl(pi_beta).mean()
     else:
-        dual_loss, c_data = update_dual(agent, obs, act, pi_act.detach(), z_fixed, args)
-        for other in more:
+        bc_loss, c_data = update_dual(agent, obs, act, pi_act.detach(), z, args)
+        for batch in dual_batches:
             with torch.no_grad():
-                mean_o, log_std_o, _, _ = agent.policies(other.obs, z_fixed)
-                other_act = torch.tanh(mean_o + log_std_o.exp() * torch.randn_like(mean_o))
-            dual_loss, c_data = update_dual(agent, other.obs, other.act, other_act, z_fixed, args)
-        divergence = dual_divergence(c_data, agent.dual(obs, pi_act, z_fixed)[0]).mean()
-        fitted = {"losses/dual": dual_loss}
-    actor_loss = agent.brac_alpha * divergence - q_mean
+                other_act = torch.tanh(agent.policies(batch.obs, z)[0].sample())
+            bc_loss, c_data = update_dual(agent, batch.obs, batch.act, other_act, z, args)
+        c_policy = agent.dual(torch.cat([obs, pi_act], -1), z)[..., 0]
+        kl = dual_divergence(c_data, c_policy).mean()
+    actor_loss = agent.kl_coef * kl - q
     if args.entropy_weight:
-        actor_loss = actor_loss + args.entropy_weight * tanh_gaussian_logp(mean, log_std, pi_pre).mean()
-    actor_loss.backward(inputs=list(agent.shift.parameters()))
-    agent.opt.step()  # [ours: D5]
+        actor_loss = actor_loss + args.entropy_weight * pi.log_prob(pi_pre).mean()
+    actor_loss.backward(inputs=list(agent.residual.parameters()))
+
+    # steps of the optimizers, of the KL's weight and of the target networks
+    agent.opt.step()
+    if args.divergence == "primal":
+        agent.behavior_opt.step()
     with torch.no_grad():
-        # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
-        agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
-        torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)
-        return {
-            "losses/encoder": encoder_loss.detach(),
-            "losses/q": q_loss.detach(),
-            "losses/actor": actor_loss.detach(),
-            **fitted,
-            "stats/q_mean": q_mean.detach(),
-            "stats/divergence": divergence.detach(),
-            "stats/brac_alpha": agent.brac_alpha.clone(),
-            "z/between_std": z_fixed.std(0, correction=min(1, len(z_fixed) - 1)).mean(),
-        }
+        # Lagrange multiplier: it grows while the KL exceeds its target
+        agent.kl_coef.add_(args.kl_coef_lr * (kl - args.kl_target)).clamp_(0, args.kl_coef_max)
+        torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
+
+    # metrics
+    metrics = {
+        "losses/encoder": encoder_loss,
+        "losses/q": q_loss,
+        "losses/actor": actor_loss,
+        "losses/behavior" if args.divergence == "primal" else "losses/dual": bc_loss,
+        "stats/q_mean": q,
+        "stats/divergence": kl,
+        "stats/kl_coef": agent.kl_coef.clone(),
+        "z/between_std": z.std(0, correction=min(1, len(z) - 1)).mean(),
+    }
+    return {tag: value.detach() for tag, value in metrics.items()}
 
 
 # ---- adaptation -------------------------------------------------------------
@@ -373,15 +368,14 @@ def embed(agent, context, mask):
     """context [R, K, ctx_dim], mask [R, K] -> z [R, z_dim]."""
     with torch.no_grad():
         z = agent.encoder(context, mask)
-        return torch.where(mask.any(1, keepdim=True), z, agent.z_mean)  # [ours: D11]
+        return torch.where(mask.any(1, keepdim=True), z, agent.z_mean)  # [ours: D3]
 
 
-def adapt(agent, context, mask, explore=False, clone=False):
-    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get
-    agent.z_mean; explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R, obs_dim], rew [R])
-    -> act."""
+def adapt(agent, context, mask, explore=False, bc=False):
+    """Infer the task and act on it: context [R, K, ctx_dim], mask [R, K] -> policy(obs [R, obs_dim], rew [R]) -> act.
+    Rows without a transition use agent.z_mean. explore changes nothing, since z has no variance; bc: pi_beta acts."""
     z = embed(agent, context, mask)
-    return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
+    return lambda obs, rew: agent.act(obs[:, None], z, bc)[:, 0]
 
 
 def value(agent, args, context, mask, obs):
@@ -391,11 +385,11 @@ def value(agent, args, context, mask, obs):
 
 
 def evaluate_all(agent, data, args, protocols, episodes):
-    """Returns, also of pi_beta alone ("clone"), the critic's error and the quality of z -> dict tag -> float."""
+    """Returns, also of pi_beta alone ("bc"), the critic's error and the quality of z -> dict tag -> float."""
     agent.z_mean.copy_(dc.label_contexts(data, partial(embed, agent), data.train_ids)[0].mean(0))
     q = partial(value, agent, args)
-    clone = partial(adapt, agent, clone=True) if agent.behavior else None
-    results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, clone)
+    bc = partial(adapt, agent, bc=True) if agent.behavior else None
+    results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, bc)
     return results | dc.embedding_quality(data, partial(embed, agent))
 
 
@@ -403,25 +397,30 @@ def evaluate_all(agent, data, args, protocols, episodes):
 
 
 def train(args):
-    """Train and evaluate -> what dc.Run.finish returns."""
-    args = dc.resolve(args, ENV_ARGS, MAY_BE_ZERO)
+    """Train and evaluate -> dict of the last evaluation, see `dc.Run.finish`."""
+    args = dc.resolve(args, ENV_DEFAULTS)
     data = dc.load_dataset(args.env, args.dataset, args.device)
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)
     agent = Agent(data, args).to(data.device)
-    step_fn = torch.compile(update) if args.compile else update
-    draws = args.dual_iters if args.divergence == "dual" else 1
-    with dc.Run(args, data, agent, generator, evaluate_all, embed) as run:
-        while run.going():
+    dual_draws = args.dual_iters - 1 if args.divergence == "dual" else 0
+    with dc.Run(args, data, agent, generator) as run:
+        for step in run.updates():
             task_ids = data.sample_tasks(args.meta_batch, generator)
             context = data.sample_context(task_ids, args.context_size, generator)
             segment = data.sample_segments(task_ids, args.batch_size, args.n_step, args.gamma, generator)
-            best = data.sample_batch(task_ids, args.batch_size, generator, args.anchor_share)
-            more = [data.sample_batch(task_ids, args.batch_size, generator) for _ in range(draws - 1)]
+            bc_batch = data.sample_batch(task_ids, args.batch_size, generator, args.bc_top_fraction)
+            dual_batches = [data.sample_batch(task_ids, args.batch_size, generator) for _ in range(dual_draws)]
             dc.set_lr(agent.opt, args.lr * run.decay)
-            run.advance(step_fn(agent, task_ids, context, segment, best, more, args))
-        return run.finish()
+            if args.divergence == "primal":
+                dc.set_lr(agent.behavior_opt, args.lr * run.decay)
+            metrics = update(agent, task_ids, context, segment, bc_batch, dual_batches, args)
+            if step % args.log_every == 0:
+                run.log(step, metrics)
+            if step % args.eval_every == 0 and step < args.total_updates:
+                run.log(step, evaluate_all(agent, data, args, ("iid", "train"), args.eval_episodes))
+        return run.finish(evaluate_all(agent, data, args, dc.PROTOCOLS, args.final_episodes))
 
 
 if __name__ == "__main__":
-    dc.command_line(Args, train, __doc__)
+    dc.command_line(Args, train, __doc__, ENV_DEFAULTS)
