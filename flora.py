@@ -112,6 +112,7 @@ ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for f
         kl_coef_lr=1e-4,
         kl_target=0.2,
     ),
+    # [ours: D5]
     "point": dict(gamma=0.9, reward_scale=0.5, encoder_lr=3e-4, n_step=1, z_dim=5, kl_coef=0.15, kl_coef_lr=0.0),
 }
 

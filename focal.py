@@ -53,7 +53,7 @@ class Args:
     run_dir: str = "runs"  # parent of all run directories: {run_dir}/{env}/{exp_name}/seed{seed}-{time}
     resume: str | None = None  # run directory to continue, with the arguments stored there
     eval_only: bool = False  # with --resume: evaluate its checkpoint with all protocols and stop
-    # data and evaluation
+    # data and evaluation  [ours: D4]
     env: dc.EnvName = "ant-dir"  # task family
     dataset: str | None = None  # dataset file; by default datasets/{env}.npz beside this script
     eval_episodes: int = 2  # episodes per task in an evaluation during training
@@ -298,7 +298,7 @@ def update(agent, task_ids, context, segment, bc_batch, dual_batches, args):
 
     # 1 encoder: the metric loss alone trains it
     z = agent.encoder(context, torch.ones_like(context[..., 0]))  # [M, z_dim]
-    encoder_loss = args.metric_weight * metric_loss(z, task_ids)
+    encoder_loss = args.metric_weight * metric_loss(z, task_ids)  # [code: D1]
     encoder_loss.backward()
     z = z.detach()
 
