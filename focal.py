@@ -299,7 +299,6 @@ def update(agent, task_ids, context, segment, bc_batch, dual_batches, args):
     # 1 encoder: the metric loss alone trains it
     z = agent.encoder(context, torch.ones_like(context[..., 0]))  # [M, z_dim]
     encoder_loss = args.metric_weight * metric_loss(z, task_ids)  # [code: D1]
-    encoder_loss.backward()
     z = z.detach()
 
     # 2 critic
@@ -312,7 +311,7 @@ def update(agent, task_ids, context, segment, bc_batch, dual_batches, args):
             next_q = next_q - args.entropy_weight * pi.log_prob(next_pre)[..., None]
         q_target = n_step(args.reward_scale * segment.rew[..., None], next_q, segment)[..., 0]  # [M, B]
     q_loss = (agent.q(obs, act, z) - q_target).pow(2).mean((1, 2)).sum()
-    q_loss.backward()
+    (encoder_loss + q_loss).backward()  # they share no parameters
 
     # 3 behavior policy by maximum likelihood, and the policy, kept close to it
     pi, pi_beta = agent.policies(obs, z)

@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import data_collect as dc  # noqa: E402
 
-QUALITIES = ("random", "random.weak", "medium", "mixed", "expert")  # weak: --brac-alpha 0.01, hardly an anchor
+QUALITIES = ("random", "random.weak", "medium", "mixed", "expert")  # weak: --kl-coef 0.01, hardly an anchor
 VARIANTS = ("no-flows", "no-correction", "neither", "plain", "all-episodes")  # plain: one feature, so no decomposition
 GROUPS = {  # data -> variant -> experiment; of figure1.txt, then of ablations.txt beside the ordinary runs
     **{data: {v: f"figure1-{data}-{v}" for v in ("full", *VARIANTS)} for data in QUALITIES},
@@ -57,14 +57,14 @@ def axes(columns, rows=1):
 
 def figure1(files, env, figure):
     """Error of the critic and distance of the policy from the data, per quality of the data and variant of FLORA.
-    Paired by seed: what the policy's return has more than its clone's, and a variant's return and critic's error more
+    Paired by seed: what the policy's return has more than behavior cloning's, and a variant's return and critic's error more
     than the full method's."""
     curves, final = defaultdict(lambda: defaultdict(list)), defaultdict(dict)  # experiment -> seed ->
     for row in read(files / "curves.csv"):
         if row["env"] == env and of_data(row):
             curves[row["name"]][row["seed"]].append(row)
     for row in read(files / "results.csv"):
-        if row["env"] == env and of_data(row) and row["protocol"] in ("iid", "clone"):
+        if row["env"] == env and of_data(row) and row["protocol"] in ("iid", "bc"):
             final[row["name"], row["protocol"]][row["seed"]] = float(row["return"])
     groups = {data: {v: name for v, name in names.items() if name in curves} for data, names in GROUPS.items()}
     groups = {data: names for data, names in groups.items() if len(names) > 1}  # the full method alone shows nothing
@@ -80,7 +80,7 @@ def figure1(files, env, figure):
             found = {c: np.array([[float(r[c]) for r in seed] for seed in rows]) for c in quantities.values()}
             own, full = final[name, "iid"], names.get("full") if variant != "full" else None
             cells = [[*own.values()], found["q_error"][:, -1], abs(found["q_error"]).max(1), found["divergence"][:, -1]]
-            for other in (final[name, "clone"], final[full, "iid"]):
+            for other in (final[name, "bc"], final[full, "iid"]):
                 cells.append([own[seed] - other[seed] for seed in own if seed in other])
             errors = [{s: float(each[-1]["q_error"]) for s, each in curves[n].items()} for n in (name, full)]
             cells.append([errors[0][seed] - errors[1][seed] for seed in errors[0] if seed in errors[1]])
@@ -89,8 +89,8 @@ def figure1(files, env, figure):
             for line, (label, c) in enumerate(quantities.items() if figure else ()):
                 band(grid[line, column], steps, found[c], label=variant)
                 grid[line, column].set(title=f"{data} data" if line == 0 else "", ylabel="" if column else label)
-    header = ["data", "variant", "seeds", "iid", "Q error", "largest |Q error|", "divergence"]
-    print_table([*header, "iid - clone's", "iid - full's", "Q error - full's"], table)
+    header = ["data", "variant", "seeds", "iid", "Q error", "largest error", "divergence"]
+    print_table([*header, "iid - bc's", "iid - full's", "Q error - full's"], table)
     if figure:
         grid[0, 0].legend(fontsize=7, frameon=False)
         for axis in grid[-1]:
@@ -115,7 +115,7 @@ def directions(script, agent, data, args):
     batch = data.sample_batch(data.train_tasks, 256, generator)
     z, move = script.embed(agent, context, torch.ones_like(context[..., 0])), torch.cat([batch.obs, batch.act], -1)
     with torch.no_grad():
-        phi, psi = agent.phi(torch.cat([move, batch.next_obs], -1), z)[0], agent.psi(move, z)[0]
+        phi, psi = agent.phi(torch.cat([move, batch.next_obs], -1), z), agent.psi(move, z)[0]
     return np.concatenate([shares(phi), shares(psi)])
 
 
@@ -302,5 +302,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with dc.one_line_faults():
+    with dc.one_line_errors():
         main()

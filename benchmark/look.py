@@ -92,7 +92,7 @@ def draw_frames(family, tasks, states, folder):
     try:
         renderer = mujoco.Renderer(family.model, 240, 320)
     except Exception as error:  # whatever its graphics library says
-        what = f"MuJoCo cannot draw without a window here ({dc.short(str(error))})"
+        what = f"MuJoCo cannot draw without a window here ({error})"
         raise SystemExit(f"--frames: {what}; install EGL and set MUJOCO_GL=egl")
     folder.mkdir(parents=True, exist_ok=True)
     body, camera = mujoco.MjData(family.model), mujoco.MjvCamera()
@@ -130,5 +130,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with dc.one_line_faults():
+    with dc.one_line_errors():
         main()

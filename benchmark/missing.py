@@ -62,8 +62,8 @@ def state(line, run_dir, rows=()):
         module = importlib.import_module(Path(script).stem)
         args = tyro.cli(module.Args, args=flags, prog=line)  # a wrong flag is reported with the line
     except (ValueError, ImportError) as fault:
-        raise SystemExit(f"not a command of a list: {line} ({dc.short(fault)})")
-    dc.fill_in(args, module.ENV_ARGS)  # a run made when another value was the default is another run
+        raise SystemExit(f"not a command of a list: {line} ({fault})")
+    dc.fill_in(args, module.ENV_DEFAULTS)  # a run made when another value was the default is another run
     kind = script, args.env
     if kept := recorded(rows, args):
         return "finished", kept[0]["cpu_s"] and float(kept[0]["cpu_s"]), kind
@@ -127,5 +127,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with dc.one_line_faults():
+    with dc.one_line_errors():
         main()

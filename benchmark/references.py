@@ -1,9 +1,9 @@
 """References for the tables: the shared backbone with the TRUE task as z, and cloning, so without any task inference.
 
 Run:  python benchmark/references.py --env ant-dir [flags of focal.py]
-Trains focal.py's actor-critic with the task's parameters in place of the encoder, also at test, where no method knows
-them: what is lost against it is lost by inference. Its result.json also has the returns of pi_beta alone
-("eval/clone/return"), that is of cloning the data (--anchor-share 1) or each task's best episodes.
+Trains focal.py's actor-critic with the task's parameters instead of the encoder, also at test, where no method knows
+them. What a method loses against it is lost by inference. Its result.json also has the returns of pi_beta alone
+("eval/bc/return"): behavior cloning of the best episodes, or of all data with --bc-top-fraction 1.
 """
 
 import sys
@@ -20,7 +20,7 @@ import focal  # noqa: E402
 
 
 load_dataset = dc.load_dataset
-ENV_ARGS = focal.ENV_ARGS
+ENV_DEFAULTS = focal.ENV_DEFAULTS
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Args(focal.Args):
 
 
 class Known(nn.Module):
-    """In the encoder's place: reads the task's parameters, which `known_tasks` has written into the context."""
+    """Instead of the encoder: reads the task's parameters, which `known_tasks` has written into the context."""
 
     def __init__(self, size):
         super().__init__()
@@ -66,7 +66,7 @@ def evaluate_all(agent, data, args, protocols, episodes):
         return told, torch.ones_like(told[..., 0])
 
     train, test = know(data.train_ids[:10]), know(data.test_ids)
-    pi, pi_beta = (lambda *_, clone=clone: focal.adapt(agent, *test, clone=clone) for clone in (False, True))
+    pi, pi_beta = (lambda *_, bc=bc: focal.adapt(agent, *test, bc=bc) for bc in (False, True))
     q = lambda context, mask, obs: focal.value(agent, args, *test, obs)  # noqa: E731
     results = dc.evaluate_actor_critic(data, pi, q, args.gamma, ("iid",), episodes, pi_beta)
     return results | dc.evaluate(data, lambda *_: focal.adapt(agent, *train), ("train",), episodes)
@@ -75,5 +75,4 @@ def evaluate_all(agent, data, args, protocols, episodes):
 if __name__ == "__main__":
     focal.Encoder, focal.evaluate_all = (lambda ctx_dim, z_dim, width: Known(z_dim)), evaluate_all
     dc.load_dataset = known_tasks
-    dc.label_contexts = lambda data, embed: (data.told[:, 0].cpu(), list(range(len(data.told))))
-    dc.command_line(Args, focal.train, __doc__)
+    dc.command_line(Args, focal.train, __doc__, ENV_DEFAULTS)
