@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import data_collect  # noqa: E402
 
-pytest.register_assert_rewrite("siblings")
+pytest.register_assert_rewrite("actor_critic_suite")
 
 TINY = {"train_tasks": 6, "test_tasks": 3, "total_updates": 200, "episodes": 8, "test_episodes": 3}
 TINY_WALKER = {"train_tasks": 3, "test_tasks": 2, "total_updates": 40, "episodes": 5, "test_episodes": 3, "rows": 4}
@@ -187,15 +187,30 @@ def known_noise(monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *shape, **_: pattern(tuple(np.ravel(shape))))
 
 
-def slow_net(net, *inputs, member=0):
-    """One member of an MLP (flora, focal, unicorn, corro) at one row: plain layers on the concatenated inputs, the last
-    of which is z."""
-    h, first = torch.cat(inputs), torch.cat([net.w_x[member], net.w_z[member]])
-    h = h @ first + net.b_1[member, 0]
-    for weight, bias in ((net.w_2, net.b_2), (net.w_3, net.b_3)):
+def slow_layers(net, x):
+    """Linear layers with ReLU between them, at one input."""
+    *hidden, last = [layer for layer in net if isinstance(layer, torch.nn.Linear)]
+    for layer in hidden:
+        x = layer.weight @ x + layer.bias
+        x = torch.where(x > 0, x, 0.0)
+    return last.weight @ x + last.bias
+
+
+def slow_net(net, *inputs):
+    """An MLP of the scripts at one row: layer norm and ReLU between linear layers, on [inputs]; the last input is z."""
+    first, second, last = [layer for layer in net.net if isinstance(layer, torch.nn.Linear)]
+    h = torch.cat(inputs)
+    for layer in (first, second):
+        h = layer.weight @ h + layer.bias
         h = (h - h.mean()) / (h.var(correction=0) + 1e-5).sqrt()
-        h = torch.where(h > 0, h, 0.0) @ weight[member] + bias[member, 0]
-    return h
+        h = torch.where(h > 0, h, 0.0)
+    return last.weight @ h + last.bias
+
+
+def slow_twin(twin, *inputs):
+    """A Twin at one row -> the outputs of its two networks."""
+    one, other = twin.nets
+    return [slow_net(one, *inputs), slow_net(other, *inputs)]
 
 
 # ---- a GPU without a GPU ----------------------------------------------------------------

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, OnDevice, dataset_on_meta, origin, pattern, read_rows, slow_net, to_meta
-from siblings import check_best, check_evaluation, check_learning, check_segments, make_batch, make_segment
-from siblings import train_on_point_robot
+from actor_critic_suite import check_best, check_evaluation, check_learning, check_segments, make_batch, make_segment
+from actor_critic_suite import train_on_point_robot
 
 import corro
 import data_collect as dc

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from siblings import TASK_IDS, Sibling, gradients, slow_embedding, slow_metric, vectors
+from actor_critic_suite import ActorCriticSuite as Sibling
+from actor_critic_suite import TASK_IDS, gradients, slow_embedding, slow_metric, vectors
 from test_unicorn import slow_layers
 
 import csro

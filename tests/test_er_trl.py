@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import pattern, slow_net
-from siblings import TASK_IDS, Sibling, gradients, make_batch, make_context, make_segment, slow_embedding
-from siblings import slow_metric, start, vectors
+from actor_critic_suite import ActorCriticSuite as Sibling
+from actor_critic_suite import TASK_IDS, gradients, make_batch, make_context, make_segment, slow_embedding
+from actor_critic_suite import slow_metric, start, vectors
 
 import data_collect as dc
 import er_trl

@@ -1,4 +1,4 @@
-"""focal.py: its dual critic, vectors of its losses, the cost of an update; the rest as its siblings (siblings.py)."""
+"""focal.py: its dual critic, vectors of its losses, the cost of an update; the rest is in actor_critic_suite.py."""
 
 import math
 from types import SimpleNamespace
@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from actor_critic_suite import DATA, METHOD, TASK_IDS, ActorCriticSuite, Z, check_clamps, gradients, make_batch
+from actor_critic_suite import make_context, slow_actor_critic, slow_embedding, slow_metric, slow_metrics
+from actor_critic_suite import slow_multiplier_and_targets, slow_policy, start, take_steps, vectors
 from conftest import OnDevice, origin, pattern, slow_net, to_meta
-from siblings import DATA, METHOD, TASK_IDS, Sibling, Z, check_clamps, gradients, make_batch, make_context, make_segment
-from siblings import slow_actor_critic, slow_embedding, slow_metric, slow_metrics, slow_multiplier_and_targets
-from siblings import slow_policy, start, vectors
 from torch.utils.flop_counter import flop_registry
 
 import data_collect as dc
@@ -49,7 +49,7 @@ def uniform(shape):
     return 0.5 + pattern(shape) * 0.8 / 3
 
 
-class TestFocal(Sibling):
+class TestFocal(ActorCriticSuite):
     script = focal
     method = {"gp_weight": 2.5, "dual_lr": 2**-5}
 
@@ -62,16 +62,17 @@ class TestFocal(Sibling):
         agent, args = super().make_agent(data, **changes)
         if args.divergence == "dual":
             with torch.no_grad():  # values of both signs, slopes on both sides of 1
-                agent.dual.w_3.sub_(agent.dual.w_3.mean(1, keepdim=True)).mul_(3)
-                agent.dual.b_3.fill_(-2.0)
+                last = agent.dual.net[-1]
+                last.weight.sub_(last.weight.mean()).mul_(3)
+                last.bias.fill_(-2.0)
         return agent, args
 
     def make_rest(self, seed, args):
         draws = args.dual_iters if args.divergence == "dual" else 1
         return *super().make_rest(seed, args), [make_batch(10 * seed + i) for i in range(draws - 1)]
 
-    def slow_update(self, agent, opts, contexts, segment, best, more, args):
-        batch, noise = start(segment), pattern(best.act.shape)
+    def slow_update(self, agent, opts, contexts, segment, bc_batch, more, args):
+        batch, noise = start(segment), pattern(bc_batch.act.shape)
         z = torch.stack([slow_embedding(agent.encoder, rows) for rows in contexts[0]])
         metric = args.metric_weight * slow_metric(z, TASK_IDS.tolist())
         fixed, divergence_of, dual_loss = z.detach(), None, None
@@ -83,14 +84,14 @@ class TestFocal(Sibling):
             def divergence_of(m, b, pi_act):
                 return slow_fenchel(c_data[m, b], slow_net(agent.dual, batch.obs[m, b], pi_act, fixed[m])[0])
 
-        sums = slow_actor_critic(agent, fixed, segment, best, args, args.entropy_weight, divergence_of)
-        actor = agent.brac_alpha.item() * sums["divergence"] - sums["value"] + args.entropy_weight * sums["logp"]
+        sums = slow_actor_critic(agent, fixed, segment, bc_batch, args, args.entropy_weight, divergence_of)
+        actor = agent.kl_coef.item() * sums["divergence"] - sums["value"] + args.entropy_weight * sums["logp"]
         gradients(metric, agent.encoder)
-        gradients(sums["q"], agent.q)
-        gradients(actor, agent.shift)
+        gradients(sums["q"], agent.critic)
+        gradients(actor, agent.residual)
         if args.divergence == "primal":
             gradients(sums["behavior"], agent.behavior)
-        opts["opt"].step()
+        take_steps(opts)
         slow_multiplier_and_targets(agent, sums["divergence"], args)
         metrics = slow_metrics(agent, fixed, metric, actor, sums)
         return metrics if dual_loss is None else metrics | {"losses/dual": dual_loss}
@@ -98,27 +99,26 @@ class TestFocal(Sibling):
     PRIMAL = [{}, {"target_noise": 0.5}, {"target_noise": 1.0, "n_step": 1}, {"entropy_weight": 0.3}]
 
     @pytest.mark.parametrize("case", PRIMAL)
-    def test_two_updates_are_those_of_a_slow_recomputation(self, case, known_noise):
+    def test_updates_equal_a_slow_recomputation(self, case, known_noise):
         self.check_updates(**case)
 
     DUAL = [{"gp_mode": mode} for mode in ("gradient", "output")] + [{"dual_iters": 1, "entropy_weight": 0.3}]
 
     @pytest.mark.parametrize("case", DUAL)
-    def test_two_dual_updates_are_those_of_a_slow_recomputation(self, case, known_noise, dual, monkeypatch):
+    def test_dual_updates_equal_a_slow_recomputation(self, case, known_noise, dual, monkeypatch):
         monkeypatch.setattr(torch, "rand_like", lambda x: uniform(x.shape))
         self.check_updates(divergence="dual", **case)
 
-    def test_inputs_of_the_slow_dual_step_tell_alternatives_apart(self):
-        """Slopes lie on both sides of 1."""
+    def test_inputs_have_slopes_on_both_sides_of_one(self):
         agent, _ = self.make_agent(divergence="dual")
         batch, z = make_batch(0), torch.stack([slow_embedding(agent.encoder, rows) for rows in make_context(0)])
         act = batch.act.requires_grad_()
-        c = agent.dual(batch.obs, act, z)[0]
+        c = agent.dual(torch.cat([batch.obs, act], -1), z)[..., 0]
         (gradient,) = torch.autograd.grad(c.sum(), act)
         for slope in (c, -c, gradient.norm(dim=-1)):
             assert 0 < (slope > 1).double().mean() < 1
 
-    def test_log_std_is_clamped_without_a_behavior_policy(self):
+    def test_dual_policy_has_a_clamped_log_std(self):
         check_clamps(self.make_agent(divergence="dual")[0], [(None, -5), (None, 2)])
 
     def test_networks_start_as_linear_layers_do(self):
@@ -134,7 +134,7 @@ class TestFocal(Sibling):
             assert net.w_2.shape[1:] == (64, 64) and net.w_3.shape[1:] == (64, out_dim)
         assert 8e-4 < agent.shift.w_3.abs().max() <= 1e-3 and 0 < agent.shift.b_3.abs().max() <= 1e-3
 
-    def test_every_step_of_the_dual_critic_sees_other_transitions(self, numbered_path, tmp_path, monkeypatch):
+    def test_every_dual_step_sees_other_transitions(self, numbered_path, tmp_path, monkeypatch):
         changes = {"divergence": "dual", "dual_iters": 3, "total_updates": 10}
         updates, _ = self.watched(monkeypatch, tmp_path, numbered_path, **changes)
         assert len(updates) == 10
@@ -147,15 +147,15 @@ class TestFocal(Sibling):
             for one, other in zip([start(u.segment), *more], more):
                 assert not torch.equal(one.rew, other.rew)
 
-    def test_without_a_dual_critic_no_further_transitions_are_drawn(self, numbered_path, tmp_path, monkeypatch):
+    def test_primal_updates_draw_no_further_transitions(self, numbered_path, tmp_path, monkeypatch):
         updates, _ = self.watched(monkeypatch, tmp_path, numbered_path, total_updates=2)
         assert [u.more for u in updates] == [[[]]] * 2
 
-    def test_evaluation_without_a_behavior_policy(self, numbered):
-        self.test_evaluation_is_that_of_slow_policies_and_critics(numbered, divergence="dual")
+    def test_dual_evaluation_equals_a_slow_recomputation(self, numbered):
+        self.test_evaluation_equals_a_slow_recomputation(numbered, divergence="dual")
 
     @pytest.mark.parametrize("decay", [True, False])
-    def test_learning_rate_of_the_dual_critic_stays(self, decay, numbered_path, tmp_path, monkeypatch, dual):
+    def test_dual_learning_rate_stays(self, decay, numbered_path, tmp_path, monkeypatch, dual):
         changes = {"divergence": "dual", "dual_iters": 1, "dual_lr": 2e-3, "total_updates": 8, "lr_decay": decay}
         updates, _ = self.watched(monkeypatch, tmp_path, numbered_path, **changes)
         shares = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25] if decay else [1] * 8

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import stop_message
-from siblings import DATA, METHOD, TASK_IDS, Sibling, make_batch, make_context, make_segment, slow_embedding
-from siblings import slow_metric, vectors
+from actor_critic_suite import ActorCriticSuite as Sibling
+from actor_critic_suite import DATA, METHOD, TASK_IDS, make_batch, make_context, make_segment, slow_embedding
+from actor_critic_suite import slow_metric, vectors
 from test_unicorn import slow_layers
 
 import data_collect as dc

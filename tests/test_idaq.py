@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import origin, stop_message
-from siblings import TASK_IDS, Sibling, slow_embedding, slow_metric, slow_policy, vectors
+from actor_critic_suite import ActorCriticSuite as Sibling
+from actor_critic_suite import TASK_IDS, slow_embedding, slow_metric, slow_policy, vectors
 
 import data_collect as dc
 import idaq

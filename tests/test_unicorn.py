@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import pattern, slow_net
-from siblings import DATA, METHOD, TASK_IDS, Sibling, check_clamps, gradients, slow_actor_critic, slow_metric
-from siblings import slow_multiplier_and_targets, vectors
+from actor_critic_suite import ActorCriticSuite as Sibling
+from actor_critic_suite import DATA, METHOD, TASK_IDS, check_clamps, gradients, slow_actor_critic, slow_metric
+from actor_critic_suite import slow_multiplier_and_targets, vectors
 
 import data_collect as dc
 import unicorn
