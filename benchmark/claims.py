@@ -179,7 +179,7 @@ def length(runs, figure, horizon):
 def by_part(script, agent, data, args):
     """-> normalized returns [3], contexts of the test tasks' own episodes: whole, with the rewards of another test task
     (half of their list away), and with all but the rewards from there."""
-    reward = torch.arange(data.ctx_dim) == data.obs_dim + data.act_dim
+    reward = torch.arange(data.context_dim) == data.obs_dim + data.act_dim
     away = EPISODES * (len(data.test_ids) // 2)  # rows, which lie task by task
 
     def adapt(context, mask, explore, other):
@@ -220,8 +220,8 @@ def drifting(own, script, agent, data, args):
 
     def offline(row_tasks, t):
         """An offline episode of each row's task -> context [R, H, ctx_dim], mask [R, H]."""
-        context, lengths = data.episodes[row_tasks, picks[:, t], :, :-1], data.lengths[row_tasks, picks[:, t]]
-        return context, (torch.arange(window) < lengths[:, None]).float()
+        context, lengths = data.episodes[row_tasks, picks[:, t]], data.lengths[row_tasks, picks[:, t]]
+        return context[..., : data.context_dim], (torch.arange(window) < lengths[:, None]).float()
 
     obs, _ = env.reset(seed=(20_000 + np.arange(rows)).tolist())
     obs, rew = data.standardize(torch.as_tensor(obs)), torch.zeros(rows)
@@ -241,10 +241,11 @@ def drifting(own, script, agent, data, args):
             mask = torch.where(changed[:, None], whole, mask)
         with torch.no_grad():
             act = script.adapt(agent, context, mask)(obs, rew)
-        next_obs, reward, _, _, _ = env.step(act.numpy())
+        next_obs, reward, ended, _, _ = env.step(act.numpy())
         next_obs, rew = data.standardize(torch.as_tensor(next_obs)), torch.as_tensor(reward, dtype=torch.float32)
         if own:
-            step = torch.cat([obs, act, rew[:, None], next_obs], -1)
+            step = torch.cat([obs, act, rew[:, None], next_obs, torch.as_tensor(ended)[:, None]], -1)
+            step = step[:, : data.context_dim]
             context = torch.cat([context[:, 1:], step[:, None]], 1)
             mask = torch.cat([mask[:, 1:], torch.ones(rows, 1)], 1)
         obs, rewards[:, t], since[:, t] = next_obs, reward, age

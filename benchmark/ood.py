@@ -27,7 +27,7 @@ def cosines(embed, data):
     def read(episodes, lengths):
         """episodes [.., H, ctx_dim + 1], lengths [..] -> (z, 1) [.., z_dim + 1]."""
         mask = (torch.arange(episodes.shape[-2]) < lengths[..., None]).float()
-        z = embed(episodes[..., :-1].flatten(0, 1), mask.flatten(0, 1)).unflatten(0, lengths.shape)
+        z = embed(episodes[..., : data.context_dim].flatten(0, 1), mask.flatten(0, 1)).unflatten(0, lengths.shape)
         return F.pad(z, (0, 1), value=1.0)
 
     train, test = data.train_ids, data.test_ids

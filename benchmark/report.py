@@ -34,8 +34,11 @@ KEY = ("env", "quality", "name", "seed")  # of a run
 RESULTS = (*KEY, "protocol", "updates", "return", "return_se", "normalized", "q_relative", "nearest_task_acc")
 RESULTS += ("probe_r2", "updates_per_sec", "cpu_s", "commit", "torch")
 RESULTS += ("by_task", "arms")  # returns of the tasks; last probabilities of FLORA's bandit, alpha from -1 to 0
+RESULTS += ("diverged", "args")  # episodes whose physics diverged; arguments of the run as JSON, in its row "iid"
 CURVES = (*KEY, "updates", "cpu_s", "iid", "train", "q_error", "divergence")
-PROTOCOLS = ("iid", "clone", "ood", "ood_random", "online", "np_online", "idaq", "zero_shot", "train")
+PROTOCOLS = ("iid", "bc", "ood", "ood_random", "online", "online_random_start", "idaq", "zero_shot", "train")
+UNCOMPARED = dc.FREE - {"total_updates", "final_episodes"} | {"env", "exp_name", "seed"}  # may differ among seeds
+DIVERGED = "†"  # marks a cell with diverged episodes
 SIDE_LISTS = ("ablations", "variants", "figure1", "bandit")  # shown where --only names a run
 PARTS = {  # further tables: title -> protocols
     "inner steps": [f"steps_{k}" for k in (0, 1, 5, 20)],  # MACAW
@@ -89,6 +92,8 @@ def rows_of(run_dir):
     run = dict(zip(KEY, (args["env"], quality, args["exp_name"], args["seed"])))
     made = {"updates": result["step"], "commit": versions.get("commit"), "torch": versions["torch"]}
     made |= {tag: result.get(tag) for tag in ("updates_per_sec", "cpu_s")}
+    compared = {k: v for k, v in args.items() if k not in UNCOMPARED}
+    compared |= {f"dataset's {k}": v for k, v in about["dataset"]["settings"].items()}
     rows = []
     for protocol in PROTOCOLS:
         tag = f"eval/{protocol}/"
@@ -96,10 +101,12 @@ def rows_of(run_dir):
             continue
         tasks = sorted(t for t in result if t.startswith(f"{tag}return_task_"))
         row = run | made | {"protocol": protocol, "by_task": " ".join(f"{result[t]:.5g}" for t in tasks)}
-        row |= {name: result.get(tag + name) for name in ("return", "return_se", "normalized", "q_relative")}
+        numbers = ("return", "return_se", "normalized", "q_relative", "diverged")
+        row |= {name: result.get(tag + name) for name in numbers}
         if protocol == "iid":
             row |= {name: result.get(f"z/{name}") for name in ("nearest_task_acc", "probe_r2")}
             row["arms"] = " ".join(f"{p:.4f}" for p in last_probabilities(run_dir))
+            row["args"] = json.dumps(compared, separators=(",", ":"))
         rows.append(row)
     parts = (("adapt/return_{}_steps", "inner steps"), ("eval/online/return_ep_{}", "own episodes"))
     for part, of_part in (*parts, ("eval/idaq/return_ep_{}", "own episodes, IDAQ")):
@@ -144,6 +151,19 @@ def merge(path, columns, rows):
     dc.atomic_save(path, lambda file: file.write(text.getvalue().encode()))
 
 
+def refuse_mixture(rows):
+    """All seeds of one experiment name, on the same family and data, must have the same arguments. Rows of results.csv
+    without `args` agree with all others."""
+    first = {}  # (env, quality, name, argument) -> seed and value that come first
+    for row in rows:
+        for argument, value in json.loads(row.get("args") or "{}").items():
+            env, quality, name, seed = (row[k] for k in KEY)
+            other, expected = first.setdefault((env, quality, name, argument), (seed, value))
+            if value != expected:
+                what = f"{env}, {name}: seed {seed} has {argument} {value}, seed {other} has {expected}"
+                raise SystemExit(f"{what}; give it an --exp-name of its own, or remove those rows first")
+
+
 def add(folder, directory):
     """Copy all finished runs below folder into the files of directory."""
     runs = [d for env in sorted(folder.glob("*/")) for seeds in finished_runs(env).values() for d in seeds.values()]
@@ -154,13 +174,15 @@ def add(folder, directory):
         try:
             both.append(rows_of(run_dir))
         except (ValueError, KeyError) as fault:
-            raise SystemExit(f"{run_dir}: damaged ({dc.short(fault)}); move it away or finish it anew with --resume")
-    before = {tuple(row[k] for k in KEY): row["updates"] for row in read(directory / "results.csv")}
+            raise SystemExit(f"{run_dir}: damaged ({fault}); move it away or finish it anew with --resume")
+    kept = read(directory / "results.csv")
+    before = {tuple(row[k] for k in KEY): row["updates"] for row in kept}
     for run_dir, (rows, _) in zip(runs, both):
         done = str(rows[0]["updates"])
         if (old := before.get(tuple(str(rows[0][k]) for k in KEY), done)) != done:
             what = f"has {done} updates, the run of that name and seed in results.csv {old}"
             raise SystemExit(f"{run_dir}: {what}; give it an --exp-name of its own, or remove those rows first")
+    refuse_mixture([*kept, *(row for rows, _ in both for row in rows)])
     for name, columns, part in (("results.csv", RESULTS, 0), ("curves.csv", CURVES, 1)):
         merge(directory / name, columns, [row for rows in both for row in rows[part]])
     print(f"{len(runs)} runs in {directory / 'results.csv'} and curves.csv")
@@ -178,7 +200,7 @@ def revisit(run_dir, look):
     arguments = ["--resume", str(run_dir), "--eval-only"]
     with mock.patch.object(script, "evaluate_all", evaluate_all), mock.patch.object(dc, "write_json"):
         with contextlib.redirect_stdout(io.StringIO()):
-            dc.command_line(script.Args, script.train, script.__doc__, arguments)
+            dc.command_line(script.Args, script.train, script.__doc__, arguments=arguments)
     return found[0]
 
 
@@ -205,20 +227,24 @@ def chosen(path, env, only, quality="mixed"):
 
 def cell(rows, column, normalized=False, digits=0):
     """mean ± standard error over the rows, one per seed, of a single row that of its tasks and episodes; in brackets,
-    if wanted, the mean of the normalized returns."""
+    if wanted, the mean of the normalized returns. DIVERGED marks returns with diverged episodes."""
     values = np.array([float(row[column]) for row in rows if row[column]])
     if not len(values):
         return ""
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else rows[0].get(f"{column}_se")
     spread = f" ± {float(error):.{digits}f}" if error not in (None, "") else ""
     brackets = f" ({np.mean([float(row['normalized']) for row in rows]):z.0f})" if normalized else ""
-    return f"{values.mean():z.{digits}f}{spread}{brackets}"
+    of_return = column in ("return", "normalized", "gain")
+    mark = DIVERGED if of_return and any(row.get("diverged") for row in rows) else ""
+    return f"{values.mean():z.{digits}f}{spread}{brackets}{mark}"
 
 
 def print_table(header, rows):
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
+    if any(DIVERGED in text for row in rows for text in row):
+        print(f"\n{DIVERGED} The physics diverged in some episodes; they count as the task's random return.")
     print()
 
 
@@ -229,7 +255,7 @@ def of(seeds, protocol):
 
 def print_brief(groups):
     """Normalized returns: 0 = random, 100 = expert."""
-    columns = ("iid", "clone", "ood", "online", "train")
+    columns = ("iid", "bc", "ood", "online", "train")
     rows = [[n, str(len(seeds)), *(cell(of(seeds, p), "normalized") for p in columns)] for n, seeds in groups.items()]
     print_table(["normalized", "seeds", *columns], rows)
 
@@ -341,7 +367,7 @@ def print_comparison(path, reference, envs, only):
 def print_gains(path, reference, envs, only):
     """What a method's normalized return has more than the reference's of the same seed, per family and protocol; in
     IDAQ's protocol, which the reference does not have, more than the reference's after its own episodes (online)."""
-    protocols, table = ("iid", "ood", "ood_random", "online", "np_online", "idaq"), []
+    protocols, table = ("iid", "ood", "ood_random", "online", "online_random_start", "idaq"), []
     for env in envs:
         groups = chosen(path, env, only and [*only, reference])
         base = {}
@@ -353,7 +379,7 @@ def print_gains(path, reference, envs, only):
         for name, seeds in groups.items():
             paired = [[row for row in of(seeds, p) if (p, row["seed"]) in base] for p in protocols]
             gains = [
-                [{"gain": str(float(row["normalized"]) - base[p, row["seed"]])} for row in rows]
+                [row | {"gain": str(float(row["normalized"]) - base[p, row["seed"]])} for row in rows]
                 for p, rows in zip(protocols, paired)
             ]
             if name != reference and gains[0]:
@@ -506,5 +532,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with dc.one_line_faults():
+    with dc.one_line_errors():
         main()

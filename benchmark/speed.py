@@ -45,7 +45,7 @@ def run(script, flags, updates):
     with tempfile.TemporaryDirectory() as folder:
         every = [f"--{what}-every={updates}" for what in ("log", "eval", "save")]
         settings = [*flags, "--device=cpu", f"--total-updates={updates}", *every, f"--run-dir={folder}"]
-        dc.command_line(script.Args, script.train, script.__doc__, settings)
+        dc.command_line(script.Args, script.train, script.__doc__, arguments=settings)
 
 
 def main():

@@ -56,6 +56,13 @@ def write_run(folder, name, seed, returns, quality="mixed", stamp="1"):
     return run_dir
 
 
+def change(path, part=None, **values):
+    """Set values in a JSON file, or in that part of it."""
+    content = json.loads(path.read_text())
+    (content if part is None else content[part]).update(values)
+    path.write_text(json.dumps(content))
+
+
 def table(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -492,6 +499,7 @@ def test_cosines_to_the_task_and_to_who_acted():
     foreign = torch.tensor([[5, 2, 4], [3, 1, 5]])
     data = SimpleNamespace(task_params=unit(angle).numpy(), train_ids=np.arange(6), test_ids=np.array([6, 7]))
     data.episodes, data.lengths = contexts(own, lengths), lengths
+    data.context_dim = 3
     data.ood_episodes, data.ood_lengths, data.ood_behavior_task = contexts(shown, foreign), foreign, behavior.numpy()
 
     def embed(context, mask):
@@ -870,6 +878,44 @@ def test_trial_of_another_length_replaces_no_run(tmp_path, capsys):
     (trial / "result.json").write_text("{")
     assert f"{trial}: damaged" in stop_message(report.add, tmp_path / "trial", tmp_path)
     assert (tmp_path / "results.csv").read_bytes() == before
+
+
+def test_seeds_of_different_arguments_are_refused(tmp_path):
+    write_run(tmp_path / "old", "flora", 0, [-4.0, -6.0])
+    report.add(tmp_path / "old", tmp_path)
+    results = tmp_path / "results.csv"
+    report.merge(results, report.RESULTS, [row | {"args": ""} for row in table(results)])  # as before that column
+    for seed in (1, 2):
+        about = write_run(tmp_path / "runs", "flora", seed, [-4.0, -6.0]) / "args.json"
+        change(about, "args", lr=0.25 * seed, log_every=seed)
+    said = "point-robot, flora: seed 2 has lr 0.5, seed 1 has 0.25; give it an --exp-name of its own"
+    assert said in stop_message(report.add, tmp_path / "runs", tmp_path) and len(table(results)) == 4
+    change(about, "args", lr=0.25)
+    report.add(tmp_path / "runs", tmp_path)  # agrees with seed 1, and with seed 0 of unknown arguments
+    change(write_run(tmp_path / "new", "flora", 1, [0.0, 0.0]) / "args.json", "args", lr=1.0)
+    assert "seed 1 has lr 1.0, seed 1 has 0.25" in stop_message(report.add, tmp_path / "new", tmp_path)
+    about = write_run(tmp_path / "data", "flora", 3, [0.0, 0.0]) / "args.json"
+    about.write_text(about.read_text().replace('"mixed"', '"mixed", "episodes": 9'))
+    report.add(tmp_path / "data", tmp_path)
+    change(about, None, dataset={"settings": {"quality": "mixed", "episodes": 8}})
+    assert "has dataset's episodes 8, seed 3 has 9" in stop_message(report.add, tmp_path / "data", tmp_path)
+
+
+def test_tables_mark_diverged_episodes(tmp_path, capsys):
+    for seed in (0, 1):
+        path = write_run(tmp_path / "runs", "flora", seed, [-4.0, -6.0]) / "result.json"
+    write_run(tmp_path / "runs", "focal", 0, [-4.0, -6.0])
+    report.add(tmp_path / "runs", tmp_path)
+    report.print_tables(report.chosen(tmp_path / "results.csv", "point-robot", None))
+    assert report.DIVERGED not in capsys.readouterr().out
+    change(path, **{"eval/iid/diverged": 2.0})
+    report.add(tmp_path / "runs", tmp_path)
+    assert [row["diverged"] for row in table(tmp_path / "results.csv") if row["protocol"] == "iid"] == ["", "2", ""]
+    for show in (report.print_tables, report.print_brief):
+        capsys.readouterr()
+        show(report.chosen(tmp_path / "results.csv", "point-robot", None))
+        (flora, legend) = [line for line in capsys.readouterr().out.splitlines() if report.DIVERGED in line]
+        assert flora.startswith("| flora | 2 |") and flora.count(report.DIVERGED) == 1 and legend.startswith("†")
 
 
 @pytest.mark.parametrize(

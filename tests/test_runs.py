@@ -1,0 +1,576 @@
+"""The scripts as programs: blocks that several share, whole runs, interruption and resume, mistakes of a user. What does
+not depend on the script is tested with flora.py alone."""
+
+import ast
+import errno
+import fcntl
+import functools
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, flags, load, read_rows, run_script, start_script, stop_message
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import data_collect as dc
+import flora
+import focal
+
+SCRIPTS = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
+SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 40, "log_every": 10, "eval_every": 20}
+SMALL |= {"save_every": 10, "eval_episodes": 1, "final_episodes": 2, "meta_batch": 4, "batch_size": 8}
+SMALL |= {"context_size": 8, "width": 16}
+CASES = {  # case: script, its arguments
+    "flora": ("flora", {"bandit_every": 15}),
+    "focal": ("focal", {}),
+    "focal_pp": ("focal_pp", {}),
+    "focal-dual": ("focal", {"divergence": "dual", "entropy_weight": 0.1, "kl_coef_lr": 0.1}),
+    "unicorn": ("unicorn", {}),
+    "unicorn-sup": ("unicorn", {"variant": "sup", "backbone": "sac"}),
+    "unicorn-ss-0": ("unicorn", {"variant": "ss-0"}),
+    "corro": ("corro", {"encoder_updates": 20}),
+    "corro-generative": ("corro", {"negatives": "generative", "encoder_updates": 20}),
+    "corro-none": ("corro", {"negatives": "none", "backbone": "sac", "encoder_updates": 20}),
+    "csro": ("csro", {}),
+    "er_trl": ("er_trl", {}),
+    "idaq": ("idaq", {}),
+    "macaw": ("macaw", {"latent": 6, "head_width": 8}),
+    "meta_dt": ("meta_dt", {"world_model_updates": 20}),
+}
+FIRST = ["corro-none" if name == "corro" else name for name in SCRIPTS]  # one case of every script
+TIMING = {"run_dir", "updates_per_sec", "cpu_s"}  # what differs between two equal runs
+every_script = pytest.mark.parametrize("case", FIRST)
+
+
+def script_of(case):
+    return importlib.import_module(CASES[case][0])
+
+
+def run(case, path, folder, **changes):
+    """Train on the dataset `path`; the runs lie in `folder`."""
+    settings = SMALL | CASES[case][1] | {"dataset": str(path), "run_dir": str(folder)} | changes
+    return script_of(case).train(script_of(case).Args(**settings))
+
+
+def resume(case, run_dir, **changes):
+    args = script_of(case).Args
+    stored = dc.load_checkpoint(run_dir, args)["args"]
+    return script_of(case).train(args(**stored | {"resume": str(run_dir)} | changes))
+
+
+def command(name, *arguments):
+    """The script as from the command line."""
+    script = script_of(name)
+    return dc.command_line(script.Args, script.train, script.__doc__, script.ENV_DEFAULTS, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_path, tmp_path_factory):
+    """-> function of a case: its run without interruption, made once: the result, the run directory, the agent."""
+
+    @functools.cache
+    def run_once(case):
+        seen = {}
+
+        class Spy(dc.Run):
+            def __enter__(self):
+                seen.update(agent=self.agent, before={k: v.clone() for k, v in self.agent.state_dict().items()})
+                return super().__enter__()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dc, "Run", Spy)
+            result = run(case, tiny_path, tmp_path_factory.mktemp(case))
+        return SimpleNamespace(result=result, run_dir=Path(result["run_dir"]), **seen)
+
+    return run_once
+
+
+@pytest.fixture
+def copied(straight, tmp_path):
+    """A copy of flora's finished run -> its run directory."""
+    return shutil.copytree(straight("flora").run_dir, tmp_path / "run")
+
+
+# ---- what several scripts share ---------------------------------------------------------
+
+
+def marked_blocks(name):
+    """-> {block: (source, scripts that it says it shares it with)}."""
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    blocks = {}
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            above = re.match(r" *# SHARED: identical in (.*)", lines[node.lineno - 2])
+            if above:
+                source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+                blocks[node.name] = source, set(re.findall(r"(\w+)\.py", above[1]))
+    return blocks
+
+
+def test_shared_blocks_are_identical():
+    found = {name: marked_blocks(name) for name in SCRIPTS}
+    pairs = [(name, block) for name in SCRIPTS for block in found[name]]
+    assert len(pairs) > 40
+    for name, block in pairs:
+        source, others = found[name][block]
+        having = {other for other in SCRIPTS if block in found[other]}
+        assert others == having - {name}, f"{name}.{block}"
+        assert all(found[other][block][0] == source for other in others), f"{name}.{block}"
+
+
+def test_arguments_of_run_are_identical():
+    blocks = set()
+    for name in SCRIPTS:
+        source = inspect.getsource(importlib.import_module(name).Args)
+        blocks.add(source[: source.index("    # data and evaluation")].replace(f'"{name}"', '"name"'))
+    assert len(blocks) == 1
+
+
+def test_heads_are_short_and_tag_every_difference():
+    for name in SCRIPTS:
+        source = (ROOT / f"{name}.py").read_text()
+        head, code = source.split('"""', 2)[1:]
+        assert len(head.strip().splitlines()) <= 32, name
+        for label in re.findall(r"^  ([BD]\d+)  ", head, re.M):
+            assert len(re.findall(rf"\[(?:ours|code|paper)[^\]]*\b{label}\b", code)) >= 1, f"{name}: {label}"
+
+
+def test_given_values_win_over_defaults():
+    defaults = {"": {"gamma": 0.7, "z_dim": 3, "reward_scale": 2.0}, "point": {"gamma": 0.5, "reward_scale": 3.0}}
+    for env, gamma in (("point-robot", 0.5), ("ant-dir", 0.7)):
+        args = dc.resolve(flora.Args(env=env, reward_scale=4.0, device="cpu"), defaults)
+        assert (args.gamma, args.z_dim, args.reward_scale) == (gamma, 3, 4.0)
+
+
+@pytest.mark.parametrize("name", ["focal_pp", "csro", "er_trl", "idaq"])
+def test_kin_of_focal_have_its_settings(name):
+    script = importlib.import_module(name)
+    for env in dc.FAMILIES:
+        found = [module.Args(env=env) for module in (focal, script)]
+        for args, module in zip(found, (focal, script)):
+            dc.fill_in(args, module.ENV_DEFAULTS)
+        one, two = map(asdict, found)
+        shared = one.keys() & two.keys() - {"exp_name"} - ({"metric_weight"} if name == "focal_pp" else set())
+        assert len(shared) > 30 and {k: one[k] for k in shared} == {k: two[k] for k in shared}
+
+
+def test_idaq_trains_as_focal_does(straight):
+    texts = [(straight(name).run_dir / "metrics.csv").read_text().splitlines() for name in ("focal", "idaq")]
+    assert texts[0] == [line for line in texts[1] if "eval/idaq/" not in line]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_every_argument(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(name, "--help")
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(f"--{field.name.replace('_', '-')}" in out for field in fields(script_of(name).Args))
+    assert "--gamma 0.97, point* 0.9" in " ".join(out.split()) or name in ("macaw", "meta_dt")
+
+
+# ---- whole runs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_run_trains_everything_and_reports_everything(case, straight):
+    done = straight(case)
+    still = [name for name, p in done.agent.named_parameters() if torch.equal(p, done.before[name])]
+    assert set(still) <= {"aggregator.score.bias"}  # a softmax is blind to a common shift
+    result = done.result
+    for protocol in dc.PROTOCOLS:
+        assert {f"eval/{protocol}/{figure}" for figure in ("return", "return_se", "normalized")} <= result.keys()
+    assert ("eval/iid/q_error" in result) == (CASES[case][0] not in ("macaw", "meta_dt"))
+    assert ("eval/bc/return" in result) == (case not in ("focal-dual", "unicorn-sup", "corro-none", "macaw", "meta_dt"))
+    assert all(math.isfinite(value) for tag, value in result.items() if tag != "run_dir")
+    assert result["step"] == 40 and result["cpu_s"] > 0
+    assert json.loads((done.run_dir / "result.json").read_text()) == result
+    last = {tag: float(value) for step, tag, value in read_rows(done.run_dir) if step == 40}
+    assert all(last[tag] == value for tag, value in result.items() if tag.startswith(("eval/", "z/")))
+
+
+def test_evaluation_in_one_line():
+    results = {"eval/iid/return": 349.04, "eval/iid/return_se": 12.36, "eval/iid/normalized": 72.6}
+    results |= {"eval/ood/return": 3, "eval/ood/normalized": -0.6, "eval/ood/diverged": 2.0}
+    results |= {"eval/iid/return_task_02": 5.0, "z/nearest_task_acc": 0.456, "z/probe_r2": -0.5}
+    expected = "eval  iid 349.0 ± 12.4 (73)  ood 3.0 (-1)  2 episodes diverged, counted as the random policy's"
+    assert dc.eval_line(results) == expected + "  z acc 0.46  z R2 -0.50"
+
+
+@every_script
+def test_smallest_batches_train(case, tiny_path, tmp_path):
+    smallest = {"meta_batch": 1, "batch_size": 1, "context_size": 1, "total_updates": 2, "log_every": 1}
+    assert run(case, tiny_path, tmp_path, **smallest)["step"] == 2
+
+
+@every_script
+def test_seed_decides_the_run(case, straight, tiny_path, tmp_path):
+    again, other = (run(case, tiny_path, tmp_path / str(seed), seed=seed)["run_dir"] for seed in (0, 1))
+    files = [(Path(run_dir) / "metrics.csv").read_bytes() for run_dir in (straight(case).run_dir, again, other)]
+    assert files[0] == files[1] != files[2]
+
+
+@pytest.mark.parametrize("decay", [True, False])
+def test_learning_rate_falls_in_second_half(decay, tiny_path, tmp_path, monkeypatch):
+    update, rates = flora.update, []
+
+    def spy(agent, *inputs):
+        rates.append(agent.opt.param_groups[0]["lr"])
+        return update(agent, *inputs)
+
+    monkeypatch.setattr(flora, "update", spy)
+    run("flora", tiny_path, tmp_path, total_updates=8, lr=0.01, lr_decay=decay)
+    falling = [0.01] * 5 + [0.0075, 0.005, 0.0025]  # 1 - (done - 4) / 4 after 5, 6, 7 updates
+    assert rates == pytest.approx(falling if decay else [0.01] * 8)
+
+
+def test_args_json_says_how_it_was_made(straight):
+    about = json.loads((straight("flora").run_dir / "args.json").read_text())
+    assert about["script"] == "flora" and about["args"]["bandit_every"] == 15
+    assert about["versions"]["threads"] == torch.get_num_threads() and "commit" in about["versions"]
+
+
+# ---- interruption and resume ------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def cut_run(case, tiny_path, folder, after, end=Killed):
+    """The run as a kill (end=Killed) or Ctrl-C (end=SystemExit) in the update after `after` updates of all phases
+    leaves it -> run directory."""
+    script, count = script_of(case), [0]
+
+    def counted(update, *inputs):
+        count[0] += 1
+        if count[0] == after + 1:
+            if end is Killed:
+                raise Killed
+            signal.raise_signal(signal.SIGINT)
+        return update(*inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in vars(script) if name.startswith("update")]:
+            patch.setattr(script, name, functools.partial(counted, getattr(script, name)))
+        with pytest.raises(end):
+            run(case, tiny_path, folder)
+    (run_dir,) = folder.glob("*/*/*")
+    return run_dir
+
+
+def assert_same_state(one, two):
+    """The same tensors and numbers, bit for bit, in two nested checkpoints."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same_state(one[key], two[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two)
+        for a, b in zip(one, two):
+            assert_same_state(a, b)
+    elif isinstance(one, torch.Tensor):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+    else:
+        assert one == two
+
+
+def assert_same_run(resumed, straight):
+    """The same bytes of metrics, the same final state and the same results in two run directories."""
+    assert (resumed / "metrics.csv").read_bytes() == (straight / "metrics.csv").read_bytes()
+    one, two = load(resumed), load(straight)
+    for key in ("agent", "opts", "generator", "rng", "steps", "rows"):
+        assert_same_state(one[key], two[key])
+    one, two = (json.loads((run_dir / "result.json").read_text()) for run_dir in (resumed, straight))
+    assert one.keys() == two.keys()
+    assert all(one[tag] == two[tag] for tag in one.keys() - TIMING)
+
+
+CUTS = [(case, 25) for case in FIRST] + [("corro-generative", after) for after in (12, 33, 75)]
+CUTS += [("meta_dt", 12), ("meta_dt", 47)]
+
+
+@pytest.mark.parametrize("case, after", CUTS)
+def test_killed_run_resumes_bit_for_bit(case, after, straight, tiny_path, tmp_path):
+    run_dir = cut_run(case, tiny_path, tmp_path, after)
+    assert sum(load(run_dir)["steps"].values()) == after // 10 * 10
+    resume(case, run_dir)
+    assert_same_run(run_dir, straight(case).run_dir)
+
+
+@pytest.mark.parametrize("case, after", [("flora", 25), ("corro-generative", 12), ("meta_dt", 12)])
+def test_ctrl_c_loses_no_update(case, after, straight, tiny_path, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    run_dir = cut_run(case, tiny_path, tmp_path, after, end=SystemExit)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert sum(load(run_dir)["steps"].values()) == after + 1
+    resume(case, run_dir)
+    assert_same_run(run_dir, straight(case).run_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_signalled_program_resumes_bit_for_bit(number, tiny_path, tmp_path):
+    settings = {"total_updates": 250, "eval_every": 100, "save_every": 50}
+    words = flags(SMALL | CASES["flora"][1] | settings | {"dataset": str(tiny_path), "run_dir": "my runs"})
+    process, stdout = start_script(tmp_path, "flora.py", *words), ""
+    for line in process.stdout:
+        stdout += line
+        if re.match(r"\[policy +60/", line):
+            process.send_signal(number)
+    stderr = process.stderr.read()
+    (run_dir,) = (tmp_path / "my runs").glob("*/*/*")
+    if number == signal.SIGTERM:
+        assert process.wait() == 128 + number and "Traceback" not in stderr
+        again = ["python", str(ROOT / "flora.py"), "--resume", str(run_dir.relative_to(tmp_path))]
+        assert shlex.split(stdout.splitlines()[-1].split("continue with: ")[1]) == again
+    else:
+        assert process.wait() == -number
+    assert 50 <= load(run_dir)["steps"]["policy"] < 250
+    resume("flora", run_dir)
+    assert_same_run(run_dir, Path(run("flora", tiny_path, tmp_path / "straight", **settings)["run_dir"]))
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    assert {event.step for event in events.Scalars("losses/encoder")} == set(range(10, 260, 10))
+
+
+def test_signal_in_last_evaluation_ends_at_once(straight, tiny_path, tmp_path, capsys):
+    evaluate_all = flora.evaluate_all
+
+    def interrupted(agent, data, args, protocols, episodes):
+        if protocols == dc.PROTOCOLS:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate_all(agent, data, args, protocols, episodes)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(flora, "evaluate_all", interrupted)
+        run("flora", tiny_path, tmp_path)
+    assert stop.value.code == 128 + signal.SIGTERM and "--resume" in capsys.readouterr().out
+    (run_dir,) = tmp_path.glob("*/*/*")
+    resume("flora", run_dir)
+    assert_same_run(run_dir, straight("flora").run_dir)
+
+
+@every_script
+def test_eval_only_repeats_the_last_evaluation(case, straight, tmp_path):
+    done = straight(case)
+    run_dir = shutil.copytree(done.run_dir, tmp_path / "run")
+    result = resume(case, run_dir, eval_only=True)
+    assert json.loads((run_dir / "eval.json").read_text())["step"] == 40
+    assert all(result[tag] == done.result[tag] for tag in done.result.keys() - TIMING)
+    for name in ("metrics.csv", "checkpoint.pt", "args.json", "result.json"):
+        assert (run_dir / name).read_bytes() == (done.run_dir / name).read_bytes()
+
+
+def test_rows_after_the_checkpoint_are_dropped(straight, tiny_path, tmp_path):
+    run_dir = cut_run("flora", tiny_path, tmp_path, 25)
+    with open(run_dir / "metrics.csv", "a", newline="") as file:
+        file.write("30,losses/reward,123.0\n3")
+    resume("flora", run_dir)
+    assert_same_run(run_dir, straight("flora").run_dir)
+
+
+def test_finished_run_can_be_continued(copied, capsys):
+    result = resume("flora", copied, total_updates=60)
+    assert "fell towards update 40 are now those of 60" in capsys.readouterr().out
+    assert result["step"] == load(copied)["steps"]["policy"] == 60
+    assert [step for step, tag, _ in read_rows(copied) if tag == "losses/reward"] == [10, 20, 30, 40, 50, 60]
+    assert "has done 60" in stop_message(lambda: resume("flora", copied, total_updates=30))
+
+
+def test_finished_run_repeats_its_results(copied, straight):
+    (copied / "result.json").unlink()
+    resume("flora", copied)
+    assert_same_run(copied, straight("flora").run_dir)
+
+
+def test_evaluation_settings_may_change(straight, tmp_path):
+    def evaluate(name, **changes):
+        return resume(name, shutil.copytree(straight(name).run_dir, tmp_path / name), eval_only=True, **changes)
+
+    result = evaluate("macaw", online_ft=1, ft_value_steps=1, ft_policy_steps=1)
+    assert math.isfinite(result["online_ft/return_ep_1"])
+    result = evaluate("meta_dt", target_return="train_max")
+    assert result["eval/zero_shot/return"] != straight("meta_dt").result["eval/zero_shot/return"]
+
+
+def test_second_process_is_refused(tiny_path, tmp_path):
+    run_dir = cut_run("flora", tiny_path, tmp_path, 25)
+    with open(run_dir / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process" in stop_message(lambda: resume("flora", run_dir))
+
+
+def test_missing_locks_are_a_warning(tiny_path, tmp_path, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert run("flora", tiny_path, tmp_path)["step"] == 40
+    assert "no lock on" in capsys.readouterr().err
+
+
+def test_command_line_wins_over_stored_values(copied, monkeypatch):
+    shown = []
+    monkeypatch.setattr(flora, "train", shown.append)
+    command("flora", "--resume", str(copied), "--total-updates", str(flora.Args.total_updates))
+    assert shown[0].total_updates == flora.Args.total_updates and shown[0].width == 16
+
+
+def from_another_device(run_dir):
+    """Change a CPU run's checkpoint into one of a GPU, whose generators have 16 bytes."""
+    saved = load(run_dir) | {"device": "cuda", "generator": torch.zeros(16, dtype=torch.uint8)}
+    torch.save(saved, run_dir / "checkpoint.pt")
+
+
+def test_evaluation_needs_no_generator(copied, straight):
+    from_another_device(copied)
+    result = resume("flora", copied, eval_only=True)
+    assert all(result[tag] == straight("flora").result[tag] for tag in result.keys() - TIMING)
+
+
+def test_training_goes_on_on_another_device(copied, capsys):
+    from_another_device(copied)
+    assert resume("flora", copied, total_updates=60)["step"] == 60
+    assert "another device; on cpu it does not go on bit for bit" in capsys.readouterr().out
+
+
+def test_checkpoint_knows_its_script(tiny_path, tmp_path):
+    """A sweep that imports the script is interrupted: the remedy names the script, not the sweep."""
+    settings = SMALL | {"dataset": str(tiny_path), "run_dir": str(tmp_path), "total_updates": 3000}
+    text = "import os, signal, sys\nsys.path.insert(0, {!r})\nimport flora\nupdate = flora.update\n"
+    text += "def stop(*x):\n    os.kill(os.getpid(), signal.SIGINT)\n    return update(*x)\n"
+    text += "flora.update = stop\nflora.train(flora.Args(**{!r}))\n"
+    (tmp_path / "sweep.py").write_text(text.format(str(ROOT), settings))
+    code, out, _ = run_script(tmp_path, tmp_path / "sweep.py")
+    assert code == 128 + signal.SIGINT and "continue with: python flora.py --resume" in out
+
+
+# ---- faults and mistakes ----------------------------------------------------------------
+
+
+@every_script
+def test_broken_parameter_stops_the_run(case, tiny_path, tmp_path, monkeypatch):
+    script, count = script_of(case), [0]
+    update = script.update
+
+    def broken(agent, *inputs):
+        metrics = update(agent, *inputs)
+        count[0] += 1
+        if count[0] == 25:
+            with torch.no_grad():
+                list(agent.parameters())[-1].fill_(math.nan)
+        return metrics
+
+    monkeypatch.setattr(script, "update", broken)
+    message = stop_message(lambda: run(case, tiny_path, tmp_path))
+    (run_dir,) = tmp_path.glob("*/*/*")
+    assert re.search(r"update 30: .* is not finite", message) and str(run_dir / "checkpoint.pt") in message
+    saved = load(run_dir)
+    assert saved["steps"]["policy"] == 20 and all(value.isfinite().all() for value in saved["agent"].values())
+    assert not (run_dir / "result.json").exists()
+
+
+def test_broken_evaluation_stops_the_run(tiny_path, tmp_path, monkeypatch):
+    evaluate_all = flora.evaluate_all
+    monkeypatch.setattr(flora, "evaluate_all", lambda *inputs: evaluate_all(*inputs) | {"z/probe_r2": math.nan})
+    assert "update 20: z/probe_r2 (nan)" in stop_message(lambda: run("flora", tiny_path, tmp_path))
+
+
+def test_full_disk_keeps_the_last_checkpoint(tiny_path, tmp_path, monkeypatch):
+    run_dir = cut_run("flora", tiny_path, tmp_path, 25)
+    before = (run_dir / "checkpoint.pt").read_bytes()
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = stop_message(command, "flora", "--resume", str(run_dir))
+    assert "No space left on device" in message and str(run_dir) in message
+    assert (run_dir / "checkpoint.pt").read_bytes() == before and not list(run_dir.glob("*.tmp"))
+
+
+def test_closed_pipe_ends_with_one_line(copied, tmp_path):
+    process = start_script(tmp_path, "flora.py", "--resume", str(copied), "--total-updates", "400")
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait() == 1 and stderr.count("\n") == 1 and "nobody reads" in stderr
+
+
+def test_damaged_checkpoint_is_refused(copied):
+    whole, refused = (copied / "checkpoint.pt").read_bytes(), 0
+    for place in range(0, len(whole), len(whole) // 40):
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        (copied / "checkpoint.pt").write_bytes(damaged)
+        try:
+            dc.load_checkpoint(copied, flora.Args)
+        except SystemExit as stop:
+            assert "checkpoint.pt is damaged" in stop.code and "\n" not in stop.code
+            refused += 1
+    assert refused > 30  # the others lie between the members of the archive
+    (copied / "checkpoint.pt").write_bytes(whole[:1000])
+    assert "damaged" in stop_message(lambda: resume("flora", copied))
+    torch.save({"weight": torch.zeros(2)}, copied / "checkpoint.pt")
+    assert "not of this version" in stop_message(lambda: resume("flora", copied))
+
+
+def test_resume_refuses_what_does_not_fit(straight, tiny_path, walker_path, tmp_path, copied):
+    message = stop_message(lambda: resume("flora", copied, num_flows=3))
+    assert "--num-flows 3" in message and "has 4" in message
+    assert "a run of flora.py" in stop_message(lambda: resume("focal", copied))
+    assert "no checkpoint.pt" in stop_message(lambda: resume("flora", tmp_path))
+    saved = load(copied)
+    saved["agent"].pop("flows.u")
+    torch.save(saved, copied / "checkpoint.pt")
+    assert "other networks" in stop_message(lambda: resume("flora", copied))
+
+
+MISTAKES = {
+    "--env ant-dri": "did you mean ant-dir?",
+    "--seed 0 1 2": "for s in 0 1 2; do python",
+    "--env hopper-rand-params": "data_collect.py --env hopper-rand-params",
+    "--eval-only": "--resume",
+    "--resume nowhere": "nowhere",
+    "--batch-size 0": "--batch-size 0: must be at least 1",
+    "--lr nan": "--lr nan: must be finite",
+    "--exp-name a/b": "name of one folder",
+    "--dataset README.md": "README.md",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistake_gets_one_line(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert MISTAKES[words] in stop_message(command, "flora", *words.split())
+    assert not list(tmp_path.iterdir())  # no run directory
+
+
+def test_misspelt_flag_is_named(tmp_path):
+    code, _, err = run_script(tmp_path, "flora.py", "--total-update", "5")
+    assert code == 2 and "--total-updates" in err and "Traceback" not in err
+
+
+def test_program_finds_its_data_from_anywhere(tmp_path):
+    words = flags({"env": "point-robot", "total_updates": 1, "final_episodes": 1, "run_dir": "~/x"})
+    home = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    import subprocess
+
+    done = subprocess.run([sys.executable, ROOT / "flora.py", *words], cwd=tmp_path, env=home, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("x/point-robot/flora/*/result.json"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused(tiny_path, tmp_path):
+    assert "--device cuda" in stop_message(lambda: run("flora", tiny_path, tmp_path, device="cuda"))
