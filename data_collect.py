@@ -620,8 +620,6 @@ class TaskEnv(gym.vector.VectorEnv):
         -> obs [B, obs_dim] float32, {}. Unlike gymnasium's default, rows not in the mask keep theirs."""
         options = options or {}
         mask = options.get("reset_mask", np.ones(self.num_envs, bool))
-        if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
-            raise ValueError(f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with a True")
         if "task_ids" in options:
             self.task_ids[mask] = np.asarray(options["task_ids"])[mask]
         if isinstance(seed, (int, np.integer)):
@@ -629,19 +627,15 @@ class TaskEnv(gym.vector.VectorEnv):
             seed = seed + np.arange(self.num_envs)
         if seed is None:
             self.state[mask] = self.family.reset(self.np_random, self.params[self.task_ids[mask]])
-        elif len(seed) != self.num_envs:
-            raise ValueError(f"{len(seed)} seeds for {self.num_envs} rows")
         else:
             for row in np.flatnonzero(mask):
-                params = self.params[self.task_ids[[row]]]
-                self.state[row] = self.family.reset(np.random.default_rng(seed[row]), params)[0]
+                rng = np.random.default_rng(seed[row])
+                self.state[row] = self.family.reset(rng, self.params[self.task_ids[[row]]])[0]
         self.steps[mask], self.live[mask] = 0, True
         return self.family.observe(self.state).astype(np.float32), {}
 
     def step(self, actions):
         """actions [B, act_dim] -> obs [B, obs_dim], rew [B], terminated [B], truncated [B], info."""
-        if np.shape(actions) != self.action_space.shape:
-            raise ValueError(f"actions have shape {np.shape(actions)}, expected {self.action_space.shape}")
         act = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
         if not np.isfinite(act).all():
             task = self.task_ids[~np.isfinite(act).all(1)][0]
@@ -841,7 +835,7 @@ def train_behavior(family, params, task_ids, args, device, saved, save, signals,
     replay = Replay(family, args.rows * (warmup + math.ceil(args.total_updates / args.updates_per_step)), device)
     env = TaskEnv(family, params, np.random.default_rng(args.seed).choice(task_ids, args.rows))
     obs, _ = env.reset(seed=args.seed)
-    progress = {"vector_steps": 0, "step": 0, "diverged": 0, "snapshots": [], "returns": []}
+    progress = {"vector_steps": 0, "step": 0, "snapshots": [], "returns": []}
     running = np.zeros(args.rows)  # return so far of each row's episode
     if saved is not None:
         restore_training(agent, saved)
@@ -871,10 +865,9 @@ def train_behavior(family, params, task_ids, args, device, saved, save, signals,
         kept = ~info["diverged"]
         replay.add(*(x[kept] for x in (obs, act.numpy(), info["outcome"], next_obs, terminated, env.task_ids)))
         obs, running = next_obs, running + rew
-        progress["diverged"] += int((~kept).sum())
         progress["vector_steps"] += 1
         progress["returns"] = (progress["returns"] + running[terminated | truncated].tolist())[-args.rows :]
-        # an episode may end early here (nothing is marked as terminated): fresh starts teach more
+        # a stuck episode may end early, without being marked as terminated: fresh starts teach more
         stuck = family.stuck(env.state) & (env.np_random.random(args.rows) < 0.05)
         ended = terminated | truncated | stuck | ~kept
         if ended.any():
@@ -886,8 +879,8 @@ def train_behavior(family, params, task_ids, args, device, saved, save, signals,
         for _ in range(min(args.updates_per_step, args.total_updates - progress["step"])):
             b_obs, b_act, b_outcome, b_next_obs, b_term, b_tasks = replay.sample(args.batch_size)
             if not family.dynamics_vary:
-                # the reward is a known function, so any transition can teach any task; half of the
-                # batch keeps its own task, for which it is closer to on-policy
+                # The reward is a known function, so any transition can teach any task. Half of the batch keeps its
+                # own task, for which it is closer to on-policy.
                 half = args.batch_size // 2
                 b_tasks[half:] = choices[torch.randint(len(choices), b_tasks[half:].shape, device=device)]
             b_rew = family.training_reward(b_outcome, b_act, raw[b_tasks])
@@ -901,14 +894,11 @@ def train_behavior(family, params, task_ids, args, device, saved, save, signals,
             if not math.isfinite(critic_loss.item()):
                 raise SystemExit(f"the behavior policy of {label} diverged at update {step}: try a smaller --lr")
             checkpoint()
-            eta = (time.time() - start) / (step - start_step) * (args.total_updates - step)
-            mean_return = np.mean(progress["returns"]) if progress["returns"] else float("nan")
-            print(
-                f"[{label} {step:>7}/{args.total_updates} {100 * step // args.total_updates:>3}%] eta {duration(eta)}"
-                f"  env steps {replay.count}  return {mean_return:.1f}"
-                f"  critic {critic_loss.item():.3f}  q {q_mean.item():.2f}",
-                flush=True,
-            )
+            eta = duration((time.time() - start) / (step - start_step) * (args.total_updates - step))
+            share = f"{label} {step:>7}/{args.total_updates} {100 * step // args.total_updates:>3}%"
+            mean_return = np.mean(progress["returns"] or [math.nan])
+            losses = f"return {mean_return:.1f}  critic {critic_loss.item():.3f}  q {q_mean.item():.2f}"
+            print(f"[{share}] eta {eta}  env steps {replay.count}  {losses}", flush=True)
         if signals.received:
             checkpoint()
             signals.stop(signals.received)
@@ -918,13 +908,9 @@ def train_behavior(family, params, task_ids, args, device, saved, save, signals,
 
 # ---- the dataset file: writing ------------------------------------------------
 
-
-MOST_BYTES, LARGEST = 4 * 2**30, 1e6  # of a file unpacked, and of any number in it
-NO_EPISODE, RANDOM = -1, -2  # entries of tables of policies that are no trained one
-OBS_LIMIT = 10.0  # largest standardized observation
-
-# the file: key -> dtype, shape; letters: T tasks, N episodes, H horizon, O obs_dim, A act_dim, P parameters, U training
-# tasks, V test tasks, C foreign contexts per test task
+NO_EPISODE, RANDOM = -1, -2  # in tables of policies: no episode, or one of the random policy
+# key -> dtype, shape; letters: T tasks, N episodes, H horizon, O obs_dim, A act_dim, P parameters, U training tasks,
+# V test tasks, C foreign contexts per test task
 FILE_LAYOUT = {
     "observations": ("float32", ("T", "N", "H+1", "O")),
     "actions": ("float32", ("T", "N", "H", "A")),
@@ -947,7 +933,7 @@ FILE_LAYOUT = {
     "ood_distance": ("float64", ("V", "C")),
 }
 QUALITIES = ("mixed", "medium", "expert", "medium-expert", "random")
-MAY_BE_HALF = ("observations", "actions", "ood_observations", "ood_actions")  # float16, which are read as float32
+MAY_BE_HALF = ("observations", "actions", "ood_observations", "ood_actions")  # float16 in some files, read as float32
 
 
 def default_path(env, quality="mixed"):
@@ -999,19 +985,17 @@ def collect(args):
     """Train the behavior policies, roll them out and write the dataset file. An interrupted collection goes on, and
     nothing is done if the file is already there with the same settings."""
     family = FAMILIES[args.env]
-    for name in ("total_updates", "width"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(family, f"sac_{name}"))
+    fill_in(args, {"": {"total_updates": family.sac_total_updates, "width": family.sac_width}})
     check_numbers(args)
+    path = shown(Path(args.out or default_path(args.env, args.quality)).expanduser())
+    if path.suffix != ".npz":
+        raise SystemExit(f"--out {path}: the name must end in .npz")
     params, train_ids, test_ids = family.draw()
     train_ids, test_ids = train_ids[: args.train_tasks], test_ids[: args.test_tasks]
     used = np.union1d(train_ids, test_ids)  # keep only the chosen tasks and renumber them
     params, train_ids, test_ids = params[used], np.searchsorted(used, train_ids), np.searchsorted(used, test_ids)
     if args.ood_contexts and len(train_ids) == 1 and train_ids[0] in test_ids:
         raise SystemExit("--train-tasks 1: no other training task for foreign contexts; add --ood-contexts 0")
-    path = shown(Path(args.out or default_path(args.env, args.quality)).expanduser())
-    if path.suffix != ".npz":
-        raise SystemExit(f"--out {path}: the name must end in .npz")
     settings = {k: v for k, v in asdict(args).items() if k not in ("out", "device")}
     if path.exists():
         written = load_dataset(args.env, path).header["settings"]
@@ -1023,9 +1007,8 @@ def collect(args):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     start, device, policies_path = time.time(), resolve_device(args.device), path.with_name(f"{args.env}.policies.pt")
-    with open(policies_path.with_suffix(".lock"), "w") as file, Signals(
-        f"progress is in {policies_path}, the same command continues"
-    ) as signals:
+    again = f"progress is in {policies_path}, the same command continues"
+    with open(policies_path.with_suffix(".lock"), "w") as file, Signals(again) as signals:
         if not lock(file):  # other qualities share the policies
             raise SystemExit(f"another process is collecting {args.env} in {path.parent}: wait for it")
         policies = train_policies(family, params, args, policies_path, device, signals)
@@ -1036,12 +1019,11 @@ def collect(args):
         arrays["header"] = np.array(json.dumps(header))
         atomic_save(path, lambda file: np.savez_compressed(file, **arrays))
     load_dataset(args.env, path)
-    print(
-        f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) after {duration(time.time() - start)}: "
-        f"mean return random {arrays['random_returns'].mean():.1f}, data {note['behavior_return']:.1f}, "
-        f"expert {arrays['expert_returns'].mean():.1f}; {note['diverged_episodes']} diverged episodes redone"
-    )
-    if (arrays["expert_returns"] <= arrays["random_returns"]).mean() > 0.5:
+    worst, data, best = arrays["random_returns"], note["behavior_return"], arrays["expert_returns"]
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) after {duration(time.time() - start)}")
+    print(f"  mean return random {worst.mean():.1f}, data {data:.1f}, expert {best.mean():.1f}")
+    print(f"  {note['diverged_episodes']} diverged episodes were played again")
+    if (best <= worst).mean() > 0.5:
         print("warning: for most tasks the expert is no better than the random policy; use more --total-updates")
     if not family.scripted:
         print(f"{policies_path} holds the policies for other --quality files; remove it when you need none")
@@ -1075,7 +1057,7 @@ def train_policies(family, params, args, path, device, signals):
 
 
 def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
-    """Roll the behavior policies out -> arrays of the file (without its header), notes for the header."""
+    """Roll out the behavior policies; groups: as of `train_policies` -> arrays of the file, entries of its header."""
     actor = BehaviorActor(family.obs_dim, family.act_dim, params.shape[1], args.width).to(device)
     scaled = torch.as_tensor(params / family.param_scale, dtype=torch.float32, device=device)
     rng = np.random.default_rng([args.seed, 1])
@@ -1083,8 +1065,8 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
     tasks, diverged = np.arange(len(params)), 0
 
     def play(phase, task_ids, policy_ids, deterministic=False):
-        """One episode per entry of task_ids by the snapshot `phase` (None: uniform random actions)
-        of the policy that belongs to the tasks policy_ids. Diverged episodes are played again."""
+        """One episode per entry of task_ids by the snapshot `phase` (None: uniform random actions) of the policies of
+        the tasks policy_ids. Episodes whose physics broke are played again."""
         nonlocal diverged
         env = TaskEnv(family, params, task_ids)
         row_tasks = None if phase is None else scaled[torch.as_tensor(policy_ids, device=device)]
@@ -1105,27 +1087,27 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
 
         group_of = np.zeros(len(task_ids), int) if len(groups) == 1 else np.asarray(policy_ids)
         by_group = [(g, torch.as_tensor(np.flatnonzero(group_of == g), device=device)) for g in np.unique(group_of)]
-        done = rollout(env, policy, rng.integers(2**31, size=len(task_ids)), device)
-        while done["diverged"].any():
-            again = np.flatnonzero(done["diverged"])
+        episodes = rollout(env, policy, rng.integers(2**31, size=len(task_ids)), device)
+        while episodes["diverged"].any():
+            again = np.flatnonzero(episodes["diverged"])
             diverged += len(again)
             for key, value in play(phase, task_ids[again], policy_ids[again], deterministic).items():
-                done[key][again] = value
+                episodes[key][again] = value
         env.close()
-        return done
+        return episodes
 
     def returns(episodes):
         return episodes["rewards"].sum(1, dtype=np.float64).reshape(len(tasks), -1).mean(1)
 
     random_returns = returns(play(None, *[tasks.repeat(20)] * 2))
     expert_returns = returns(play(PHASES - 1, *[tasks.repeat(10)] * 2, deterministic=True))
-    if family.scripted:  # known, and of so few episodes a rough guess
+    if family.scripted:  # they are known exactly
         random_returns, expert_returns = family.exact_returns(params)
     test_only = np.setdiff1d(test_ids, train_ids)
     phase_of = choose_phases(args, len(tasks), test_only, random_returns, expert_returns, play)  # [T, N]
 
     def record(phases, task_ids, policy_ids):
-        """One episode per entry of phases [X, Y], task_ids and policy_ids alike -> arrays of the file."""
+        """One episode per entry of phases, task_ids and policy_ids, [X, Y] each -> arrays of the file."""
         out, steps = empty_episodes(family, phases.shape), np.full(phases.shape, NO_EPISODE, np.int32)
         for phase in np.unique(phases[phases != NO_EPISODE]):
             where = np.nonzero(phases == phase)
@@ -1150,7 +1132,7 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
 
 
 def choose_phases(args, num_tasks, test_ids, random_returns, expert_returns, play):
-    """-> [T, N] int: the snapshot that plays episode n of each task, or NO_EPISODE, or RANDOM."""
+    """-> [T, N] int: the snapshot that plays each episode of each task, or NO_EPISODE, or RANDOM."""
     episodes = max(args.episodes, args.test_episodes)
     table = np.full((num_tasks, episodes), NO_EPISODE)
     medium = np.zeros(num_tasks, int)
@@ -1173,12 +1155,12 @@ def choose_phases(args, num_tasks, test_ids, random_returns, expert_returns, pla
 
 
 def choose_foreign(family, params, train_ids, test_ids, count):
-    """Who plays the contexts of the OOD protocol -> training tasks, snapshots of their policies, both [V, count + 1]
+    """Who plays the contexts of the protocol ood -> training tasks, snapshots of their policies, both [V, count + 1]
     int; RANDOM in the last column.
 
-    The other training tasks, sorted by their distance from the test task, are cut into `count` parts; column c is by
-    one of part c. The phase rotates over rows and columns, and of a part the policy acts that did so least in this
-    phase, then least at all: every task meets near and far policies, and neither column nor policy tells the phase."""
+    The other training tasks are sorted by their distance from the test task and cut into `count` bins, one per column.
+    The phase of training rotates over rows and columns. Each bin gives the policy least used in this phase, then least
+    used overall. So every task meets near and far policies, and neither column nor policy tells the phase."""
     stages = PHASES // 5 - 1, 3 * PHASES // 5 - 1, PHASES - 1  # 20, 60 and 100 % of the training
     foreign, phases = np.full((2, len(test_ids), count + 1), RANDOM)
     acted = np.zeros((PHASES, len(params)), int)  # contexts so far
@@ -1188,22 +1170,25 @@ def choose_foreign(family, params, train_ids, test_ids, count):
         others = np.resize(others[distance.argsort(kind="stable")], max(count, len(others)))  # too few take turns
         for column in range(count):
             phase = stages[(row + column) % len(stages)]
-            part = others[column * len(others) // count : (column + 1) * len(others) // count]
-            policy = part[np.lexsort((acted[:, part].sum(0), acted[phase, part]))[0]]
+            near = others[column * len(others) // count : (column + 1) * len(others) // count]  # this column's bin
+            policy = near[np.lexsort((acted[:, near].sum(0), acted[phase, near]))[0]]
             foreign[row, column], phases[row, column] = policy, phase
             acted[phase, policy] += 1
     return foreign, phases
 
 
 def foreign_distance(family, arrays):
-    """-> ood_distance of the file [V, C]: from each test task to the task whose policy played the context, as of
-    Family.distance; -1 where the random policy acted."""
+    """-> [V, C]: `Family.distance` from each test task to the task whose policy played the context; -1 where the random
+    policy acted."""
     behavior, params = arrays["ood_behavior_task"], arrays["task_params"]
     distance = family.distance(params[arrays["test_ids"], None], params[behavior.clip(0)])
     return np.where(behavior == RANDOM, -1.0, distance)
 
 
 # ---- the dataset file: reading ------------------------------------------------
+
+OBS_LIMIT = 10.0  # largest standardized observation
+
 
 class Batch(NamedTuple):
     """Transitions of M tasks, B of each."""
@@ -1243,7 +1228,7 @@ class Dataset:
         self.ood_behavior_task = arrays["ood_behavior_task"]  # [V, C], RANDOM where the random policy acted
         self.ood_distance = arrays["ood_distance"]  # [V, C] from the test task to that task, -1 for the random policy
         self.train_tasks = torch.as_tensor(self.train_ids, device=device)  # [U]
-        self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0: no episode
+        self.lengths = torch.as_tensor(arrays["lengths"], dtype=torch.long, device=device)  # [T, N], 0 = no episode
         valid = self.recorded(self.lengths)  # [T, N, H]
         recorded = valid[self.train_ids].cpu().numpy()
         rewards = arrays["rewards"][self.train_ids][recorded]
@@ -1260,7 +1245,7 @@ class Dataset:
         self.episode_returns = arrays["rewards"].sum(-1, dtype=np.float64)  # [T, N]
         self.counts = valid.sum((1, 2))  # [T] transitions per task
         returns = torch.as_tensor(self.episode_returns, device=device)[..., None].expand_as(valid)
-        # the first counts[i] of row i are real, those of the task's best episodes before all others
+        # row i: numbers of task i's transitions, best episodes first; the first counts[i] are real
         self.valid = returns.where(valid, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
         self.present = (arrays["lengths"] > 0).sum(1)  # [T] episodes per task; they lie first in their row
         self.min_episodes = int(self.present[self.train_ids].min())  # of any training task
@@ -1282,15 +1267,14 @@ class Dataset:
         return self.train_tasks[draw]
 
     def draw(self, task_ids, size, generator, share=1.0):
-        """Independent uniform transitions with replacement: task_ids [M] -> [M, size], counted through all tasks,
-        episodes and steps. share in (0, 1]: of that share of each task's transitions, at least one, that belongs to its
-        episodes of highest return."""
+        """Uniform transitions with replacement: task_ids [M] -> [M, size], numbered through all tasks, episodes and
+        steps. share in (0, 1]: draw only from this share of each task's transitions, best episodes first."""
         count = share * self.counts[task_ids, None]
         pick = torch.rand(len(task_ids), size, device=self.device, generator=generator) * count
         return self.valid[task_ids[:, None], pick.long()] + task_ids[:, None] * self.valid.shape[1]
 
     def sample(self, task_ids, size, generator, share=1.0):
-        """Transitions as of `draw` -> rows [M, size, ctx_dim + 1]."""
+        """The transitions of `draw` -> rows [M, size, ctx_dim + 1]."""
         return self.episodes.view(-1, self.ctx_dim + 1)[self.draw(task_ids, size, generator, share)]
 
     def sample_batch(self, task_ids, size, generator, share=1.0):
@@ -1314,8 +1298,8 @@ class Dataset:
         return Batch(obs, act, rew[..., 0], next_obs, term[..., 0])
 
     def sample_context(self, task_ids, size, generator, episodes=None):
-        """`size` uniform transitions of one random episode per task: task_ids [M] -> [M, size, ctx_dim].
-        episodes [T, N, H, ..]: what to cut them from, by default the rows without term."""
+        """Uniform transitions from one random episode per task: task_ids [M] -> [M, size, ctx_dim]. episodes
+        [T, N, H, ..]: what to draw from, by default the data without term."""
         present = (self.lengths[task_ids] > 0).float()  # [M, N]
         # a uniform draw by an exponential race; torch.multinomial would synchronize with the device
         episode = (present / torch.empty_like(present).exponential_(generator=generator)).argmax(1, keepdim=True)
@@ -1326,13 +1310,13 @@ class Dataset:
 
 
 def nonzero_std(std, largest):
-    """A standard deviation to divide by, of numbers of at most this size: 1 where it is mere rounding, because all
-    numbers are the same. Arrays and tensors alike."""
+    """A standard deviation that one can divide by: 1 where it is mere rounding, because all numbers are the same.
+    largest: size of the largest number. Arrays and tensors alike."""
     return std + (1 - std) * (std <= 1e-6 * largest)
 
 
 def transitions(arrays, prefix="", device="cpu"):
-    """Episode arrays (as of `rollout` or of the file) -> [.., H, ctx_dim + 1] float32; zeros after the end."""
+    """Episode arrays, as in a file or from `rollout` -> rows [.., H, ctx_dim + 1] float32; zeros after the end."""
     obs, act, rew, lengths = (arrays[prefix + k] for k in ("observations", "actions", "rewards", "lengths"))
     steps = np.arange(rew.shape[-1])
     term = (arrays[prefix + "terminated"][..., None] & (steps == lengths[..., None] - 1)).astype(np.float32)
@@ -1978,13 +1962,16 @@ class Run:
         self.phase, self.timed = phase, [0, 1e-9]
         if self.args.eval_only:
             return
-        self.signals.may_save = True
+        self.signals.may_save, told = True, False
         for step in range(self.steps[phase] + 1, self.total + 1):
             start = time.perf_counter()
             yield step
             self.steps[phase] = step
             if step % self.args.eval_every or phase != "policy":
                 self.timed = [self.timed[0] + 1, self.timed[1] + time.perf_counter() - start]
+            if not told and self.timed[1] > 3:  # seconds; the first line of losses may be a minute away
+                print(f"  {self.speed()}", flush=True)
+                told = True
             if step % self.args.save_every == 0 or step == self.total or self.signals.received:
                 self.save()
             if self.signals.received:
@@ -1999,19 +1986,24 @@ class Run:
             self.csv.write(f"{step},{tag},{value!r}\n")
         self.csv.flush()
         self.rows += len(values)
-        count, seconds = self.timed
         if "eval/iid/return" in values:
             print("  " + eval_line(values), flush=True)
         else:
-            values |= {"charts/updates_per_sec": count / seconds, "charts/cpu_s": time.process_time() - self.born}
-            eta = duration((self.total - step) * seconds / max(count, 1))
+            values |= {"charts/updates_per_sec": self.timed[0] / self.timed[1]}
+            values |= {"charts/cpu_s": time.process_time() - self.born}
             losses = "  ".join(f"{tag[7:]} {value:.3g}" for tag, value in values.items() if tag.startswith("losses/"))
             share = f"{self.phase} {step:>7}/{self.total} {100 * step // self.total:>3}%"
-            print(f"[{share}] {count / seconds:.1f} upd/s  eta {eta}  {losses}", flush=True)
+            print(f"[{share}] {self.speed()}  {losses}", flush=True)
         at = step + sum(done for phase, done in self.steps.items() if phase != self.phase)  # updates in all phases
         for tag, value in values.items():
             if "/return_task_" not in tag:
                 self.writer.add_scalar(tag, value, at)
+
+    def speed(self):
+        """Updates per second and the time that is left, evaluations not counted, as text."""
+        count, seconds = self.timed
+        left = (self.total - self.steps[self.phase]) * seconds / max(count, 1)
+        return f"{count / seconds:.1f} upd/s  eta {duration(left)}"
 
     def must_be_finite(self, step, values):
         """Stop with one line if one of the values (dict tag -> float) or a parameter is not finite."""
