@@ -367,16 +367,19 @@ class WalkerRandParams(RandomParams):
 
 class AnyMDP(Family):
     """Random tabular tasks (Wang et al., NeurIPS 2025, https://arxiv.org/abs/2502.02869): 16 states in a hidden order
-    that leads from bad to good, 5 actions, and transitions, rewards, pits and goal drawn anew for each task.
+    from bad to good, and 5 actions. Transitions, rewards, pits and the goal are drawn anew for each task.
 
-    Observation = the state's number, one-hot, permuted by the task; action = the largest entry of the action vector;
-    params = the task's number. Rewards are scaled so that optimal and uniform policy are 100 apart. No policy is
-    trained: `behave` knows the optimal one. state = [inner state, its observed number, step, ended, then a uniform and
-    a normal number for every step of the episode], so that a step is a function of state and action."""
+    Observation = the state's number, one-hot, permuted by the task. Action = the largest entry of the action vector.
+    params = the task's number. The optimal policy earns 100 more than the uniform one. No policy is trained: `behave`
+    knows the optimal one. state = [inner state, its observed number, step, ended, then a uniform and a normal number
+    for every step of the episode], so that a step is a function of state and action.
+
+    The generator draws C candidates at once and keeps the good ones. It follows the authors' code (PyPI: xenoverse
+    0.1.14, anymdp/task_sampler_utils.py); what differs is marked [ours]."""
 
     states = obs_dim = 16
     actions = act_dim = 5
-    counts, horizon, outcome_dim = (256, 64), 100, 3
+    counts, horizon, outcome_dim = (256, 64), 100, 3  # [ours] the authors draw each task's horizon from 100 to 128
     dynamics_vary = scripted = True
     measured = False
     sac_total_updates, sac_width = 20, 1
@@ -386,131 +389,156 @@ class AnyMDP(Family):
 
     @functools.cached_property
     def tables(self):
-        """-> SimpleNamespace of arrays over all tasks, as `draw_task` returns them for one."""
-        tasks = [self.draw_task(np.random.default_rng([2502, number])) for number in range(sum(self.counts))]
-        return types.SimpleNamespace(**{key: np.stack([task[key] for task in tasks]) for key in tasks[0]})
+        """All tasks of the family, as of `draw_tasks`; the same on every call."""
+        return self.draw_tasks(sum(self.counts), np.random.default_rng(2502))
 
-    def draw_task(self, rng):
-        """The first candidate that passes all checks -> dict: transitions [S, A, S], rewards [S, A, S] and their noise,
-        start [S], ends [S] bool, names [S] (observed numbers), policy [S] (the optimal action)."""
-        while True:
-            start, ends, pits = self.draw_ends(rng)
-            transitions = self.draw_transitions(rng, ends)
-            rewards, noise = self.draw_rewards(rng, transitions, start, ends, pits)
-            if rewards is None or not self.worth_learning(transitions, rewards, start, ends):
-                continue
-            expected = (transitions * rewards).sum(-1)
-            policy = self.action_values(transitions, expected, 0.994).argmax(1)
-            best = self.expected_return(
-                start, *(table[np.arange(self.states), policy] for table in (transitions, expected))
-            )
-            gap = best - self.expected_return(start, transitions.mean(1), expected.mean(1))
-            if gap < 5:
-                continue  # [ours] scaled, its noise would be all
-            task = dict(transitions=transitions, rewards=100 / gap * rewards, noise=100 / gap * noise, start=start)
-            return task | dict(ends=ends, names=rng.permutation(self.states), policy=policy)
+    def draw_tasks(self, count, rng):
+        """-> SimpleNamespace of arrays over `count` new tasks: transitions, rewards, noise (the rewards' standard
+        deviation) [T, S, A, S], start [T, S] probabilities, ends [T, S] bool, names [T, S] (observed numbers), policy
+        [T, S] (the optimal action), uniform [T] (mean return of the uniform policy)."""
+        batches, size = [], min(5 * count, 256)  # of nine candidates two pass all checks
+        while sum(len(batch["ends"]) for batch in batches) < count:
+            start, ends = self.draw_ends(size, rng)
+            transitions = self.draw_transitions(ends, rng)
+            rewards, noise = self.draw_rewards(ends, rng)
+            extra, q, possible = self.draw_end_rewards(transitions, rewards, start, ends, rng)
+            rewards += extra[:, None, None]
+            expected = np.einsum("csaj,csaj->csa", transitions, rewards)
+            names = rng.permuted(np.tile(np.arange(self.states), (size, 1)), axis=1)
+            kept = np.flatnonzero(possible)
+            kept = kept[self.worth_learning(*(table[kept] for table in (transitions, expected, start, ends, q)))]
+            start, transitions, expected = start[kept], transitions[kept], expected[kept]
+            policy = self.optimal_values(transitions, expected, 0.994, guess=q[kept]).argmax(-1)
+            uniform = self.mean_return(start, transitions.mean(2), expected.mean(2))
+            gap = self.mean_return(start, self.chosen(transitions, policy), self.chosen(expected, policy)) - uniform
+            scale = 100 / gap[:, None, None, None]
+            batch = dict(transitions=transitions, rewards=scale * rewards[kept], noise=scale * noise[kept], start=start)
+            batch |= dict(ends=ends[kept], names=names[kept], policy=policy, uniform=100 / gap * uniform)
+            batches.append({key: table[gap >= 5] for key, table in batch.items()})  # [ours] else noise hides rewards
+        return types.SimpleNamespace(**{k: np.concatenate([b[k] for b in batches])[:count] for k in batches[0]})
 
-    def draw_ends(self, rng):
-        """-> start [S] probabilities, ends [S] bool, pits [S] bool: where an episode may begin, ends, ends badly."""
-        weights = np.zeros(3)
-        while not weights.any():
-            weights = rng.standard_normal(3).clip(0)
-        start = np.append(weights / weights.sum(), np.zeros(self.states - 3))
-        share, pits = max(rng.uniform(-0.2, 0.4), 0), np.ones(self.states, bool)
-        while pits.sum() >= self.states * share + 1:
-            pits = (rng.random(self.states) < share) & (start == 0)
-        pits[-1] = False
-        return start, pits | (np.arange(self.states) == self.states - 1) & (rng.random() < 0.3), pits
+    def draw_ends(self, size, rng):
+        """Where an episode begins and ends -> start [C, S] probabilities, ends [C, S] bool."""
+        weights = np.zeros((size, 3))  # one to three of the lowest states are starts
+        while (none := ~weights.any(1)).any():
+            weights[none] = rng.standard_normal((none.sum(), 3)).clip(0)
+        start = np.pad(weights / weights.sum(1, keepdims=True), ((0, 0), (0, self.states - 3)))
+        share, ends = rng.uniform(-0.2, 0.4, (size, 1)).clip(0), np.ones((size, self.states), bool)
+        while (many := ends.sum(1) >= self.states * share[:, 0] + 1).any():  # pits: none in a third of the tasks
+            ends[many] = rng.random((many.sum(), self.states)) < share[many]
+        ends &= start == 0  # after the count, which includes pits at the starts
+        ends[:, -1] = rng.random(size) < 0.3  # the goal may end an episode too
+        return start, ends
 
-    def draw_transitions(self, rng, ends):
-        """-> [S, A, S]: from each state a band of states, which the actions divide among them; 0 where it ends."""
-        table, last = np.zeros((self.states, self.actions, self.states)), self.states - 1
-        for s in np.flatnonzero(~ends):
-            low, most = max(0, s - self.states // 2 - 1), min(self.states, s + self.states // 4 + 1)
-            first = rng.integers(low, max(0, s - 1, low + 1))
-            stop = rng.integers(min(last, s + 1, most - 1), most)
-            while stop < self.states and (~ends[s + 1 : stop]).sum() < 2:
-                stop += 1
-            j = np.arange(first, stop)
-            band = rng.standard_normal(len(j)).clip(0.1, 1.0) * np.where(j == s, 0.5 * (s < last), 1.0)
-            far = abs(rng.uniform(first - 1, stop, self.actions)[:, None] - j)  # [A, len(j)]
-            width = np.clip(rng.exponential(), 0.2, 1.6)
-            weights = np.exp(-((far / width) ** 2))
-            lost = weights.sum(0) < 1e-10
-            weights[far.argmin(0)[lost], np.flatnonzero(lost)] = 1.0
-            weights = weights / weights.sum(0) * band
-            table[s, :, first:stop] = weights / weights.sum(1, keepdims=True).clip(1e-300)
-        return table
+    def draw_transitions(self, ends, rng):
+        """ends [C, S] -> [C, S, A, S]: each state leads to a band of states, which its actions divide among them."""
+        table, state = ends.shape, np.arange(self.states)
+        # The band of s is first <= j < stop: far back and a little ahead, so that chance leads to bad states.
+        low, most = (state - self.states // 2 - 1).clip(0), (state + self.states // 4 + 1).clip(max=self.states)
+        first = rng.integers(low, np.maximum(state - 1, low + 1), table)
+        stop = rng.integers(np.minimum(state + 1, most - 1), most, table)
+        # It becomes longer until two states between s and stop go on.
+        live = np.pad((~ends).cumsum(1), ((0, 0), (1, 0)))  # [C, S + 1]: how many states below j go on
+        stop = np.maximum(stop, (live[:, None, :-1] - live[:, 1:, None] < 2).sum(-1))
+        # Chances of the uniform policy [C, S, S]: it seldom stays, in the last state never.
+        band = rng.standard_normal((*table, self.states)).clip(0.1, 1.0)
+        band *= (first[..., None] <= state) & (state < stop[..., None])
+        band[:, state, state] *= np.where(state < self.states - 1, 0.5, 0.0)
+        # Every action has a center in the band; a next state belongs to the actions with near centers.
+        center = rng.uniform((first - 1)[..., None], stop[..., None], (*table, self.actions))
+        far = (center[..., None] - state) / rng.exponential(1.0, (*table, 1, 1)).clip(0.2, 1.6)  # [C, S, A, S]
+        weights = np.exp(-(far**2))
+        c, s, j = np.nonzero((weights.sum(2) < 1e-10) & (band > 0))  # far from all centers: to the nearest
+        weights[c, s, abs(far[c, s, :, j]).argmin(1), j] = 1.0
+        weights *= (band / weights.sum(2).clip(1e-300))[:, :, None]
+        return np.where(ends[:, :, None, None], 0.0, weights / weights.sum(-1, keepdims=True))
 
-    def draw_rewards(self, rng, transitions, start, ends, pits):
-        """-> mean rewards [S, A, S] and the standard deviation of their noise, alike; None, None where the best states
-        cannot be made the best in five rounds."""
-        states, goal_ends = np.arange(self.states), ends[-1]
-        base = rng.exponential(0.2)  # rewards of states ascend
-        of_state = base * (rng.standard_normal(self.states).clip(0) + 0.2 * (states == self.states - 1)).cumsum()
-        of_state = np.where(ends, 0.0, of_state - rng.uniform(0.1, 0.9) * of_state[-1])
-        noise = base * rng.uniform(-0.3, 0.3, self.states).clip(0)
-        size, shape = np.clip(rng.exponential(0.05), 0, 0.1), (self.states, self.actions)  # rewards of some actions
-        of_action = np.where(rng.random(shape) < 0.3, size * rng.standard_normal(shape), 0.0)
-        noise = noise + 0.3 * size * rng.standard_normal(shape).clip(0)[..., None]
-        potential = np.zeros(self.states)  # shaping, in one task of four
-        amplitude = max(0.0, rng.uniform(-1, 1) * np.clip(rng.exponential(), 0.2, 5) * (rng.random() < 0.5))
-        for _ in range(terms := rng.integers(1, 4)):
-            order = rng.integers(1, 6) + rng.standard_normal()
-            c, d = rng.standard_normal(2) * rng.exponential(amplitude / terms**0.5, 2)
-            potential += c * np.sin(order * states / (2 * self.states)) + d * np.cos(order * states / (2 * self.states))
-        step = 0.01 * rng.standard_normal()
-        step = min(step, 0.0) if goal_ends else max(step, 0.0) if pits.any() else 0.0
-        at_end = 1.0 * (states == self.states - 1)
-        for _ in range(5):
-            rewards = of_action[..., None] + of_state + at_end + step + potential[:, None, None] - potential
-            value = self.action_values(transitions, (transitions * rewards).sum(-1), 0.99).max(1)
-            pits_gain = at_end.min() - value[~ends].min() + 1  # a pit must be worse than anything else,
-            goal_lacks = value[start > 0].max() - value[~ends][-1] + rng.uniform(2, 5)  # the last state the best
-            if pits_gain <= 0 and goal_lacks <= 0:
-                return rewards, noise
-            at_end[pits] -= (pits_gain + rng.uniform(1, 10)) * (pits_gain > 0)
-            at_end[-1] += max(2 * goal_lacks, rng.uniform(1, 10)) * (goal_lacks > 0) * (1.0 if goal_ends else 0.01)
-        return None, None
+    def draw_rewards(self, ends, rng):
+        """-> rewards without `draw_end_rewards` [C, S, A, S], standard deviation of their noise [C, S, A, S]."""
+        state, table, pairs, one = np.arange(self.states), ends.shape, (*ends.shape, self.actions), (len(ends), 1)
+        # Entering a state: the higher the better. Entering an end: no such reward, no such noise.
+        base = rng.exponential(0.2, one) * ~ends
+        gains = rng.standard_normal(table).clip(0) + 0.2 * (state == self.states - 1)
+        of_state = base * (gains.cumsum(1) - rng.uniform(0.1, 0.9, one) * gains.sum(1, keepdims=True))
+        state_noise = base * rng.uniform(-0.3, 0.3, table).clip(0)
+        # 30 % of the pairs (s, a) have a reward and noise of their own.
+        base = rng.exponential(0.05, (*one, 1)).clip(0, 0.1) * (rng.random(pairs) < 0.3)
+        of_pair, pair_noise = base * rng.standard_normal(pairs), 0.3 * base * rng.standard_normal(pairs).clip(0)
+        # Shaping in a quarter of the tasks: a potential of one to three random waves.
+        base = rng.exponential(1.0, one).clip(0.2, 5) * rng.uniform(-1, 1, one).clip(0) * (rng.random(one) < 0.5)
+        count, waves = rng.integers(1, 4, one), (len(ends), 3)
+        angle = (rng.integers(1, 6, waves) + rng.standard_normal(waves))[..., None] * state / (2 * self.states)
+        height = rng.standard_normal((2, *waves)) * rng.exponential(1.0, (2, *waves))
+        height *= base / count**0.5 * (np.arange(3) < count)
+        potential = np.einsum("kcw,kcws->cs", height, np.stack([np.sin(angle), np.cos(angle)]))
+        # A step costs a little where the goal ends the episode, else earns a little where there are pits.
+        step = 0.01 * rng.standard_normal(one)
+        step = np.where(ends[:, -1:], step.clip(max=0), step.clip(0) * ends.any(1, keepdims=True))
+        rewards = (of_pair + potential[..., None])[..., None] + (of_state + step - potential)[:, None, None]
+        return rewards, pair_noise[..., None] + state_noise[:, None, None]
 
-    def worth_learning(self, transitions, rewards, start, ends):
-        """Every action leads somewhere; from every start the optimal policy gains enough on the uniform one and, begun
-        anew at its ends, visits many states."""
-        if not np.allclose(transitions[~ends].sum(-1), 1):
-            return False
-        expected, gamma = (transitions * rewards).sum(-1), 2 ** (-1 / self.states)
-        best = self.action_values(transitions, expected, gamma)
-        uniform = self.action_values(transitions, expected, gamma, optimal=False)
-        gain = (best.max(1) - uniform.max(1)) * (1 - gamma) * self.horizon
-        chain = np.where(ends[:, None], start, transitions[np.arange(self.states), best.argmax(1)])
-        visits = np.linalg.matrix_power(chain, 2 ** (int(math.log2(self.horizon)) + 1))[start > 0]
-        entropy = -(visits * np.log(visits.clip(1e-300))).sum(1) / math.log(self.states)
-        return gain[start > 0].min() >= 2 and (1 - (visits**2).sum(1)).min() > 0.7 and entropy.min() > 0.35
+    def draw_end_rewards(self, transitions, rewards, start, ends, rng):
+        """-> extra reward of entering each state [C, S], which makes pits the worst and the last state the best;
+        action values with it [C, S, A]; whether at most five rounds were enough [C] bool."""
+        extra, todo = np.zeros(ends.shape), np.ones(len(ends), bool)
+        extra[:, -1] = 1.0
+        last = np.where(ends[:, -1], self.states - 2, self.states - 1)  # below a goal that ends, even if it is a pit
+        strength = np.where(ends[:, -1], 1.0, 0.01)  # a goal that does not end is entered again and again
+        margin, lower, higher = (rng.uniform(low, high, (5, len(ends))) for low, high in ((2, 5), (1, 10), (1, 10)))
+        fixed = np.einsum("csaj,csaj->csa", transitions, rewards)
+        q = fixed.copy()
+        for k in range(5):
+            expected = fixed[todo] + np.einsum("csaj,cj->csa", transitions[todo], extra[todo])
+            q[todo] = self.optimal_values(transitions[todo], expected, 0.99, guess=q[todo])
+            value = q.max(-1)
+            pits_gain = extra.min(1) - np.where(ends, np.inf, value).min(1) + 1
+            goal_lacks = np.where(start > 0, value, -np.inf).max(1) - value[np.arange(len(ends)), last] + margin[k]
+            todo &= (pits_gain > 0) | (goal_lacks > 0)
+            extra[:, :-1] -= ends[:, :-1] * (todo * (pits_gain > 0) * (pits_gain + lower[k]))[:, None]
+            extra[:, -1] += todo * (goal_lacks > 0) * strength * np.maximum(2 * goal_lacks, higher[k])
+        return extra, q, ~todo
 
-    def action_values(self, transitions, expected, gamma, optimal=True):
-        """Q of the optimal or of the uniform policy by policy iteration: transitions [S, A, S], expected rewards [S, A]
-        -> [S, A]."""
-        policy = np.full(expected.shape, 1 / self.actions)
-        while True:
-            moves, earned = (policy[..., None] * transitions).sum(1), (policy * expected).sum(1)
-            q = expected + gamma * transitions @ np.linalg.solve(np.eye(self.states) - gamma * moves, earned)
-            if not optimal or (q.max(1) <= (policy * q).sum(1) + 1e-9).all():
-                return q
-            policy = np.eye(self.actions)[q.argmax(1)]
+    def worth_learning(self, transitions, expected, start, ends, guess):
+        """expected rewards and guess [C, S, A] -> [C] bool: from every start the optimal policy earns enough more than
+        the uniform one and visits many states."""
+        gamma = 2 ** (-1 / self.states)
+        optimal = self.optimal_values(transitions, expected, gamma, guess)
+        single, earned = transitions.mean(2, keepdims=True), expected.mean(2, keepdims=True)  # a single, mixed action
+        value = self.optimal_values(single, earned, gamma, guess=earned)[..., 0]
+        uniform = expected + gamma * np.einsum("csaj,cj->csa", transitions, value)
+        gain = (optimal.max(-1) - uniform.max(-1)) * (1 - gamma) * self.horizon
+        moves = np.where(ends[..., None], start[:, None], self.chosen(transitions, optimal.argmax(-1)))
+        visits = np.linalg.matrix_power(moves, 2 ** (int(math.log2(self.horizon)) + 1))  # [C, S, S]
+        # The authors also demand a relative entropy above 0.35, which follows: -log(0.3) / log(16) = 0.43.
+        return ((start == 0) | (gain >= 2) & ((visits**2).sum(-1) < 0.3)).all(1)
 
-    def expected_return(self, start, moves, earned):
-        """Of an episode by a policy with transitions moves [S, S] and expected rewards earned [S] -> float."""
-        value = np.zeros(self.states)
+    def optimal_values(self, transitions, expected, gamma, guess):
+        """Q of the optimal policy, by policy iteration from the greedy policy of `guess`: transitions [C, S, A, S],
+        expected rewards [C, S, A], guess alike -> [C, S, A]."""
+        q, todo, policy = np.zeros(expected.shape), np.arange(len(expected)), guess.argmax(-1)
+        while len(todo):
+            moves, earned = self.chosen(transitions, policy), self.chosen(expected, policy)
+            value = np.linalg.solve(np.eye(self.states) - gamma * moves, earned[..., None])  # [C, S, 1]
+            now = transitions.reshape(len(todo), -1, self.states) @ value
+            q[todo] = now = expected + gamma * now.reshape(expected.shape)
+            on = (now.max(-1) > value[..., 0] + 1e-7).any(1)  # where another action is better
+            todo, transitions, expected, policy = todo[on], transitions[on], expected[on], now.argmax(-1)[on]
+        return q
+
+    def chosen(self, table, policy):
+        """table [C, S, A, ..], policy [C, S] -> the entries of its actions [C, S, ..]."""
+        return table[np.arange(len(table))[:, None], np.arange(self.states), policy]
+
+    def mean_return(self, start, moves, earned):
+        """-> [C], of one episode by the policy with transitions `moves` and expected rewards `earned`."""
+        value = np.zeros(earned.shape)
         for _ in range(self.horizon):
-            value = earned + moves @ value
-        return start @ value
+            value = earned + np.einsum("csj,cj->cs", moves, value)
+        return (start * value).sum(1)
 
     def exact_returns(self, params):
         """Mean returns of the uniform and of the optimal policy, [T] each, 100 apart."""
-        tables, tasks = self.tables, params[:, 0].astype(int)
-        start, moves, rewards = tables.start[tasks], tables.transitions[tasks], tables.rewards[tasks]
-        earned = (moves * rewards).sum(-1).mean(2)
-        uniform = np.array([self.expected_return(*task) for task in zip(start, moves.mean(2), earned)])
+        uniform = self.tables.uniform[params[:, 0].astype(int)]
         return uniform, uniform + 100
 
     def reset(self, rng, params):
@@ -555,11 +583,8 @@ class AnyMDP(Family):
     def behave(self, obs, params, skill, rng):
         """The optimal action with probability `skill`, else a uniform one: obs [B, S], params [B, 1] -> act [B, A], in
         which that action's entry is in [0, 1], the others in [-1, 0]."""
-        choice = np.where(
-            rng.random(len(obs)) < skill,
-            self.known[params[:, 0].astype(int), obs.argmax(1)],
-            rng.integers(self.actions, size=len(obs)),
-        )
+        optimal = self.known[params[:, 0].astype(int), obs.argmax(1)]
+        choice = np.where(rng.random(len(obs)) < skill, optimal, rng.integers(self.actions, size=len(obs)))
         return rng.random((len(obs), self.actions)) - (np.arange(self.actions) != choice[:, None])
 
 
@@ -1379,6 +1404,8 @@ def dataset_errors(family, arrays):
             yield f"{prefix}actions must lie in [-1, 1]"
     if (np.diff(arrays["lengths"] > 0, axis=1) & (arrays["lengths"][:, 1:] > 0)).any():
         yield "lengths has an empty episode before a recorded one"
+    if family.scripted and not np.allclose(arrays["random_returns"], family.exact_returns(arrays["task_params"])[0]):
+        yield "its tasks are of another version of the generator"
 
 
 # ---- evaluation -------------------------------------------------------------
