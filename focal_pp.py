@@ -298,7 +298,6 @@ def update(agent, task_ids, context, other_context, segment, bc_batch, args):
         key = agent.key_encoder(other_context, mask)
     nce = contrastive_loss(z, key, task_ids, args.temperature)
     encoder_loss = args.nce_weight * nce + args.metric_weight * metric_loss(z, task_ids)
-    encoder_loss.backward()
     z = z.detach()
 
     # 2 critic
@@ -309,7 +308,7 @@ def update(agent, task_ids, context, other_context, segment, bc_batch, args):
         next_q = agent.critic_target(torch.cat([next_obs, next_act], -1), z).amin(0)  # [M, B, 1]
         q_target = n_step(args.reward_scale * segment.rew[..., None], next_q, segment)[..., 0]  # [M, B]
     q_loss = (agent.q(obs, act, z) - q_target).pow(2).mean((1, 2)).sum()
-    q_loss.backward()
+    (encoder_loss + q_loss).backward()  # they share no parameters
 
     # 3 behavior policy by maximum likelihood, and the policy, kept close to it
     agent.behavior_opt.zero_grad()
