@@ -12,7 +12,7 @@ One update:
              --variant ss: L_rec + w L_metric;  ss-0: L_rec;  sup: cross-entropy of p(task | z)
   2 critic   y = n_step(rewards, min of the target Q at the next action);  (Q - y)^2 trains Q
   3 policy   maximum likelihood trains pi_beta;  kl_coef KL(pi || pi_beta) - min Q trains pi;  kl_coef is adapted
-Differences from the paper and the official code, tagged there. D are UNICORN's, B the shared actor-critic's:
+Differences from paper and official code, tagged in the code. D are UNICORN's, B the shared actor-critic's:
   D1  the encoder's noise is off in evaluation (code: on); inputs have no terminal flag (code: they have)
   D2  the policy is regularized (code: its penalty has no gradient; plain SAC in 4 of 5 families: --backbone sac)
   D3  without a context z is the mean over the training tasks (code: 0, for which no network was trained)
