@@ -1,0 +1,28 @@
+"""A first look that fails fast: every script trains on the shipped point robot, goes on, and is evaluated."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import data_collect as dc
+
+SHORT = {"corro": {"encoder_updates": 2}, "er_trl": {"gan_updates": 2}, "meta_dt": {"world_model_updates": 2}}
+NAMES = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_script_trains_resumes_and_evaluates(name, tmp_path):
+    script = importlib.import_module(name)
+    settings = {"env": "point-robot", "device": "cpu", "total_updates": 2, "log_every": 1, "final_episodes": 1}
+    settings |= {"save_every": 1, "run_dir": str(tmp_path)}
+    settings |= {key: value for key, value in SHORT.get(name, {}).items() if hasattr(script.Args, key)}
+    first = script.train(script.Args(**settings))
+    resume = {"resume": first["run_dir"], "total_updates": 3}
+    result = script.train(script.Args(**settings | resume))
+    assert result["step"] == 3 and all(math.isfinite(result[f"eval/{p}/return"]) for p in dc.PROTOCOLS)
+    again = script.train(script.Args(**settings | resume | {"eval_only": True}))
+    assert again["eval/iid/return"] == result["eval/iid/return"]
+    assert json.loads(Path(first["run_dir"], "result.json").read_text())["eval/iid/return"] == result["eval/iid/return"]
