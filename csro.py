@@ -13,9 +13,9 @@ One update:
   3 critic   y = n_step(rewards, min of the target Q at the next action);  (Q - y)^2 trains Q
   4 policy   maximum likelihood trains pi_beta;  kl_coef KL(pi || pi_beta) - min Q trains pi;  kl_coef is adapted
 Differences from the paper and its code, tagged in the code. D are CSRO's, B the shared actor-critic's:
-  D1  CLUB, as in the code without its factor 1/2, compares transitions of one episode (code: of one task, paper: all);
+  D1  CLUB has no factor 1/2, as in the code, and compares transitions of one episode (code: of one task, paper: all);
       with such pairs it is no bound on the information between z and (s, a)
-  D2  critics with target networks, no entropy term (code: a value network with a target, entropy weight 1)
+  D2  critics with targets; no entropy term, no penalty on pi (code: a value network with a target; weights 1 and 1e-3)
   D3  tasks are drawn with replacement (code: without, so none attract); s' always in contexts (code: new dynamics only)
   D4  without a context z is the mean over the training tasks (code: 0, for which no network was trained)
   D5  online_random_start: 1 random episode, all join the context (code: 1.5, 2 or 10; evaluation episodes do not join)

@@ -1,49 +1,40 @@
 """ER-TRL: entropy-regularized task representation learning for offline meta-reinforcement learning.
 
-Nakhaei, Scannell, Pajarinen, AAAI 2025, https://arxiv.org/abs/2412.14834
-official code https://github.com/MohammadrezaNakhaei/ER-TRL, a fork of CSRO's
-If z tells which task's policy acted, the actions given z are concentrated. So FOCAL's metric loss is joined by the
-entropy of the behavior policy given z, which the encoder maximizes. That policy is not known: a conditional GAN
-imitates its actions from (s, z, noise), and the entropy is that of a Gaussian with the covariance of a task's imitated
-actions. No gradient of reinforcement learning reaches z.
-
-Equations: [D], [G] losses of the GAN; [H] the entropy; the metric loss is that of focal.py. They and the settings of
-GAN and entropy are the official code's; of the paper only the abstract was at hand.
-
-Deviations from the official code:
-  D1  The GAN, too, takes z as a constant (code: its gradients in the encoder are dropped afterwards).
-  D2  The divergence D_KL(pi || pi_beta) is BRAC's primal estimate, the closed form against a behavior policy fitted to
-      the data (code: FOCAL's dual critic, with the penalty on its output). All settings of the backbone are focal.py's.
-  D3  Twin critics with targets (code: twin critics without, and a V network with a target). No entropy of the policy.
-  D4  Time limits are no terminations (code: every trajectory terminates).
-  D5  All losses of a step use the parameters from before the step, but for the GAN's: its steps come first, so that the
-      entropy is that of actions which it has just learned to imitate.
-  D6  The policy is the fitted behavior policy plus a learned shift of mean and log_std.
-  D7  Layer normalization in all networks on (transition, z), two hidden layers in all networks (code: three,
-      discriminator two), the GAN as wide as the policy; the learning rate falls to 0 in the second half. No penalty on
-      the policy's mean and log_std.
-  D8  Tasks with replacement (code: without, so that there is no positive pair and no attraction); a training context is
-      drawn with replacement from one episode (code: transitions of the task). The encoder sees (s, a, r, s') in all
-      families (code: s' only where the dynamics differ).
-  D9  Observations are standardized; log_std is clamped to [-5, 2], pi_beta's to [-3, 1] (code: to [-20, 0]), and
-      the data's actions to +-0.999 where pi_beta is fitted to them.
-  D10 The critics' targets take the rewards of several steps of the data, then the policy's mean as the next action
-      (code: one step, a sample). pi_beta is fitted, with weight decay, to the best quarter of each task's data; the GAN
-      to all of it.
-  D11 Without a context, so in zero_shot and in the first own episode, z is the mean over the training tasks' episodes
-      (code: 0, for which no network was trained).
-  D12 Adam's first beta is 0.5 in the GAN (code: 0.9). With 0.9, in so few updates, its networks chase each other, and
-      the imitated actions, whose entropy is wanted, are unlike the data's.
-
-Run:     python er_trl.py --env ant-dir
-Ablate:  --behavior-entropy-weight 0 --gan-steps 0 (FOCAL's encoder)
+Nakhaei, Scannell, Pajarinen, AAAI 2025, https://arxiv.org/abs/2412.14834; only the abstract was at hand. The script
+follows the official code, https://github.com/MohammadrezaNakhaei/ER-TRL. FOCAL's metric loss trains an encoder. It also
+maximizes the entropy of the behavior policy given z, imitated by a GAN, so that z does not tell which policy acted.
+Symbols: M tasks, B transitions of each.
+  z [M, z_dim] task vector in (-1, 1)             Q [2, M, B] twin critics of (s, a, z)
+  G [M, B, act_dim] generator of (s, z, noise)    D [M, B] discriminator of (s, a, z), a logit
+  pi, pi_beta policy, behavior policy of (s, z)   H [M] entropy of a Gaussian fitted to each task's actions G
+One update:
+  1 GAN      --gan-steps times: cross-entropy trains D to tell the data's actions from G's, then G to mislead D
+  2 encoder  metric loss(z) - behavior_entropy_weight H trains the encoder, through a fixed G
+  3 critic   y = n_step(rewards, min of the target Q at the next action);  (Q - y)^2 trains Q
+  4 policy   maximum likelihood trains pi_beta;  kl_coef KL(pi || pi_beta) - min Q trains pi;  kl_coef is adapted
+Differences from the official code, tagged in the code. D are ER-TRL's, B the shared actor-critic's:
+  D1  Adam's first beta is 0.5 in the GAN: --gan-momentum 0.5 (code: 0.9)
+  D2  critics with targets; no entropy term, no penalty on pi (code: a value network with a target; weights 1 and 1e-3)
+  D3  tasks are drawn with replacement (code: without, so none attract); s' always in contexts (code: new dynamics only)
+  D4  without a context z is the mean over the training tasks (code: 0, for which no network was trained)
+  D5  sizes: batch 32, so H is of 32 actions, context 64, 8,000 updates (code: 256; 100 to 512; 100,000 to 200,000);
+      2 layers of 256 units, encoder 200 (code: 3; discriminator 2; generator and encoder 200 units)
+  B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: all, 1 and 0)
+  B2  the KL is in closed form, before the tanh (paper: dual critic); pi = pi_beta + a residual (paper: a full policy)
+  B3  targets: --n-step 5 rewards (1 in point families), then --target-noise 0, the mean action (paper: 1 and 1)
+  B4  layer norm except in the encoder; --lr-decay: learning rates fall in the second half (paper: neither)
+  B5  standardized observations, clamped log_std; a training context is of one episode; time limits never terminate
+Closest to the paper, cheetah-vel: --gamma 0.99 --reward-scale 5 --n-step 1 --target-noise 1 --bc-top-fraction 1
+  --bc-weight-decay 0 --tau 0.005 --kl-coef 50 --kl-coef-lr 1 --kl-coef-max 2000 --kl-target 0.05 --gan-momentum 0.9
+  --batch-size 256 --context-size 100 --lr 3e-4 --no-lr-decay --total-updates 100000. No flag reaches D2 to D4, B2, B5,
+  layers, norm.
 """
 
 import copy
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,317 +51,333 @@ class Args:
     exp_name: str = "er_trl"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization and batches (tasks and data are fixed by the dataset file)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    compile: bool = False  # compile the update with torch.compile (pays on a GPU, is slower on a CPU)
     total_updates: int = 8_000  # updates of the policy [gradient steps]
-    log_every: int = 250  # updates between two log lines [gradient steps]
+    log_every: int = 100  # updates between two log lines [gradient steps]
     eval_every: int = 1_000  # updates between two evaluations [gradient steps]
     save_every: int = 1_000  # updates between two checkpoints [gradient steps]
     run_dir: str = "runs"  # parent of all run directories: {run_dir}/{env}/{exp_name}/seed{seed}-{time}
     resume: str | None = None  # run directory to continue, with the arguments stored there
     eval_only: bool = False  # with --resume: evaluate its checkpoint with all protocols and stop
-    # data and evaluation
+    # data and evaluation  [ours: D5]
     env: dc.EnvName = "ant-dir"  # task family
     dataset: str | None = None  # dataset file; by default datasets/{env}.npz beside this script
-    eval_episodes: int = 2  # episodes per task of an evaluation during the training
-    final_episodes: int = 10  # episodes per task of the last one, and with --eval-only
+    eval_episodes: int = 2  # episodes per task in an evaluation during training
+    final_episodes: int = 10  # episodes per task in the last evaluation, and with --eval-only
     meta_batch: int = 16  # tasks per update, drawn with replacement [tasks]
     batch_size: int = 32  # transitions per task and update [transitions]
-    context_size: int = 64  # transitions of one episode that a task is inferred from in training [transitions]
+    context_size: int = 64  # transitions of a training context [transitions]
     # method
-    gamma: float | None = None  # discount; None = ENV_ARGS
-    reward_scale: float | None = None  # factor on the rewards in the value losses; None = ENV_ARGS
-    lr: float = 1.2e-3  # Adam's learning rate of all networks but the GAN's
-    lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
-    n_step: int | None = None  # steps of the data's rewards in a target; 1 = the paper's (D10); None = ENV_ARGS
-    target_noise: float = 0.0
-    """noise of the targets' next action in the policy's standard deviations; 1 = the paper's sample, 0 = the policy's
-    mean (D10)"""
-    tau: float = 0.02  # rate at which the target networks follow
-    width: int = 256  # hidden units of policy, critics and GAN, two layers
-    encoder_width: int = 200  # hidden units of the encoder, two layers
-    z_dim: int | None = None  # size of the task latent; None = ENV_ARGS
-    metric_weight: float = 10.0  # factor on the metric loss
+    gamma: float | None = None  # discount
+    reward_scale: float | None = None  # factor on the rewards in the critics' loss
+    lr: float = 1.2e-3  # learning rate of all networks except the GAN
+    lr_decay: bool = True  # let learning rates fall linearly to 0 in the second half of the training
+    n_step: int | None = None  # steps of the data's rewards in a target [steps]
+    target_noise: float = 0.0  # noise of the target's action: 1 = a sample of the policy, 0 = its mean
+    tau: float = 0.02  # rate at which target networks follow
+    width: int = 256  # hidden units of the networks
+    encoder_width: int = 200  # hidden units of the encoder
+    z_dim: int | None = None  # size of the task vector
+    metric_weight: float = 10.0  # weight of the metric loss
     behavior_entropy_weight: float | None = None
-    """factor on the entropy of the imitated actions (lambda); None = ENV_ARGS"""
+    """weight of the imitated actions' entropy in the encoder's loss (lambda); 0 = FOCAL's encoder, the ablation"""
     gan_steps: int = 5  # steps of discriminator and generator per update
-    gan_lr: float = 2e-4  # Adam's learning rate of both
-    gan_momentum: float = 0.5  # Adam's first beta of both; 0.9 = the official code's (D12)
+    gan_lr: float = 2e-4  # learning rate of both
+    gan_momentum: float = 0.5  # Adam's first beta of both
     noise_dim: int = 20  # size of the generator's noise
-    anchor_share: float | None = None
-    """share of each task's transitions, those of its best episodes, that pi_beta is fitted to (D10); 1 = the paper's
-    behavior policy; None = ENV_ARGS"""
-    behavior_decay: float = 0.3  # AdamW's weight decay of pi_beta, which would learn few episodes by heart; 0 = none
-    brac_alpha: float | None = None  # initial weight of the divergence in the policy loss; None = ENV_ARGS
-    brac_alpha_lr: float | None = None  # its step towards the target divergence; 0 = fixed; None = ENV_ARGS
-    brac_alpha_max: float = 100.0  # largest weight of the divergence
-    divergence_target: float | None = None  # divergence that the weight aims at [nats]; None = ENV_ARGS
+    bc_top_fraction: float | None = None
+    """share of each task's transitions, best episodes first, that pi_beta is fitted to"""
+    bc_weight_decay: float = 0.3  # weight decay of pi_beta
+    kl_coef: float | None = None  # initial weight of KL(pi || pi_beta) in the policy loss
+    kl_coef_lr: float | None = None  # step size with which it follows --kl-target; 0 = fixed
+    kl_coef_max: float = 100.0  # its largest value
+    kl_target: float | None = None  # divergence that it aims at [nats]
 
 
-ENV_ARGS = {  # for arguments left at None: all families, then what those change whose name holds the key
+ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for families whose name holds the key
     "": dict(
         gamma=0.97,
         reward_scale=0.5,
         n_step=5,
         z_dim=20,
         behavior_entropy_weight=5.0,
-        anchor_share=0.25,
-        brac_alpha=1.0,
-        brac_alpha_lr=1e-3,
-        divergence_target=0.2,
+        bc_top_fraction=0.25,
+        kl_coef=1.0,
+        kl_coef_lr=1e-3,
+        kl_target=0.2,
     ),
-    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, brac_alpha=1.5, brac_alpha_lr=0.0),
+    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, kl_coef=1.5, kl_coef_lr=0.0),
     "cheetah": dict(behavior_entropy_weight=2.5),
 }
-MAY_BE_ZERO = {"metric_weight", "behavior_entropy_weight", "gan_steps", "gan_momentum"}
-RANGES = {"gan_momentum": (0, 0.999)}
 
 # ---- networks ---------------------------------------------------------------
 
 
+# SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, focal_pp.py, idaq.py
 class MLP(nn.Module):
-    """`members` networks of one shape on (x, z), evaluated together; two hidden layers, each linear, layer
-    normalization (without scale and shift of its own), ReLU; linear output. z enters as a bias per task, which
-    equals a first layer on the concatenation (x, z) and saves its repetition over the task's rows."""
+    """Network on [x, z]: two hidden layers, each linear, layer norm, ReLU; then a linear output."""
 
-    def __init__(self, members, in_dim, z_dim, width, out_dim):
+    def __init__(self, in_dim, z_dim, width, out_dim):
         super().__init__()
-
-        def parameter(fan_in, *shape):  # initialized as in nn.Linear
-            return nn.Parameter(torch.empty(members, *shape).uniform_(-1, 1) / math.sqrt(fan_in))
-
-        self.w_x, self.w_z = (parameter(in_dim + z_dim, size, width) for size in (in_dim, z_dim))
-        self.b_1 = parameter(in_dim + z_dim, 1, width)
-        self.w_2, self.b_2 = parameter(width, width, width), parameter(width, 1, width)
-        self.w_3, self.b_3 = parameter(width, width, out_dim), parameter(width, 1, out_dim)
+        self.net = nn.Sequential(
+            nn.Linear(in_dim + z_dim, width),
+            nn.LayerNorm(width, elementwise_affine=False),  # [ours: B4]
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.LayerNorm(width, elementwise_affine=False),
+            nn.ReLU(),
+            nn.Linear(width, out_dim),
+        )
 
     def forward(self, x, z):
-        """x [M, B, in_dim], z [M, z_dim] -> [members, M, B, out_dim]."""
-        members = len(self.w_x)
-        of_task = torch.baddbmm(self.b_1, z.expand(members, *z.shape), self.w_z)  # [members, M, width]
-        h = torch.bmm(x.flatten(0, 1).expand(members, -1, -1), self.w_x).unflatten(1, x.shape[:2])
-        h = (h + of_task[:, :, None]).flatten(1, 2)  # [members, M * B, width]
-        for weight, bias in ((self.w_2, self.b_2), (self.w_3, self.b_3)):
-            h = torch.baddbmm(bias, F.layer_norm(h, h.shape[-1:]).relu(), weight)  # [ours: D7]
-        return h.unflatten(1, x.shape[:2])
+        """x [M, B, in_dim], z [M, z_dim] -> [M, B, out_dim]."""
+        return self.net(torch.cat([x, z[:, None].expand(-1, x.shape[1], -1)], -1))
+
+
+# SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, focal_pp.py, idaq.py
+class Twin(nn.Module):
+    """Two MLPs with the same sizes and different initial weights."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.nets = nn.ModuleList([MLP(*sizes), MLP(*sizes)])
+
+    def forward(self, x, z):
+        """x [M, B, in_dim], z [M, z_dim] -> [2, M, B, out_dim]."""
+        return torch.stack([net(x, z) for net in self.nets])
 
 
 class Encoder(nn.Module):
-    """Deterministic task embedding z(context): mean of the bounded embeddings of the transitions."""
+    """Deterministic task vector z(context): the mean of a bounded embedding of each transition."""
 
     def __init__(self, ctx_dim, z_dim, width):
         super().__init__()
         layers = [nn.Linear(ctx_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(width, z_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(width, z_dim), nn.Tanh())
 
     def forward(self, context, mask):
         """context [M, K, ctx_dim], mask [M, K] 1 = real -> z [M, z_dim] in (-1, 1); 0 without any transition."""
-        each = torch.tanh(self.net(context.flatten(0, 1))).unflatten(0, mask.shape) * mask[..., None]
+        each = self.net(context) * mask[..., None]  # [M, K, z_dim]
         return each.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
-class Critics(MLP):
-    """`members` scalar functions of (obs, act, z), evaluated together."""
-
-    def __init__(self, members, obs_dim, act_dim, z_dim, width):
-        super().__init__(members, obs_dim + act_dim, z_dim, width, 1)
-
-    def forward(self, obs, act, z):
-        """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> [members, M, B]."""
-        return super().forward(torch.cat([obs, act], -1), z)[..., 0]
-
-
 class Generator(MLP):
-    """Imitates the data's actions: noise -> action, given (obs, z)."""
+    """Imitates the data's actions: noise -> action, given (s, z)."""
 
-    def __init__(self, obs_dim, act_dim, z_dim, noise_dim, width):
-        super().__init__(1, obs_dim + noise_dim, z_dim, width, act_dim)
+    def __init__(self, obs_dim, noise_dim, z_dim, width, act_dim):
+        super().__init__(obs_dim + noise_dim, z_dim, width, act_dim)
         self.noise_dim = noise_dim
 
     def forward(self, obs, z):
-        """obs [M, B, obs_dim], z [M, z_dim] -> one action each, with noise of its own, [M, B, act_dim] in (-1, 1)."""
+        """obs [M, B, obs_dim], z [M, z_dim] -> one action each, [M, B, act_dim] in (-1, 1)."""
         noise = torch.randn(*obs.shape[:2], self.noise_dim, dtype=obs.dtype, device=obs.device)
-        return torch.tanh(super().forward(torch.cat([obs, noise], -1), z)[0])
+        return torch.tanh(super().forward(torch.cat([obs, noise], -1), z))
 
 
 # ---- losses -----------------------------------------------------------------
 
-EPS = 1e-3  # of the metric loss, as in FOCAL's official code
+
+# SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, focal_pp.py, idaq.py
+class Gaussian(NamedTuple):
+    """A policy's normal distribution before the tanh that bounds its actions."""
+
+    mean: torch.Tensor  # [M, B, act_dim]
+    log_std: torch.Tensor  # [M, B, act_dim]
+
+    def sample(self, noise=1.0):
+        """-> [M, B, act_dim], `noise` standard deviations from the mean; 0 = the mean."""
+        return self.mean + noise * self.log_std.exp() * torch.randn_like(self.mean)
+
+    def log_prob(self, pre):
+        """Log-density of the action tanh(pre): pre [M, B, act_dim] -> [M, B]."""
+        normal = -0.5 * ((pre - self.mean) * (-self.log_std).exp()).pow(2) - self.log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - pre - F.softplus(-2 * pre))  # log of 1 - tanh(pre)^2
+        return (normal - log_slope).sum(-1)
+
+    def kl(self, other):
+        """KL(self || other) -> [M, B] nats; the tanh of both does not change it."""
+        log_ratio = self.log_std - other.log_std
+        distance = ((self.mean - other.mean) * (-other.log_std).exp()).pow(2)
+        return (0.5 * ((2 * log_ratio).exp() + distance - 1) - log_ratio).sum(-1)  # [ours: B2]
 
 
-def metric_loss(z, task_ids):
+# SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, focal_pp.py, idaq.py
+def n_step(steps, final, segment):
+    """Discounted sum: steps [M, B, n, D] along a segment, final [M, B, D] after it -> [M, B, D]."""
+    return (segment.discount[..., None] * steps).sum(2) + segment.bootstrap[..., None] * final  # [ours: B3]
+
+
+# SHARED: identical in flora.py, focal.py, csro.py, focal_pp.py, idaq.py
+def metric_loss(z, task_ids, eps=1e-3):
     """z [M, z_dim], task_ids [M] -> scalar over pairs: root mean square within a task, inverse mean square across."""
     distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
     pairs = torch.ones_like(distance).triu(1)
     same = pairs * (task_ids[:, None] == task_ids)
     other = pairs - same
-    pull = (same * (distance + EPS).sqrt()).sum() / (same.sum() + EPS)
-    push = (other / (distance + 100 * EPS)).sum() / (other.sum() + EPS)
+    pull = (same * (distance + eps).sqrt()).sum() / (same.sum() + eps)
+    push = (other / (distance + 100 * eps)).sum() / (other.sum() + eps)
     return pull + push  # [FOCAL's code] metric loss with inverse-square repulsion
 
 
 def discriminator_loss(real, fake):
-    """Cross-entropy of the logits of the data's actions and of imitated ones, both [..] -> scalar."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()  # [D]
+    """Cross-entropy: logits of the data's actions and of imitated ones, [M, B] each -> scalar."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def generator_loss(fake):
-    """Cross-entropy of the logits of imitated actions [..], would they pass for the data's -> scalar."""
-    return F.softplus(-fake).mean()  # [G]
+    """Cross-entropy to the wrong label: logits of imitated actions [M, B] -> scalar."""
+    return F.softplus(-fake).mean()
 
 
 def action_entropy(act):
-    """Entropy of the Gaussian with the covariance of each task's actions, act [M, B, act_dim] -> [M] nats. Of a single
-    action it is a constant."""
+    """Entropy of the Gaussian with the covariance of each task's actions: act [M, B, act_dim] -> [M] nats."""
     centered = act - act.mean(1, keepdim=True)
     cov = centered.mT @ centered / max(act.shape[1] - 1, 1) + 1e-5 * torch.eye(act.shape[-1], device=act.device)
-    return 0.5 * torch.linalg.slogdet(2 * math.pi * math.e * cov).logabsdet  # [H]
-
-
-def gaussian_kl(mean, log_std, mean_b, log_std_b):
-    """D_KL(N(mean, std) || N(mean_b, std_b)), all [.., act_dim] -> [..] nats."""
-    log_ratio = log_std - log_std_b
-    distance = ((mean - mean_b) * (-log_std_b).exp()).pow(2)
-    return (0.5 * ((2 * log_ratio).exp() + distance - 1) - log_ratio).sum(-1)  # [ours: D2]
-
-
-def pre_tanh(act):
-    """act [.., act_dim] in [-1, 1] -> its value before the tanh, finite at the bounds."""
-    return torch.atanh(act.clamp(-0.999, 0.999))
-
-
-def tanh_gaussian_logp(mean, log_std, pre):
-    """Log-density of the action tanh(pre) under tanh(N(mean, std)), all [.., act_dim] -> [..]."""
-    gaussian = -0.5 * ((pre - mean) * (-log_std).exp()).pow(2) - log_std
-    log_slope = -2 * (pre + F.softplus(-2 * pre))  # of the tanh, but for its constant 2 log 2
-    constant = 0.5 * math.log(2 * math.pi) + 2 * math.log(2)
-    return (gaussian - log_slope).sum(-1) - constant * pre.shape[-1]
+    return 0.5 * torch.linalg.slogdet(2 * math.pi * math.e * cov).logabsdet
 
 
 # ---- agent ------------------------------------------------------------------
 
 
 class Agent(nn.Module):
-    """Networks, targets, the weight of the divergence, and the optimizers."""
+    """Networks, targets, the weight of the KL, and the optimizers."""
 
     def __init__(self, data, args):
         super().__init__()
         obs_dim, act_dim, z_dim, width = data.obs_dim, data.act_dim, args.z_dim, args.width
         self.encoder = Encoder(data.ctx_dim, z_dim, args.encoder_width)
-        self.q = Critics(2, obs_dim, act_dim, z_dim, width)
-        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
-        self.behavior = MLP(1, obs_dim, z_dim, width, 2 * act_dim)
-        self.shift = MLP(1, obs_dim, z_dim, width, 2 * act_dim)  # of pi from pi_beta
-        for net in (self.behavior, self.shift):
-            for parameter in (net.w_3, net.b_3):
+        self.critic = Twin(obs_dim + act_dim, z_dim, width, 1)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)  # [ours: D2]
+        self.behavior = MLP(obs_dim, z_dim, width, 2 * act_dim)
+        self.residual = MLP(obs_dim, z_dim, width, 2 * act_dim)
+        for net in (self.behavior, self.residual):  # they start near 0
+            for parameter in net.net[-1].parameters():
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
-        # learning rates as tensors, so that a compiled update reads the current ones
-        fitted = list(self.behavior.parameters())
-        rest = [p for name, p in self.named_parameters() if not name.startswith("behavior.")]
-        groups = [{"params": rest, "weight_decay": 0.0}, {"params": fitted, "weight_decay": args.behavior_decay}]
-        self.opt = torch.optim.AdamW(groups, torch.tensor(args.lr), fused=True)
-        self.generator = Generator(obs_dim, act_dim, z_dim, args.noise_dim, width)
-        self.discriminator = Critics(1, obs_dim, act_dim, z_dim, width)
-        adam = partial(torch.optim.Adam, betas=(args.gan_momentum, 0.999), fused=True)  # [ours: D12]
-        self.generator_opt = adam(self.generator.parameters(), torch.tensor(args.gan_lr))
-        self.discriminator_opt = adam(self.discriminator.parameters(), torch.tensor(args.gan_lr))
-        self.register_buffer("brac_alpha", torch.tensor(float(args.brac_alpha)))
-        # what is assumed without a context, set at every evaluation
-        self.register_buffer("z_mean", torch.zeros(args.z_dim), persistent=False)
+        nets = (self.encoder, self.critic, self.residual)
+        self.opt = torch.optim.Adam([p for net in nets for p in net.parameters()], args.lr, fused=True)
+        self.behavior_opt = torch.optim.AdamW(
+            self.behavior.parameters(), args.lr, weight_decay=args.bc_weight_decay, fused=True
+        )
+        self.generator = Generator(obs_dim, args.noise_dim, z_dim, width, act_dim)
+        self.discriminator = MLP(obs_dim + act_dim, z_dim, width, 1)
+        adam = partial(torch.optim.Adam, lr=args.gan_lr, betas=(args.gan_momentum, 0.999), fused=True)  # [ours: D1]
+        self.generator_opt = adam(self.generator.parameters())
+        self.discriminator_opt = adam(self.discriminator.parameters())
+        self.register_buffer("kl_coef", torch.tensor(float(args.kl_coef)))
+        # z without a context, set at every evaluation
+        self.register_buffer("z_mean", torch.zeros(z_dim), persistent=False)
 
-    def fitted(self, obs, z):
-        """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of pi_beta."""
-        mean, log_std = self.behavior(obs, z)[0].chunk(2, -1)
-        return mean, log_std.clamp(-3, 1)
+    def q(self, obs, act, z):
+        """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> Q of both critics [2, M, B]."""
+        return self.critic(torch.cat([obs, act], -1), z)[..., 0]
 
+    def logit(self, obs, act, z):
+        """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> the discriminator's logit [M, B] of "data"."""
+        return self.discriminator(torch.cat([obs, act], -1), z)[..., 0]
+
+    # SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, focal_pp.py, idaq.py
+    def behavior_policy(self, obs, z):
+        """obs [M, B, obs_dim], z [M, z_dim] -> Gaussian of pi_beta."""
+        mean, log_std = self.behavior(obs, z).chunk(2, -1)
+        return Gaussian(mean, log_std.clamp(-3, 1))
+
+    # SHARED: identical in flora.py, unicorn.py, corro.py, csro.py, focal_pp.py, idaq.py
     def policies(self, obs, z):
-        """obs [M, B, obs_dim], z [M, z_dim] -> mean and log_std before the tanh [M, B, act_dim] of the policy pi, and
-        the same of the behavior policy pi_beta, fitted to the data; pi is pi_beta, detached, plus a shift (D6)."""
-        mean, log_std = self.shift(obs, z)[0].chunk(2, -1)
+        """obs [M, B, obs_dim], z [M, z_dim] -> Gaussians of pi and pi_beta; only pi's residual gets gradients."""
         with torch.no_grad():
-            mean_b, log_std_b = self.fitted(obs, z)
-        return mean_b + mean, (log_std_b + log_std).clamp(-5, 2), mean_b, log_std_b
+            pi_beta = self.behavior_policy(obs, z)
+        mean, log_std = self.residual(obs, z).chunk(2, -1)
+        return Gaussian(pi_beta.mean + mean, (pi_beta.log_std + log_std).clamp(-5, 2)), pi_beta  # [ours: B5]
 
-    def act(self, obs, z, clone=False):
-        """obs [M, B, obs_dim], z [M, z_dim] -> the deterministic action [M, B, act_dim] in (-1, 1) of pi, or of its
-        clone of the data, pi_beta."""
-        mean, _, mean_b, _ = self.policies(obs, z)
-        return torch.tanh(mean_b if clone else mean)
+    # SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, focal_pp.py, idaq.py
+    def act(self, obs, z, bc=False):
+        """obs [M, B, obs_dim], z [M, z_dim] -> mean action [M, B, act_dim] in (-1, 1) of pi, or of pi_beta with bc."""
+        pi, pi_beta = self.policies(obs, z)
+        return torch.tanh(pi_beta.mean if bc else pi.mean)
 
 
 # ---- update -----------------------------------------------------------------
 
 
 def update_gan(agent, obs, act, z):
-    """One step of the discriminator, then one of the generator. obs [M, B, obs_dim], act [M, B, act_dim] of the data, z
-    [M, z_dim], a constant -> dict of metrics."""
+    """One step of the discriminator, then one of the generator: obs [M, B, obs_dim], act [M, B, act_dim] of the data, z
+    [M, z_dim] without gradient -> both losses, share of actions that the discriminator classified correctly."""
     fake = agent.generator(obs, z)
-    real_logit, fake_logit = agent.discriminator(obs, act, z), agent.discriminator(obs, fake.detach(), z)
+    real_logit, fake_logit = agent.logit(obs, act, z), agent.logit(obs, fake.detach(), z)
     d_loss = discriminator_loss(real_logit, fake_logit)
     agent.discriminator_opt.zero_grad()
-    d_loss.backward(inputs=list(agent.discriminator.parameters()))
+    d_loss.backward()
     agent.discriminator_opt.step()
-    g_loss = generator_loss(agent.discriminator(obs, fake, z))
+    g_loss = generator_loss(agent.logit(obs, fake, z))
     agent.generator_opt.zero_grad()
     g_loss.backward(inputs=list(agent.generator.parameters()))
     agent.generator_opt.step()
-    right = 0.5 * ((real_logit > 0).float().mean() + (fake_logit < 0).float().mean())
-    return {"losses/discriminator": d_loss.detach(), "losses/generator": g_loss.detach(), "stats/told_apart": right}
+    accuracy = 0.5 * ((real_logit > 0).float().mean() + (fake_logit < 0).float().mean())
+    return d_loss.detach(), g_loss.detach(), accuracy
 
 
-def update(agent, task_ids, context, segment, best, args):
-    """One step of every network. task_ids [M]; context [M, K, ctx_dim]; segment: Segment of [M, B, n, ..], drawn apart
-    from the context; best: Batch of [M, B, ..] that pi_beta is fitted to; all of the same tasks -> dict of detached
-    0-d tensors."""
+def update(agent, task_ids, context, segment, bc_batch, args):
+    """One step of every network, from the parameters before the step, except step 1. task_ids [M]; context
+    [M, K, ctx_dim]; segment: Segment [M, B, n, ..], drawn independently of the context; bc_batch: Batch [M, B, ..] from
+    the best episodes -> dict of detached 0-d tensors."""
     obs, act = segment.obs[:, :, 0], segment.act[:, :, 0]
     agent.opt.zero_grad()
+
+    # 1 GAN: it steps first, so that its actions are like the data's when their entropy is taken
     z = agent.encoder(context, torch.ones_like(context[..., 0]))  # [M, z_dim]
-    z_fixed = z.detach()
-
-    # the GAN learns to imitate the data's actions, before it is asked how varied they are
-    gan = {}
     for _ in range(args.gan_steps):
-        gan = update_gan(agent, obs, act, z_fixed)
+        d_loss, g_loss, accuracy = update_gan(agent, obs, act, z.detach())
 
-    # task inference: metric loss and entropy of the imitated actions, with a generator that stays, train the encoder
+    # 2 encoder: metric loss and entropy of the imitated actions alone train it; the generator stays
     entropy = action_entropy(agent.generator(obs, z)).mean()
     encoder_loss = args.metric_weight * metric_loss(z, task_ids) - args.behavior_entropy_weight * entropy
+    encoder_loss.backward(inputs=list(agent.encoder.parameters()))
+    z = z.detach()
 
-    # critics
+    # 3 critic
     with torch.no_grad():
         next_obs = segment.next_obs[:, :, -1]
-        mean, log_std, _, _ = agent.policies(next_obs, z_fixed)
-        next_act = torch.tanh(mean + args.target_noise * log_std.exp() * torch.randn_like(mean))
-        next_q = agent.q_target(next_obs, next_act, z_fixed).amin(0)
-        q_target = args.reward_scale * (segment.weight * segment.rew).sum(-1) + segment.bootstrap * next_q  # [M, B]
-    q_loss = (agent.q(obs, act, z_fixed) - q_target).pow(2).mean((1, 2)).sum()
-    (encoder_loss + q_loss).backward(inputs=[*agent.encoder.parameters(), *agent.q.parameters()])
+        pi, _ = agent.policies(next_obs, z)
+        next_act = torch.tanh(pi.sample(args.target_noise))
+        next_q = agent.critic_target(torch.cat([next_obs, next_act], -1), z).amin(0)  # [M, B, 1]
+        q_target = n_step(args.reward_scale * segment.rew[..., None], next_q, segment)[..., 0]  # [M, B]
+    q_loss = (agent.q(obs, act, z) - q_target).pow(2).mean((1, 2)).sum()
+    q_loss.backward()
 
-    # behavior policy by maximum likelihood, and the policy, regularized towards it
-    behavior_loss = -tanh_gaussian_logp(*agent.fitted(best.obs, z_fixed), pre_tanh(best.act)).mean()
-    behavior_loss.backward(inputs=list(agent.behavior.parameters()))
-    mean, log_std, mean_b, log_std_b = agent.policies(obs, z_fixed)
-    pi_act = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
-    q_mean = agent.q(obs, pi_act, z_fixed).amin(0).mean()
-    divergence = gaussian_kl(mean, log_std, mean_b, log_std_b).mean()
-    actor_loss = agent.brac_alpha * divergence - q_mean
-    actor_loss.backward(inputs=list(agent.shift.parameters()))
-    agent.opt.step()  # [ours: D5]
+    # 4 behavior policy by maximum likelihood, and the policy, kept close to it
+    agent.behavior_opt.zero_grad()
+    bc_act = torch.atanh(bc_batch.act.clamp(-0.999, 0.999))  # before the tanh, finite at the bounds
+    bc_loss = -agent.behavior_policy(bc_batch.obs, z).log_prob(bc_act).mean()  # [ours: B1]
+    bc_loss.backward()
+    pi, pi_beta = agent.policies(obs, z)
+    q = agent.q(obs, torch.tanh(pi.sample()), z).amin(0).mean()
+    kl = pi.kl(pi_beta).mean()
+    actor_loss = agent.kl_coef * kl - q
+    actor_loss.backward(inputs=list(agent.residual.parameters()))
+
+    # steps of the optimizers, of the KL's weight and of the target networks
+    agent.opt.step()
+    agent.behavior_opt.step()
     with torch.no_grad():
-        # Lagrange multiplier: grows while the divergence exceeds its target, clipped in place
-        agent.brac_alpha.add_(args.brac_alpha_lr * (divergence - args.divergence_target)).clamp_(0, args.brac_alpha_max)
-        torch._foreach_lerp_(list(agent.q_target.parameters()), list(agent.q.parameters()), args.tau)
-        return {
-            "losses/encoder": encoder_loss.detach(),
-            "losses/q": q_loss.detach(),
-            "losses/actor": actor_loss.detach(),
-            "losses/behavior": behavior_loss.detach(),
-            **gan,
-            "stats/behavior_entropy": entropy.detach(),
-            "stats/q_mean": q_mean.detach(),
-            "stats/divergence": divergence.detach(),
-            "stats/brac_alpha": agent.brac_alpha.clone(),
-            "z/between_std": z_fixed.std(0, correction=min(1, len(z_fixed) - 1)).mean(),
-        }
+        # Lagrange multiplier: it grows while the KL exceeds its target
+        agent.kl_coef.add_(args.kl_coef_lr * (kl - args.kl_target)).clamp_(0, args.kl_coef_max)
+        torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
+
+    # metrics
+    metrics = {
+        "losses/encoder": encoder_loss,
+        "losses/discriminator": d_loss,
+        "losses/generator": g_loss,
+        "losses/q": q_loss,
+        "losses/actor": actor_loss,
+        "losses/behavior": bc_loss,
+        "stats/gan_accuracy": accuracy,
+        "stats/behavior_entropy": entropy,
+        "stats/q_mean": q,
+        "stats/divergence": kl,
+        "stats/kl_coef": agent.kl_coef.clone(),
+        "z/between_std": z.std(0, correction=min(1, len(z) - 1)).mean(),
+    }
+    return {tag: value.detach() for tag, value in metrics.items()}
 
 
 # ---- adaptation -------------------------------------------------------------
@@ -380,15 +387,14 @@ def embed(agent, context, mask):
     """context [R, K, ctx_dim], mask [R, K] -> z [R, z_dim]."""
     with torch.no_grad():
         z = agent.encoder(context, mask)
-        return torch.where(mask.any(1, keepdim=True), z, agent.z_mean)  # [ours: D11]
+        return torch.where(mask.any(1, keepdim=True), z, agent.z_mean)  # [ours: D4]
 
 
-def adapt(agent, context, mask, explore=False, clone=False):
-    """Infer the task and act on it. context [R, K, ctx_dim], mask [R, K]; rows without a transition get
-    agent.z_mean; explore changes nothing, z has no spread; clone: pi_beta acts -> policy(obs [R, obs_dim], rew [R])
-    -> act."""
+def adapt(agent, context, mask, explore=False, bc=False):
+    """Infer the task and act on it: context [R, K, ctx_dim], mask [R, K] -> policy(obs [R, obs_dim], rew [R]) -> act.
+    Rows without a transition use agent.z_mean. explore changes nothing, since z has no variance; bc: pi_beta acts."""
     z = embed(agent, context, mask)
-    return lambda obs, rew: agent.act(obs[:, None], z, clone)[:, 0]
+    return lambda obs, rew: agent.act(obs[:, None], z, bc)[:, 0]
 
 
 def value(agent, args, context, mask, obs):
@@ -398,10 +404,10 @@ def value(agent, args, context, mask, obs):
 
 
 def evaluate_all(agent, data, args, protocols, episodes):
-    """Returns, also of pi_beta alone ("clone"), the critic's error and the quality of z -> dict tag -> float."""
+    """Returns, also of pi_beta alone ("bc"), the critic's error and the quality of z -> dict tag -> float."""
     agent.z_mean.copy_(dc.label_contexts(data, partial(embed, agent), data.train_ids)[0].mean(0))
-    q, clone = partial(value, agent, args), partial(adapt, agent, clone=True)
-    results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, clone)
+    q, bc = partial(value, agent, args), partial(adapt, agent, bc=True)
+    results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, bc)
     return results | dc.embedding_quality(data, partial(embed, agent))
 
 
@@ -409,25 +415,29 @@ def evaluate_all(agent, data, args, protocols, episodes):
 
 
 def train(args):
-    """Train and evaluate -> what dc.Run.finish returns."""
-    args = dc.resolve(args, ENV_ARGS, MAY_BE_ZERO, RANGES)
+    """Train and evaluate -> dict of the last evaluation, see `dc.Run.finish`."""
+    args = dc.resolve(args, ENV_DEFAULTS)
     data = dc.load_dataset(args.env, args.dataset, args.device)
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)
     agent = Agent(data, args).to(data.device)
-    step_fn = torch.compile(update) if args.compile else update
-    with dc.Run(args, data, agent, generator, evaluate_all, embed) as run:
-        while run.going():
-            task_ids = data.sample_tasks(args.meta_batch, generator)
+    with dc.Run(args, data, agent, generator) as run:
+        for step in run.updates():
+            task_ids = data.sample_tasks(args.meta_batch, generator)  # [ours: D3]
             context = data.sample_context(task_ids, args.context_size, generator)
             segment = data.sample_segments(task_ids, args.batch_size, args.n_step, args.gamma, generator)
-            best = data.sample_batch(task_ids, args.batch_size, generator, args.anchor_share)
-            dc.set_lr(agent.opt, args.lr * run.decay)
+            bc_batch = data.sample_batch(task_ids, args.batch_size, generator, args.bc_top_fraction)
+            for opt in (agent.opt, agent.behavior_opt):
+                dc.set_lr(opt, args.lr * run.decay)
             for opt in (agent.discriminator_opt, agent.generator_opt):
                 dc.set_lr(opt, args.gan_lr * run.decay)
-            run.advance(step_fn(agent, task_ids, context, segment, best, args))
-        return run.finish()
+            metrics = update(agent, task_ids, context, segment, bc_batch, args)
+            if step % args.log_every == 0:
+                run.log(step, metrics)
+            if step % args.eval_every == 0 and step < args.total_updates:
+                run.log(step, evaluate_all(agent, data, args, ("iid", "train"), args.eval_episodes))
+        return run.finish(evaluate_all(agent, data, args, dc.PROTOCOLS, args.final_episodes))
 
 
 if __name__ == "__main__":
-    dc.command_line(Args, train, __doc__)
+    dc.command_line(Args, train, __doc__, ENV_DEFAULTS)
