@@ -19,10 +19,10 @@ Differences from the official code, tagged in the code. D are ER-TRL's, B the sh
   D4  without a context z is the mean over the training tasks (code: 0, for which no network was trained)
   D5  sizes: batch 32, so H is of 32 actions, context 64, 8,000 updates (code: 256; 100 to 512; 100,000 to 200,000);
       2 layers of 256 units, encoder 200 (code: 3; discriminator 2; generator and encoder 200 units)
-  B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: all, 1 and 0)
-  B2  the KL is in closed form, before the tanh (paper: dual critic); pi = pi_beta + a residual (paper: a full policy)
-  B3  targets: --n-step 5 rewards (1 in point families), then --target-noise 0, the mean action (paper: 1 and 1)
-  B4  layer norm except in the encoder; --lr-decay: learning rates fall in the second half (paper: neither)
+  B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: 1 and 0)
+  B2  the KL is in closed form, before the tanh (paper: a dual critic); pi = pi_beta + a residual (paper: a full policy)
+  B3  targets: --n-step 5 rewards (point families: 1), then the mean action's value, --target-noise 0 (paper: 1 and 1)
+  B4  layer norm in class MLP; --lr-decay: learning rates fall to 0 in the second half (paper: neither)
   B5  standardized observations, clamped log_std; a training context is of one episode; time limits never terminate
 Closest to the paper, cheetah-vel: --gamma 0.99 --reward-scale 5 --n-step 1 --target-noise 1 --bc-top-fraction 1
   --bc-weight-decay 0 --tau 0.005 --kl-coef 50 --kl-coef-lr 1 --kl-coef-max 2000 --kl-target 0.05 --gan-momentum 0.9
@@ -120,7 +120,7 @@ class MLP(nn.Module):
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(in_dim + z_dim, width),
-            nn.LayerNorm(width, elementwise_affine=False),  # [ours: B4]
+            nn.LayerNorm(width, elementwise_affine=False),
             nn.ReLU(),
             nn.Linear(width, width),
             nn.LayerNorm(width, elementwise_affine=False),
@@ -184,7 +184,7 @@ class Gaussian(NamedTuple):
     log_std: torch.Tensor  # [M, B, act_dim]
 
     def sample(self, noise=1.0):
-        """-> [M, B, act_dim], `noise` standard deviations from the mean; 0 = the mean."""
+        """-> mean + noise * std * N(0, I) [M, B, act_dim]; noise = 0 gives the mean."""
         return self.mean + noise * self.log_std.exp() * torch.randn_like(self.mean)
 
     def log_prob(self, pre):
@@ -202,7 +202,7 @@ class Gaussian(NamedTuple):
 
 # SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, focal_pp.py, idaq.py
 def n_step(steps, final, segment):
-    """Discounted sum: steps [M, B, n, D] along a segment, final [M, B, D] after it -> [M, B, D]."""
+    """Discounted sum: steps [M, B, n, F] along a segment, final [M, B, F] after it -> [M, B, F]."""
     return (segment.discount[..., None] * steps).sum(2) + segment.bootstrap[..., None] * final  # [ours: B3]
 
 
@@ -278,7 +278,7 @@ class Agent(nn.Module):
     def behavior_policy(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> Gaussian of pi_beta."""
         mean, log_std = self.behavior(obs, z).chunk(2, -1)
-        return Gaussian(mean, log_std.clamp(-3, 1))
+        return Gaussian(mean, log_std.clamp(-3, 1))  # [ours: B5]
 
     # SHARED: identical in flora.py, unicorn.py, corro.py, csro.py, focal_pp.py, idaq.py
     def policies(self, obs, z):
@@ -286,7 +286,7 @@ class Agent(nn.Module):
         with torch.no_grad():
             pi_beta = self.behavior_policy(obs, z)
         mean, log_std = self.residual(obs, z).chunk(2, -1)
-        return Gaussian(pi_beta.mean + mean, (pi_beta.log_std + log_std).clamp(-5, 2)), pi_beta  # [ours: B5]
+        return Gaussian(pi_beta.mean + mean, (pi_beta.log_std + log_std).clamp(-5, 2)), pi_beta  # [ours: B2]
 
     # SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, focal_pp.py, idaq.py
     def act(self, obs, z, bc=False):
@@ -428,7 +428,7 @@ def train(args):
             segment = data.sample_segments(task_ids, args.batch_size, args.n_step, args.gamma, generator)
             bc_batch = data.sample_batch(task_ids, args.batch_size, generator, args.bc_top_fraction)
             for opt in (agent.opt, agent.behavior_opt):
-                dc.set_lr(opt, args.lr * run.decay)
+                dc.set_lr(opt, args.lr * run.decay)  # [ours: B4]
             for opt in (agent.discriminator_opt, agent.generator_opt):
                 dc.set_lr(opt, args.gan_lr * run.decay)
             metrics = update(agent, task_ids, context, segment, bc_batch, args)

@@ -1,26 +1,25 @@
-"""csro.py: its encoder's bound and variational network; the rest as its siblings (siblings.py)."""
+"""csro.py: CLUB and the variational network; the rest is in actor_critic_suite.py."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from actor_critic_suite import ActorCriticSuite as Sibling
-from actor_critic_suite import TASK_IDS, gradients, slow_embedding, slow_metric, vectors
-from test_unicorn import slow_layers
+from actor_critic_suite import TASK_IDS, ActorCriticSuite, gradients, slow_embedding, slow_metric, vectors
+from conftest import slow_layers
 
 import csro
 import data_collect as dc
 
 
 def slow_guess(agent, row):
-    """A row of a context -> mean and variance of the guess at its embedding, from obs and act alone."""
+    """A row of a context -> mean and variance of the guess at its embedding; it sees only obs and act."""
     out = torch.tanh(slow_layers(agent.guess.net, row[:5]))
     return out[:3], torch.log(1 + torch.exp(out[3:]))
 
 
 def slow_guess_loss(agent, context):
-    """The mean over tasks, transitions and dimensions; gradients to the guess alone."""
+    """The mean over tasks, transitions and dimensions; only the guess gets gradients."""
     total = 0.0
     for row in context.flatten(0, 1):
         each, (mean, var) = torch.tanh(slow_layers(agent.encoder.net, row)).detach(), slow_guess(agent, row)
@@ -30,7 +29,7 @@ def slow_guess_loss(agent, context):
 
 
 def slow_club(agent, context):
-    """Over all pairs of a task's transitions; gradients to the encoder alone."""
+    """The mean over all pairs of transitions of a context; only the encoder gets gradients."""
     total, (tasks, size) = 0.0, context.shape[:2]
     for rows in context:
         each = [torch.tanh(slow_layers(agent.encoder.net, row)) for row in rows]
@@ -41,7 +40,7 @@ def slow_club(agent, context):
     return total
 
 
-class TestCSRO(Sibling):
+class TestCSRO(ActorCriticSuite):
     script, own = csro, {"guess_opt": ("guess", "lr")}
     method = {"club_weight": 2.5, "guess_weight": 4.0}
 
@@ -49,49 +48,61 @@ class TestCSRO(Sibling):
         (context,) = contexts
         fit = args.guess_weight * slow_guess_loss(agent, context)
         gradients(fit, agent.guess)
-        opts["guess_opt"].step()  # before the bound is taken
-        bound = slow_club(agent, context)
+        opts["guess_opt"].step()  # before CLUB is taken
+        club = slow_club(agent, context)
         z = torch.stack([slow_embedding(agent.encoder, rows) for rows in context])
-        encoder = args.metric_weight * slow_metric(z, TASK_IDS.tolist()) + args.club_weight * bound
+        encoder = args.metric_weight * slow_metric(z, TASK_IDS.tolist()) + args.club_weight * club
         with torch.no_grad():
             each = torch.stack([torch.tanh(slow_layers(agent.encoder.net, row)) for row in context.flatten(0, 1)])
         within = np.std(each.reshape(*context.shape[:2], 3).numpy(), axis=1).mean()
-        return encoder, {"losses/guess": fit, "stats/club": bound, "z/within_std": within}
+        return encoder, {"losses/guess": fit, "stats/club": club, "z/within_std": within}
 
-    def test_update_without_the_bound_is_that_of_a_slow_recomputation(self, known_noise):
+    def test_updates_without_club_equal_a_recomputation(self, known_noise):
         self.check_updates(club_weight=0.0)
 
     def test_guess_has_the_width_of_the_encoder(self):
-        layers = self.sized_agent().guess.net[::2]
+        layers = [layer for layer in self.sized_agent().guess.net if isinstance(layer, torch.nn.Linear)]
         assert [tuple(layer.weight.shape) for layer in layers] == [(48, 5), (48, 48), (10, 48)]
 
 
-def test_bound_and_guess_loss_vectors():
+def test_club_and_guess_loss_vectors():
     each, mean, var = (vectors(*rows)[None].requires_grad_() for rows in ([[0.2], [0.8]], [[0.1], [0.5]], [[0.5], [1]]))
-    bound = csro.club(each, mean, var)
-    assert bound.item() == pytest.approx(0.24)
-    (gradient,) = torch.autograd.grad(bound, each)
+    club = csro.club(each, mean, var)
+    assert club.item() == pytest.approx(0.24)
+    (gradient,) = torch.autograd.grad(club, each)
     np.testing.assert_allclose(gradient.flatten(), [-0.25, 0.55], rtol=1e-12)
     assert csro.guess_loss(each, mean, var).item() == pytest.approx(-0.1457867951, abs=1e-10)
 
 
-def test_bound_of_constant_embeddings_is_zero_and_takes_no_pairs_across_tasks():
+def random_guesses():
+    """-> embeddings, means and variances of 2 contexts, [2, 6, 3] each."""
     generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(2, 6, 3, generator=generator).double()
-    var, shift = torch.rand(2, 6, 3, generator=generator).double() + 0.3, vectors([[0.0]], [[5.0]])
-    assert csro.club(torch.full((2, 6, 3), 0.7).double(), mean, var).item() == pytest.approx(0, abs=1e-12)
-    each = torch.randn(2, 6, 3, generator=generator).double()
-    assert csro.club(each + shift, mean + shift, var).item() == pytest.approx(csro.club(each, mean, var).item())
+    each, mean = torch.randn(2, 2, 6, 3, generator=generator, dtype=torch.float64)
+    return each, mean, torch.rand(2, 6, 3, generator=generator, dtype=torch.float64) + 0.3
 
 
-def test_variance_of_the_guess_is_bounded():
+def test_club_of_constant_embeddings_is_zero():
+    _, mean, var = random_guesses()
+    assert csro.club(torch.full_like(mean, 0.7), mean, var).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_club_takes_no_pairs_across_tasks():
+    """So a distance between tasks does not change it."""
+    each, mean, var = random_guesses()
+    apart = torch.tensor([0.0, 5.0]).double()[:, None, None]
+    assert csro.club(each + apart, mean + apart, var).item() == pytest.approx(csro.club(each, mean, var).item())
+
+
+def test_guess_is_bounded():
     guess = csro.Guess(1, 1, 1, 4)
-    guess.net = torch.nn.Identity()
+    guess.net = guess.net[-1:]  # what follows the last linear layer
     mean, var = guess(torch.tensor([[[0.5, -50.0], [-0.5, 0.0], [9.0, 50.0]]]))
     np.testing.assert_allclose(mean[0, :, 0], np.tanh([0.5, -0.5, 9.0]), rtol=1e-6)
     np.testing.assert_allclose(var[0, :, 0], [0.3132616875, 0.6931471806, 1.3132616875], rtol=1e-6)
 
 
-def test_default_weight_is_that_of_the_official_code_for_the_family():
-    for env, weight in (("ant-goal", 50), ("cheetah-vel", 10), ("point-robot", 25), ("walker-rand-params", 25)):
-        assert dc.resolve(csro.Args(env=env), csro.ENV_ARGS, csro.MAY_BE_ZERO).club_weight == weight
+@pytest.mark.parametrize(
+    "env, weight", [("ant-goal", 50), ("cheetah-vel", 10), ("point-robot", 25), ("walker-rand-params", 25)]
+)
+def test_default_weight_is_the_official_one(env, weight):
+    assert dc.resolve(csro.Args(env=env), csro.ENV_DEFAULTS).club_weight == weight
