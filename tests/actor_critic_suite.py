@@ -327,7 +327,9 @@ class ActorCriticSuite:
     data = DATA  # sizes
     method = {}  # arguments beside METHOD
     encoder_shapes = [(48, 9), (48, 48), (5, 48)]  # of its layers with 48 hidden units, z_dim 5
-    own = {}  # further optimizers: name -> (the networks it trains, the argument that is its learning rate)
+    # optimizers besides behavior_opt, and opt for all other networks: name -> (its networks, the argument that is its
+    # learning rate)
+    own = {}
     critic = "critic"  # name of the twin network
     contexts = 1  # number of contexts that an update is given
     embedding = staticmethod(slow_embedding)  # encoder, transitions of a context -> z
@@ -386,7 +388,7 @@ class ActorCriticSuite:
         twin = copy.deepcopy(agent)
         nets = ["behavior", *(net for nets, _ in self.own.values() for net in nets.split())]
         rest = [p for name, p in twin.named_parameters() if p.requires_grad and name.split(".")[0] not in nets]
-        opts = {"opt": torch.optim.Adam(rest, args.lr)}
+        opts = {"opt": torch.optim.Adam(rest, args.lr)} if rest else {}
         if twin.behavior is not None:
             decay = {"weight_decay": args.bc_weight_decay}
             opts["behavior_opt"] = torch.optim.AdamW(twin.behavior.parameters(), args.lr, **decay)
@@ -475,8 +477,7 @@ class ActorCriticSuite:
 
         def watch(agent, task_ids, *given):
             given_contexts, (segment, bc_batch, *more, _) = given[: self.contexts], given[self.contexts :]
-            opts = {"opt", "behavior_opt", *self.own} & vars(agent).keys()
-            rates = {opt: getattr(agent, opt).param_groups[0]["lr"] for opt in opts}
+            rates = {name: opt.param_groups[0]["lr"] for name, opt in dc.optimizers(agent).items()}
             parts = {"contexts": given_contexts, "segment": segment, "bc_batch": bc_batch, "more": more, "rates": rates}
             updates.append(SimpleNamespace(task_ids=self.tasks(task_ids), **parts))
             return update(agent, task_ids, *given)
@@ -523,7 +524,7 @@ class ActorCriticSuite:
         initial = {"opt": 1e-3, "behavior_opt": 1e-3} | {opt: rates[rate] for opt, (_, rate) in self.own.items()}
         shares = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25] if decay else [1] * 8
         for u, share in zip(updates, shares, strict=True):
-            assert u.rates == pytest.approx({opt: share * rate for opt, rate in initial.items()})
+            assert u.rates == pytest.approx({opt: share * initial[opt] for opt in u.rates})
 
     def test_update_stays_on_the_device(self, **changes):
         args = self.script.Args(**METHOD | self.method | changes)
