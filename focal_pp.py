@@ -16,17 +16,17 @@ Differences from the summary, tagged in the code. D are FOCAL++'s, B the shared 
   D2  tasks are drawn with replacement; other contexts of the same task are no negatives (summary: silent)
   D3  the gate is a softmax of values in (0, 1) over what attention gives (summary: two paths, added)
   D4  one attention over the context, no dropout (traces: 3 or 6 blocks with dropout 0.1 over sequences of length 1)
-  D5  without a context z is the mean over the training tasks (FOCAL's codes: 0, for which no network was trained)
-  D6  twin critics with targets, no entropy term (traces: a value network, entropy weight 1)
-  D7  sizes: 32 transitions per task, context 64, 8,000 updates (traces: 256; 100 to 1,024; 100,000 to 2,000,000)
-  B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: all, 1 and 0)
-  B2  the KL is in closed form, before the tanh (paper: dual critic); pi = pi_beta + a residual (paper: a full policy)
-  B3  targets: --n-step 5 rewards (1 in point families), then --target-noise 0, the mean action (paper: 1 and 1)
-  B4  layer norm except in the encoder; --lr-decay: learning rates fall in the second half (paper: neither)
+  D5  without a context z is the training tasks' mean (FOCAL: 0); s' always in contexts (traces: new dynamics only)
+  D6  twin critics with targets; no entropy term, no penalty on pi (traces: a value network; weights 1 and 1e-3)
+  D7  sizes: batch 32, context 64, 8,000 updates, 2 layers (traces: 256; 100 to 1,024; 100,000 to 2,000,000; 3 layers)
+  B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: 1 and 0)
+  B2  the KL is in closed form, before the tanh (paper: a dual critic); pi = pi_beta + a residual (paper: a full policy)
+  B3  targets: --n-step 5 rewards (point families: 1), then the mean action's value, --target-noise 0 (paper: 1 and 1)
+  B4  layer norm in class MLP; --lr-decay: learning rates fall to 0 in the second half (paper: neither)
   B5  standardized observations, clamped log_std; a training context is of one episode; time limits never terminate
 Closest to the paper, point-robot-wind: --reward-scale 100 --target-noise 1 --tau 0.005 --z-dim 20 --kl-coef 0
   --bc-top-fraction 1 --bc-weight-decay 0 --batch-size 256 --context-size 256 --lr 3e-4 --no-lr-decay
-  --total-updates 100000. No flag reaches D2 to D6, the dot product, B2, B5, layer norm, 3 layers.
+  --total-updates 100000. No flag reaches D2 to D6, the dot product, B2, B5, layers and norm.
 """
 
 import copy
@@ -117,7 +117,7 @@ class MLP(nn.Module):
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(in_dim + z_dim, width),
-            nn.LayerNorm(width, elementwise_affine=False),  # [ours: B4]
+            nn.LayerNorm(width, elementwise_affine=False),
             nn.ReLU(),
             nn.Linear(width, width),
             nn.LayerNorm(width, elementwise_affine=False),
@@ -188,7 +188,7 @@ class Gaussian(NamedTuple):
     log_std: torch.Tensor  # [M, B, act_dim]
 
     def sample(self, noise=1.0):
-        """-> [M, B, act_dim], `noise` standard deviations from the mean; 0 = the mean."""
+        """-> mean + noise * std * N(0, I) [M, B, act_dim]; noise = 0 gives the mean."""
         return self.mean + noise * self.log_std.exp() * torch.randn_like(self.mean)
 
     def log_prob(self, pre):
@@ -206,7 +206,7 @@ class Gaussian(NamedTuple):
 
 # SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, er_trl.py, idaq.py
 def n_step(steps, final, segment):
-    """Discounted sum: steps [M, B, n, D] along a segment, final [M, B, D] after it -> [M, B, D]."""
+    """Discounted sum: steps [M, B, n, F] along a segment, final [M, B, F] after it -> [M, B, F]."""
     return (segment.discount[..., None] * steps).sum(2) + segment.bootstrap[..., None] * final  # [ours: B3]
 
 
@@ -243,9 +243,9 @@ class Agent(nn.Module):
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.critic = Twin(obs_dim + act_dim, z_dim, width, 1)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)  # [ours: D6]
-        self.behavior = MLP(obs_dim, z_dim, width, 2 * act_dim)
-        self.residual = MLP(obs_dim, z_dim, width, 2 * act_dim)
-        for net in (self.behavior, self.residual):  # they start near 0
+        self.behavior = MLP(obs_dim, z_dim, width, 2 * act_dim)  # pi_beta
+        self.residual = MLP(obs_dim, z_dim, width, 2 * act_dim)  # what pi adds to pi_beta
+        for net in (self.behavior, self.residual):  # their outputs start near 0
             for parameter in net.net[-1].parameters():
                 nn.init.uniform_(parameter, -1e-3, 1e-3)
         nets = (self.encoder, self.critic, self.residual)
@@ -265,7 +265,7 @@ class Agent(nn.Module):
     def behavior_policy(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> Gaussian of pi_beta."""
         mean, log_std = self.behavior(obs, z).chunk(2, -1)
-        return Gaussian(mean, log_std.clamp(-3, 1))
+        return Gaussian(mean, log_std.clamp(-3, 1))  # [ours: B5]
 
     # SHARED: identical in flora.py, unicorn.py, corro.py, csro.py, er_trl.py, idaq.py
     def policies(self, obs, z):
@@ -273,7 +273,7 @@ class Agent(nn.Module):
         with torch.no_grad():
             pi_beta = self.behavior_policy(obs, z)
         mean, log_std = self.residual(obs, z).chunk(2, -1)
-        return Gaussian(pi_beta.mean + mean, (pi_beta.log_std + log_std).clamp(-5, 2)), pi_beta  # [ours: B5]
+        return Gaussian(pi_beta.mean + mean, (pi_beta.log_std + log_std).clamp(-5, 2)), pi_beta  # [ours: B2]
 
     # SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, er_trl.py, idaq.py
     def act(self, obs, z, bc=False):
@@ -394,8 +394,8 @@ def train(args):
             other_context = data.sample_context(task_ids, args.context_size, generator)
             segment = data.sample_segments(task_ids, args.batch_size, args.n_step, args.gamma, generator)
             bc_batch = data.sample_batch(task_ids, args.batch_size, generator, args.bc_top_fraction)
-            dc.set_lr(agent.opt, args.lr * run.decay)
-            dc.set_lr(agent.behavior_opt, args.lr * run.decay)
+            for opt in (agent.opt, agent.behavior_opt):
+                dc.set_lr(opt, args.lr * run.decay)  # [ours: B4]
             metrics = update(agent, task_ids, context, other_context, segment, bc_batch, args)
             if step % args.log_every == 0:
                 run.log(step, metrics)
