@@ -16,14 +16,14 @@ One update, 1 and 2 in phases of their own before 3 to 5:
   5 policy   maximum likelihood trains pi_beta;  kl_coef KL(pi || pi_beta) - min Q trains pi;  kl_coef is adapted
 Differences from paper and official code, tagged in the code. D are CORRO's, B the shared actor-critic's:
   D1  the VAE sees training tasks only (code: also test tasks); every update draws new tasks (code: every 200th)
-  D2  the policy is regularized and has no entropy term (code: plain SAC)
+  D2  the policy is regularized and has no entropy term (code: plain SAC, as with unicorn.py --backbone sac)
   D3  z has mean 0 and standard deviation 1 over the training episodes (code: averages of points on the sphere)
   D4  sizes: 32 transitions per task, context 64, 8,000 updates, encoder 200 (code: 256; 200; 200,000; 64 or 128)
   D5  --reward-noise 2 standard deviations (code: 0.5 in units of r); point families: 4 encoder updates per update
-  B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: all, 1 and 0)
-  B2  the KL is in closed form, before the tanh (paper: dual critic); pi = pi_beta + a residual (paper: a full policy)
-  B3  targets: --n-step 5 rewards (1 in point families), then --target-noise 0, the mean action (paper: 1 and 1)
-  B4  layer norm except in the encoder; --lr-decay: learning rates fall in the second half (paper: neither)
+  B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: 1 and 0)
+  B2  the KL is in closed form, before the tanh (paper: a dual critic); pi = pi_beta + a residual (paper: a full policy)
+  B3  targets: --n-step 5 rewards (point families: 1), then the mean action's value, --target-noise 0 (paper: 1 and 1)
+  B4  layer norm in class MLP; --lr-decay: learning rates fall to 0 in the second half (paper: neither)
   B5  standardized observations, clamped log_std; a training context is of one episode; time limits never terminate
 Closest to the paper, ant-dir: --gamma 0.99 --reward-scale 1 --n-step 1 --target-noise 1 --tau 0.005 --bc-top-fraction 1
   --bc-weight-decay 0 --batch-size 256 --context-size 200 --lr 3e-4 --encoder-lr 3e-4 --no-lr-decay --z-dim 5
@@ -119,7 +119,7 @@ ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for f
 # ---- networks ---------------------------------------------------------------
 
 
-# SHARED: identical in flora.py, focal.py, unicorn.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+# SHARED: identical in all scripts with this actor-critic
 class MLP(nn.Module):
     """Network on [x, z]: two hidden layers, each linear, layer norm, ReLU; then a linear output."""
 
@@ -127,7 +127,7 @@ class MLP(nn.Module):
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(in_dim + z_dim, width),
-            nn.LayerNorm(width, elementwise_affine=False),  # [ours: B4]
+            nn.LayerNorm(width, elementwise_affine=False),
             nn.ReLU(),
             nn.Linear(width, width),
             nn.LayerNorm(width, elementwise_affine=False),
@@ -140,7 +140,7 @@ class MLP(nn.Module):
         return self.net(torch.cat([x, z[:, None].expand(-1, x.shape[1], -1)], -1))
 
 
-# SHARED: identical in flora.py, focal.py, unicorn.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+# SHARED: identical in all scripts with this actor-critic
 class Twin(nn.Module):
     """Two MLPs with the same sizes and different initial weights."""
 
@@ -208,7 +208,7 @@ class CVAE(nn.Module):
 # ---- losses -----------------------------------------------------------------
 
 
-# SHARED: identical in flora.py, focal.py, unicorn.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+# SHARED: identical in all scripts with this actor-critic
 class Gaussian(NamedTuple):
     """A policy's normal distribution before the tanh that bounds its actions."""
 
@@ -216,7 +216,7 @@ class Gaussian(NamedTuple):
     log_std: torch.Tensor  # [M, B, act_dim]
 
     def sample(self, noise=1.0):
-        """-> [M, B, act_dim], `noise` standard deviations from the mean; 0 = the mean."""
+        """-> mean + noise * std * N(0, I) [M, B, act_dim]; noise = 0 gives the mean."""
         return self.mean + noise * self.log_std.exp() * torch.randn_like(self.mean)
 
     def log_prob(self, pre):
@@ -232,9 +232,9 @@ class Gaussian(NamedTuple):
         return (0.5 * ((2 * log_ratio).exp() + distance - 1) - log_ratio).sum(-1)  # [ours: B2]
 
 
-# SHARED: identical in flora.py, focal.py, unicorn.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+# SHARED: identical in all scripts with this actor-critic
 def n_step(steps, final, segment):
-    """Discounted sum: steps [M, B, n, D] along a segment, final [M, B, D] after it -> [M, B, D]."""
+    """Discounted sum: steps [M, B, n, F] along a segment, final [M, B, F] after it -> [M, B, F]."""
     return (segment.discount[..., None] * steps).sum(2) + segment.bootstrap[..., None] * final  # [ours: B3]
 
 
@@ -296,11 +296,11 @@ class Agent(nn.Module):
         """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> Q of both critics [2, M, B]."""
         return self.critic(torch.cat([obs, act], -1), z)[..., 0]
 
-    # SHARED: identical in flora.py, focal.py, unicorn.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+    # SHARED: identical in all scripts with this actor-critic
     def behavior_policy(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> Gaussian of pi_beta."""
         mean, log_std = self.behavior(obs, z).chunk(2, -1)
-        return Gaussian(mean, log_std.clamp(-3, 1))
+        return Gaussian(mean, log_std.clamp(-3, 1))  # [ours: B5]
 
     # SHARED: identical in flora.py, unicorn.py, csro.py, er_trl.py, focal_pp.py, idaq.py
     def policies(self, obs, z):
@@ -308,9 +308,9 @@ class Agent(nn.Module):
         with torch.no_grad():
             pi_beta = self.behavior_policy(obs, z)
         mean, log_std = self.residual(obs, z).chunk(2, -1)
-        return Gaussian(pi_beta.mean + mean, (pi_beta.log_std + log_std).clamp(-5, 2)), pi_beta  # [ours: B5]
+        return Gaussian(pi_beta.mean + mean, (pi_beta.log_std + log_std).clamp(-5, 2)), pi_beta  # [ours: B2]
 
-    # SHARED: identical in flora.py, focal.py, unicorn.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+    # SHARED: identical in all scripts with this actor-critic
     def act(self, obs, z, bc=False):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean action [M, B, act_dim] in (-1, 1) of pi, or of pi_beta with bc."""
         pi, pi_beta = self.policies(obs, z)
@@ -504,7 +504,7 @@ def train(args):
             points = data.sample_context(task_ids, args.context_size, generator, embedded)
             segment = data.sample_segments(task_ids, args.batch_size, args.n_step, args.gamma, generator)
             bc_batch = data.sample_batch(task_ids, args.batch_size, generator, args.bc_top_fraction)
-            dc.set_lr(agent.opt, args.lr * run.decay)
+            dc.set_lr(agent.opt, args.lr * run.decay)  # [ours: B4]
             dc.set_lr(agent.behavior_opt, args.lr * run.decay)
             metrics = update(agent, points, segment, bc_batch, args)
             if step % args.log_every == 0:

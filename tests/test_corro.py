@@ -1,7 +1,7 @@
 """corro.py: every update against a slow recomputation, the negatives, where each batch comes from, learning.
 
-The numbers of the test vectors are worked out by hand; the slow recomputations are plain loops in float64 that share
-nothing with the script but its networks' parameters."""
+The test vectors are worked out by hand. The slow recomputations are plain loops in float64 that use only the networks'
+parameters."""
 
 import copy
 import math
@@ -11,28 +11,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, OnDevice, dataset_on_meta, origin, pattern, read_rows, slow_net, to_meta
-from actor_critic_suite import check_best, check_evaluation, check_learning, check_segments, make_batch, make_segment
-from actor_critic_suite import train_on_point_robot
+from actor_critic_suite import check_best, check_clamps, check_evaluation, check_learning, check_segments, fill_last
+from actor_critic_suite import make_batch, make_segment, slow_actor_critic, slow_policy
+from conftest import ROOT, OnDevice, dataset_on_meta, origin, pattern, read_rows, slow_layers, to_meta
 
 import corro
 import data_collect as dc
 
 OBS_DIM, ACT_DIM, TASKS, BATCH, ROWS = 3, 2, 4, 5, 6  # ROWS: of a context, of the VAE's batch
 CTX_DIM = 2 * OBS_DIM + ACT_DIM + 1
-DATA = SimpleNamespace(obs_dim=OBS_DIM, act_dim=ACT_DIM, ctx_dim=CTX_DIM, reward_spread=0.25)
-TRAIN_TASKS, REWARD = set(range(6)), 4  # of the numbered file; where its rows hold the reward
+DATA = SimpleNamespace(obs_dim=OBS_DIM, act_dim=ACT_DIM, ctx_dim=CTX_DIM, reward_std=0.25)
+TRAIN_TASKS, REWARD = set(range(6)), 4  # of the numbered file; the column of its rewards
 METHOD = {"width": 16, "encoder_width": 12, "z_dim": 3, "cvae_width": 10, "cvae_dim": 4, "negatives": "generative"}
 METHOD |= {"num_negatives": 4, "temperature": 0.3, "reward_noise": 1.6, "cvae_kl_weight": 0.3, "encoder_lr": 3e-3}
-METHOD |= {"gamma": 0.8, "reward_scale": 3.0, "lr": 2e-3, "tau": 0.1, "entropy_weight": 0.4, "brac_alpha": 1.3}
-METHOD |= {"brac_alpha_lr": 0.05, "divergence_target": 0.2, "encoder_updates": 1, "cvae_updates": 1, "n_step": 3}
+METHOD |= {"gamma": 0.8, "reward_scale": 3.0, "lr": 2e-3, "tau": 0.1, "kl_coef": 1.3}
+METHOD |= {"kl_coef_lr": 0.05, "kl_target": 0.2, "encoder_updates": 1, "cvae_updates": 1, "n_step": 3}
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 1, "log_every": 1, "eval_every": 99, "save_every": 99}
-SMALL |= {"final_episodes": 1, "width": 8, "encoder_width": 8, "cvae_width": 8, "encoder_updates": 0, "cvae_updates": 0}
+SMALL |= {"final_episodes": 1, "width": 8, "encoder_width": 8, "cvae_width": 8, "encoder_updates": 1, "cvae_updates": 1}
 
 
 def make_agent(data=DATA, dtype=torch.float64, **changes):
     """Agent with parameters large enough that nothing is near zero -> agent, args."""
-    args = dc.resolve(corro.Args(**METHOD | changes), corro.ENV_ARGS, corro.MAY_BE_ZERO)
+    args = dc.resolve(corro.Args(**METHOD | changes), corro.ENV_DEFAULTS)
     torch.manual_seed(7)
     agent = corro.Agent(data, args).to(dtype)
     with torch.no_grad():
@@ -62,84 +62,26 @@ def train(path, folder, **changes):
 # ---- slow recomputations ----------------------------------------------------------------
 
 
-def slow_layers(net, x):
-    """Linear layers with ReLU between them, one row."""
-    layers = [layer for layer in net if hasattr(layer, "weight")]
-    for i, layer in enumerate(layers):
-        x = layer.weight @ (x if i == 0 else torch.where(x > 0, x, 0.0)) + layer.bias
-    return x
-
-
 def slow_embedding(agent, row):
     out = slow_layers(agent.encoder.net, row)
     return out / (out * out).sum().sqrt()
 
 
 def slow_z(agent, points):
-    """Attention over points [K, z_dim], all of them real."""
+    """Attention over real points [K, z_dim]."""
     scores = [torch.exp(agent.aggregator.score.weight[0] @ point + agent.aggregator.score.bias[0]) for point in points]
     return sum(score / sum(scores) * point for score, point in zip(scores, points))
 
 
-def slow_policies(agent, obs, z):
-    """Mean and log_std of the policy and of the behavior policy at one obs."""
-    mean, log_std = slow_net(agent.shift, obs, z).chunk(2)
-    if agent.behavior is None:
-        return mean, log_std.clip(-5, 2), None, None
-    mean_b, log_std_b = slow_net(agent.behavior, obs, z).chunk(2)
-    log_std_b = log_std_b.clip(-3, 1)
-    return mean + mean_b, (log_std + log_std_b).clip(-5, 2), mean_b, log_std_b
-
-
-def slow_logp(mean, log_std, pre):
-    """Log-density of the action tanh(pre), by the change of variables."""
-    gaussian = torch.distributions.Normal(mean, log_std.exp()).log_prob(pre)
-    return (gaussian - torch.log(1 - torch.tanh(pre) ** 2)).sum()
-
-
-def slow_losses(agent, points, segment, best, args):
-    """All losses of an update of the third phase, transition by transition -> dict of scalars with graph."""
-    noise, sac = pattern((TASKS, BATCH, ACT_DIM)), args.backbone == "sac"
-    sums = dict.fromkeys(("q", "behavior", "divergence", "q_mean", "logp"), torch.zeros(()).double())
-    smaller, latents = [set(), set()], []
-    for m in range(TASKS):
-        z = slow_z(agent, points[m])
-        latents.append(z.detach())
-        for b in range(BATCH):
-            obs, act = segment.obs[m, b, 0], segment.act[m, b, 0]
-            steps = int((segment.weight[m, b] > 0).sum())  # before the end of the episode, or all of the segment
-            with torch.no_grad():
-                next_obs = segment.next_obs[m, b, steps - 1]
-                mean, log_std, _, _ = slow_policies(agent, next_obs, z)
-                pre = mean + (1 if sac else args.target_noise) * log_std.exp() * noise[m, b]
-                twins = [slow_net(agent.q_target, next_obs, torch.tanh(pre), z, member=i)[0] for i in (0, 1)]
-                smaller[0].add(twins[0].item() < twins[1].item())
-                value = min(twins) - (args.entropy_weight * slow_logp(mean, log_std, pre) if sac else 0)
-                target = sum(args.gamma**k * args.reward_scale * segment.rew[m, b, k] for k in range(steps))
-                if segment.bootstrap[m, b] != 0:  # the task itself has not ended
-                    target = target + args.gamma**steps * value
-            for i in (0, 1):
-                sums["q"] = sums["q"] + (slow_net(agent.q, obs, act, z, member=i)[0] - target) ** 2 / (TASKS * BATCH)
-            z_fixed = z.detach()
-            mean, log_std, mean_b, log_std_b = slow_policies(agent, obs, z_fixed)
-            pre = mean + log_std.exp() * noise[m, b]
-            twins = [slow_net(agent.q, obs, torch.tanh(pre), z_fixed, member=i)[0] for i in (0, 1)]
-            smaller[1].add(twins[0].item() < twins[1].item())
-            sums["q_mean"] = sums["q_mean"] + min(twins) / (TASKS * BATCH)
-            if sac:
-                sums["logp"] = sums["logp"] + slow_logp(mean, log_std, pre) / (TASKS * BATCH)
-                continue
-            recorded = torch.atanh(best.act[m, b].clip(-0.999, 0.999))
-            fitted = slow_policies(agent, best.obs[m, b], z_fixed)[2:]
-            sums["behavior"] = sums["behavior"] - slow_logp(*fitted, recorded) / (TASKS * BATCH)
-            std, std_b = log_std.exp(), log_std_b.exp()
-            kl = torch.log(std_b / std) + (std**2 + (mean - mean_b) ** 2) / (2 * std_b**2) - 0.5
-            sums["divergence"] = sums["divergence"] + kl.sum() / (TASKS * BATCH)
-    assert smaller == [{True, False}] * 2  # each twin is the smaller one somewhere
-    center = sum(latents) / TASKS
-    spread = (sum((z - center) ** 2 for z in latents) / (TASKS - 1)).sqrt()
-    penalty = args.entropy_weight * sums["logp"] if sac else agent.brac_alpha * sums["divergence"]
-    return sums | {"actor": penalty - sums["q_mean"], "between_std": spread.mean()}
+def slow_losses(agent, points, segment, bc_batch, args):
+    """Losses of an update of the last phase, transition by transition -> dict of scalars with graph. Only the critic's
+    loss has z in its graph."""
+    z = torch.stack([slow_z(agent, rows) for rows in points])
+    fixed = z.detach()
+    sums = slow_actor_critic(agent, fixed, segment, bc_batch, args, 0.0)
+    sums["q"] = slow_actor_critic(agent, z, segment, bc_batch, args, 0.0)["q"]
+    std = (sum((row - fixed.mean(0)) ** 2 for row in fixed) / (TASKS - 1)).sqrt().mean()
+    return sums | {"actor": agent.kl_coef * sums["divergence"] - sums["value"], "between_std": std}
 
 
 def slow_cvae(agent, rows, args):
@@ -170,14 +112,12 @@ def slow_encoder(agent, query, key, negatives, args):
     return loss, [total / len(query) for total in (hits, of_keys, of_negatives)]
 
 
-def check_update(agent, call, losses, opt, lr, first):
-    """One update: gradients of the networks named in `losses` {name: loss} are those of the losses, no other network is
-    touched, and the optimizer steps these parameters -> metrics as floats."""
+def check_update(agent, call, losses, lr, first):
+    """One update: the networks named in `losses` {name: loss} have the gradients of these losses and take a step, no
+    other network is touched -> metrics as floats."""
     own = {name: list(getattr(agent, name).parameters()) for name in losses}
     gradients = {name: torch.autograd.grad(loss, own[name], retain_graph=True) for name, loss in losses.items()}
     old = {name: p.detach().clone() for name, p in agent.named_parameters()}
-    stepped = [id(p) for group in opt.param_groups for p in group["params"]]
-    assert sorted(stepped) == sorted(id(p) for params in own.values() for p in params)
     for parameter in agent.parameters():
         parameter.grad = None if first else parameter.grad
     metrics = call()
@@ -190,61 +130,57 @@ def check_update(agent, call, losses, opt, lr, first):
                 kept = 1 - lr * 0.3 if name.startswith("behavior.") else 1.0  # weight decay
                 expected = kept * old[name] - lr * parameter.grad / (abs(parameter.grad) + 1e-8)
                 torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-3 * lr)
-        elif not name.startswith("q_target"):
+        elif not name.startswith("critic_target"):
             assert parameter.grad is None and torch.equal(parameter, old[name])
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
     return {tag: value.item() for tag, value in metrics.items()}
 
 
-@pytest.mark.parametrize(
-    "backbone, noise, n_step", [("brac", 0.0, 3), ("brac", 0.5, 3), ("brac", 1.0, 1), ("sac", 0.0, 3)]
-)
-def test_policy_update_is_the_slow_one(backbone, noise, n_step, known_noise):
-    agent, args = make_agent(backbone=backbone, target_noise=noise, n_step=n_step)
+@pytest.mark.parametrize("noise, n_step", [(0.0, 3), (0.5, 3), (1.0, 1)])
+def test_policy_update_equals_a_slow_recomputation(noise, n_step, known_noise):
+    agent, args = make_agent(target_noise=noise, n_step=n_step)
     inputs = make_inputs(args)
     for first in (True, False):  # the second one also tells whether gradients were reset
         expected = slow_losses(agent, *inputs, args)
-        losses = {"aggregator": expected["q"], "q": expected["q"], "shift": expected["actor"]}
-        losses |= {"behavior": expected["behavior"]} if backbone == "brac" else {}
-        q_target, alpha = [p.clone() for p in agent.q_target.parameters()], agent.brac_alpha.item()
-        if backbone == "brac":
-            alpha += 0.05 * (expected["divergence"].item() - 0.2)
-        metrics = check_update(agent, lambda: corro.update(agent, *inputs, args), losses, agent.opt, args.lr, first)
-        reported = {"losses/q": "q", "losses/actor": "actor", "losses/behavior": "behavior", "stats/q_mean": "q_mean"}
+        losses = {"aggregator": expected["q"], "critic": expected["q"], "residual": expected["actor"]}
+        losses["behavior"] = expected["behavior"]
+        targets = [p.clone() for p in agent.critic_target.parameters()]
+        kl_coef = agent.kl_coef.item() + 0.05 * (expected["divergence"].item() - 0.2)
+        metrics = check_update(agent, lambda: corro.update(agent, *inputs, args), losses, args.lr, first)
+        reported = {"losses/q": "q", "losses/actor": "actor", "losses/behavior": "behavior", "stats/q_mean": "value"}
         reported |= {"stats/divergence": "divergence", "z/between_std": "between_std"}
-        wanted = {tag: expected[name].item() for tag, name in reported.items()} | {"stats/brac_alpha": alpha}
+        wanted = {tag: expected[name].item() for tag, name in reported.items()} | {"stats/kl_coef": kl_coef}
         assert metrics == pytest.approx(wanted, rel=1e-8)
-        assert agent.brac_alpha.item() == pytest.approx(alpha)
-        for old, target, q in zip(q_target, agent.q_target.parameters(), agent.q.parameters()):
-            assert not torch.equal(old, q)
-            torch.testing.assert_close(target, 0.9 * old + 0.1 * q)
+        assert agent.kl_coef.item() == pytest.approx(kl_coef)
+        for old, target, source in zip(targets, agent.critic_target.parameters(), agent.critic.parameters()):
+            assert not torch.equal(old, source)
+            torch.testing.assert_close(target, 0.9 * old + 0.1 * source)
 
 
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"brac_alpha_lr": 1e6, "brac_alpha_max": 7.0}, 7.0),
-        ({"brac_alpha_lr": 1e6, "divergence_target": 1e6}, 0.0),
-        ({"brac_alpha_lr": 0.0}, 1.3),
+        ({"kl_coef_lr": 1e6, "kl_coef_max": 7.0}, 7.0),
+        ({"kl_coef_lr": 1e6, "kl_target": 1e6}, 0.0),
+        ({"kl_coef_lr": 0.0}, 1.3),
     ],
 )
-def test_weight_of_the_divergence_stays_within_its_limits(changes, expected):
+def test_kl_coef_keeps_to_its_bounds(changes, expected):
     agent, args = make_agent(**changes)
-    assert corro.update(agent, *make_inputs(args), args)["stats/brac_alpha"].item() == pytest.approx(expected)
+    assert corro.update(agent, *make_inputs(args), args)["stats/kl_coef"].item() == pytest.approx(expected)
 
 
-def test_cvae_update_is_the_slow_one(known_noise):
+def test_cvae_update_equals_a_slow_recomputation(known_noise):
     agent, args = make_agent()
     rows = normal(ROWS, CTX_DIM)
     for first in (True, False):
         loss, kl = slow_cvae(agent, rows, args)
-        metrics = check_update(
-            agent, lambda: corro.update_cvae(agent, rows, args), {"cvae": loss}, agent.cvae_opt, args.encoder_lr, first
-        )
+        call = lambda: corro.update_cvae(agent, rows, args)  # noqa: E731
+        metrics = check_update(agent, call, {"cvae": loss}, args.encoder_lr, first)
         assert metrics == pytest.approx({"losses/cvae": loss.item(), "stats/cvae_kl": kl}, rel=1e-9)
 
 
-def test_encoder_update_is_the_slow_one():
+def test_encoder_update_equals_a_slow_recomputation():
     agent, args = make_agent()
     query, negatives = normal(ROWS, CTX_DIM), normal(ROWS, 4, CTX_DIM, seed=3)
     key = query + 0.7 * normal(ROWS, CTX_DIM, seed=2)
@@ -252,7 +188,7 @@ def test_encoder_update_is_the_slow_one():
     for first in (True, False):
         loss, stats = slow_encoder(agent, query, key, negatives, args)
         assert 0 < stats[0] < 1
-        metrics = check_update(agent, call, {"encoder": loss}, agent.encoder_opt, args.encoder_lr, first)
+        metrics = check_update(agent, call, {"encoder": loss}, args.encoder_lr, first)
         wanted = dict(zip(("contrastive_acc", "similarity_key", "similarity_negatives"), stats))
         wanted = {f"stats/{name}": value for name, value in wanted.items()} | {"losses/contrastive": loss.item()}
         assert metrics == pytest.approx(wanted, rel=1e-6)
@@ -272,7 +208,7 @@ def test_encoder_update_is_the_slow_one():
         (0.8, [0.5, 0.2, -0.4], 1.0, 0.951976, 1e-6),
     ],
 )
-def test_info_nce_vectors(positive, negatives, temperature, expected, tolerance):
+def test_info_nce_matches_hand_made_vectors(positive, negatives, temperature, expected, tolerance):
     loss = corro.info_nce(vectors([positive, *negatives]), temperature)
     assert loss.item() == pytest.approx(expected, abs=tolerance)
 
@@ -293,16 +229,16 @@ def test_encoder_update_compares_normalized_embeddings():
     [((0, 0), (0, 0), 0), ((1, 0), (0, 0), 0.5), ((0, 0), (math.log(4), 0), 0.806853)]
     + [((1, -2), (-math.log(4), -math.log(4)), 3.136294)],
 )
-def test_latent_kl_vectors(mean, log_var, expected):
+def test_latent_kl_matches_hand_made_vectors(mean, log_var, expected):
     assert corro.latent_kl(vectors(*mean), vectors(*log_var)).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_cvae_loss_vector():
+def test_cvae_loss_matches_a_hand_made_vector():
     target, prediction = vectors((1, 1, 2), (0, 0, 0)), vectors((0, 1, 0), (0.5, 1, 0))  # reward first
     assert corro.cvae_loss(prediction, target, vectors(0.5), 0.2).item() == pytest.approx(1.975)
 
 
-def test_aggregator_vector_and_symmetry():
+def test_aggregator_is_symmetric_and_matches_a_vector():
     aggregator = corro.Aggregator(2).double()
     with torch.no_grad():
         aggregator.score.weight.copy_(vectors((2, -1)))
@@ -314,7 +250,9 @@ def test_aggregator_vector_and_symmetry():
     torch.testing.assert_close(aggregator(points[:, :1].expand(-1, 4, -1), torch.ones(1, 4)), points[:, 0])
 
 
-SHAPES = [  # of the paper's networks: obs_dim, act_dim, E1's width, z, VAE's width, its latent, parameters of E1, VAE
+# ---- networks ---------------------------------------------------------------------------
+
+SHAPES = [  # of the paper's networks: obs_dim, act_dim, encoder's width, z, VAE's width, its latent; parameters
     (2, 2, 64, 5, 64, 5, 4_997, 1_162, 835),
     (20, 6, 64, 5, 64, 5, 7_557, 3_722, 3_413),
     (27, 8, 64, 5, 128, 64, 8_581, 24_704, 16_412),
@@ -323,73 +261,44 @@ SHAPES = [  # of the paper's networks: obs_dim, act_dim, E1's width, z, VAE's wi
 ]
 
 
-@pytest.mark.parametrize("obs_dim, act_dim, width, z_dim, cvae_width, cvae_dim, e1, vae_encoder, vae_decoder", SHAPES)
-def test_networks_have_the_papers_sizes(
-    obs_dim, act_dim, width, z_dim, cvae_width, cvae_dim, e1, vae_encoder, vae_decoder
-):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_networks_have_the_papers_sizes(shape):
+    obs_dim, act_dim, width, z_dim, cvae_width, cvae_dim, *expected = shape
     data = SimpleNamespace(obs_dim=obs_dim, act_dim=act_dim, ctx_dim=2 * obs_dim + act_dim + 1)
     sizes = {"encoder_width": width, "z_dim": z_dim, "cvae_width": cvae_width, "cvae_dim": cvae_dim}
     agent, _ = make_agent(data, **sizes)
-    nets = (agent.encoder, agent.aggregator, agent.cvae.encoder, agent.cvae.decoder)
-    sizes = [sum(p.numel() for p in net.parameters()) for net in nets]
-    assert sizes == [e1, z_dim + 1, vae_encoder, vae_decoder]
+    nets = (agent.encoder, agent.cvae.encoder, agent.cvae.decoder, agent.aggregator)
+    counts = [sum(p.numel() for p in net.parameters()) for net in nets]
+    assert counts == [*expected, z_dim + 1]
 
 
-# ---- networks ---------------------------------------------------------------------------
+def test_networks_start_as_they_should():
+    """Policies start near N(0, 1) before the tanh; the targets equal the critics, which differ."""
+    agent = corro.Agent(DATA, dc.resolve(corro.Args(**METHOD), corro.ENV_DEFAULTS))
+    for net in (agent.residual, agent.behavior):
+        weight, bias = net.net[-1].parameters()
+        assert 8e-4 < weight.abs().max() <= 1e-3 and 0 < bias.abs().max() <= 1e-3
+    for target, source in zip(agent.critic_target.parameters(), agent.critic.parameters()):
+        assert torch.equal(target, source) and not target.requires_grad
+    assert not any(map(torch.equal, *(net.parameters() for net in agent.critic.nets)))
+    assert agent.kl_coef.item() == pytest.approx(1.3)
 
 
-def test_new_agent():
-    args = dc.resolve(corro.Args(**METHOD | {"width": 400}), corro.ENV_ARGS, corro.MAY_BE_ZERO)
-    agent = corro.Agent(DATA, args)
-    for net in (agent.q, agent.shift, agent.behavior):
-        assert net.w_2.shape[1:] == (400, 400)
-        inputs = net.w_x.shape[1] + net.w_z.shape[1]
-        for name, fan_in in {"w_x": inputs, "w_z": inputs, "b_1": inputs, "w_2": 400, "b_2": 400}.items():
-            assert getattr(net, name).abs().max().item() == pytest.approx(fan_in**-0.5, rel=0.05)  # as in nn.Linear
-    assert agent.q.w_3.abs().max().item() == pytest.approx(0.05, rel=0.05)
-    for net in (agent.shift, agent.behavior):  # the first policies are nearly N(0, 1) before the tanh
-        assert 5e-4 < net.w_3.abs().max() <= 1e-3 and net.b_3.abs().max() <= 1e-3
-    assert not torch.equal(agent.q.w_3[0], agent.q.w_3[1])
-    assert all(torch.equal(p, target) for p, target in zip(agent.q.parameters(), agent.q_target.parameters()))
-    assert not any(p.requires_grad for p in agent.q_target.parameters())
-    assert agent.brac_alpha.item() == pytest.approx(1.3)
+def test_log_std_is_clamped():
+    check_clamps(make_agent()[0], [(-3, -5), (1, 2)])
 
 
-@pytest.mark.parametrize("backbone", ["brac", "sac"])
-def test_spreads_are_clamped(backbone):
-    agent, _ = make_agent(backbone=backbone)
-    raw = {"shift": vectors(9, -9), "behavior": vectors(4, -5)}  # log_std before clamping
-    with torch.no_grad():
-        for name, log_std in raw.items() if backbone == "brac" else [("shift", raw["shift"])]:
-            getattr(agent, name).w_3.zero_()
-            getattr(agent, name).b_3[0, 0] = torch.cat([vectors(0.3, 0.2), log_std])
-    mean, log_std, mean_b, log_std_b = agent.policies(normal(2, 5, OBS_DIM), normal(2, 3))
-    assert (log_std == vectors(2, -5)).all()
-    assert (mean - vectors(0.3, 0.2) * (2 if backbone == "brac" else 1)).abs().max() < 1e-12
-    if backbone == "brac":
-        assert (log_std_b == vectors(1, -3)).all() and (mean_b == vectors(0.3, 0.2)).all()
-
-
-def test_behavior_policys_spread_is_clamped_before_the_shift_is_added():
+def test_pi_beta_is_clamped_before_the_residual():
     agent, _ = make_agent()
-    with torch.no_grad():
-        for net, log_std in ((agent.shift, vectors(-1, 1)), (agent.behavior, vectors(4, -5))):
-            net.w_3.zero_()
-            net.b_3[0, 0, ACT_DIM:] = log_std
-    assert (agent.policies(normal(2, 5, OBS_DIM), normal(2, 3))[1] == vectors(0, -2)).all()
-
-
-def test_density_is_finite_where_the_tanh_is_flat():
-    mean, log_std, pre = vectors(0.0, 0.0), vectors(0.0, 0.0), vectors(30.0, -30.0)
-    # log of the slope 4 / (e^x + e^-x)^2 is 2 log 2 - 2 |x| there
-    expected = 2 * (-450 - 0.5 * math.log(2 * math.pi) - 2 * math.log(2) + 60)
-    assert corro.tanh_gaussian_logp(mean, log_std, pre).item() == pytest.approx(expected)
+    for net, log_std in ((agent.residual, -1.0), (agent.behavior, 4.0)):
+        fill_last(net, log_std)
+    assert (agent.policies(normal(2, 5, OBS_DIM), normal(2, 3))[0].log_std == 0).all()
 
 
 # ---- negatives --------------------------------------------------------------------------
 
 
-def test_negatives_by_reward_add_noise_relative_to_the_spread(known_noise):
+def test_reward_negatives_add_relative_noise(known_noise):
     agent, args = make_agent(negatives="reward")
     query = normal(ROWS, CTX_DIM)
     kept = query.clone()
@@ -412,14 +321,15 @@ def test_generative_negatives_are_decoded_from_the_prior(known_noise):
             torch.testing.assert_close(negatives[b, n, OBS_DIM + ACT_DIM :], decoded)
 
 
-def test_negatives_none_are_transitions_of_all_training_tasks(numbered):
+def test_other_negatives_come_from_all_training_tasks(numbered):
+    """The query's own task is among them."""
     agent, args = make_agent(numbered, negatives="none", num_negatives=50)
     query = numbered.episodes[0, 0, :6, :-1]
     negatives = corro.draw_negatives(agent, numbered, query, args, torch.Generator().manual_seed(0))
     assert negatives.shape == (6, 50, numbered.ctx_dim)
     task, episode, step = origin(negatives[..., REWARD])
-    assert torch.equal(negatives, numbered.episodes[task, episode, step, :-1])  # whole rows
-    for b in range(6):  # each draw its own task and transition, the query's task among them
+    assert torch.equal(negatives, numbered.episodes[task, episode, step, :-1])
+    for b in range(6):  # each negative has a draw of its own
         assert set(task[b].tolist()) == TRAIN_TASKS and len(set(zip(task[b], episode[b], step[b]))) > 25
 
 
@@ -472,17 +382,18 @@ def test_first_phases_see_the_right_tasks(kind, numbered, numbered_path, tmp_pat
             assert same_end == (kind == "reward") and (negatives[..., known] != query[:, None, known]).all()
 
 
-def test_policy_phase_infers_each_task_from_one_of_its_own_episodes(numbered, numbered_path, tmp_path, monkeypatch):
+def test_contexts_come_from_one_own_episode(numbered, numbered_path, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(  # an embedding that tells where it comes from
         corro.TransitionEncoder, "forward", lambda self, rows: rows[..., REWARD, None].expand(*rows.shape[:-1], 5)
     )
 
     def note(agent, points, *rest):  # without the standardization
-        calls.append((points * agent.spread + agent.center, *rest[:2]))
+        calls.append((points * agent.std + agent.center, *rest[:2]))
 
+    spy(monkeypatch, "update_encoder", lambda *_: None, {})
     spy(monkeypatch, "update", note)
-    own = {"gamma": 0.5, "n_step": 3, "anchor_share": 0.4}
+    own = {"gamma": 0.5, "n_step": 3, "bc_top_fraction": 0.4}
     train(numbered_path, tmp_path, total_updates=8, meta_batch=7, batch_size=9, context_size=11, **own)
     chosen = []
     for points, segment, _ in calls:
@@ -495,10 +406,10 @@ def test_policy_phase_infers_each_task_from_one_of_its_own_episodes(numbered, nu
         chosen.append(tuple(task[:, 0].tolist()))
     assert len(set(chosen)) > 4 and any(len(set(tasks)) < 7 for tasks in chosen)  # drawn anew, with replacement
     assert set(sum(chosen, ())) == TRAIN_TASKS
-    check_best([best.rew for _, _, best in calls], torch.tensor(chosen), numbered, 0.4)
+    check_best([bc_batch.rew for _, _, bc_batch in calls], torch.tensor(chosen), numbered, 0.4)
 
 
-def test_embedded_dataset_is_each_transition_through_the_encoder_standardized_over_episodes(numbered):
+def test_dataset_is_embedded_and_standardized_over_episodes(numbered):
     agent, _ = make_agent(numbered, torch.float32)
     numbered = copy.copy(numbered)
     numbered.lengths = numbered.lengths.clone()
@@ -511,11 +422,11 @@ def test_embedded_dataset_is_each_transition_through_the_encoder_standardized_ov
             rows = [slow_embedding(agent, row[:-1]).detach().double() for row in episode[:length]]
             means += [sum(rows) / length] if length else []
     center = sum(means) / len(means)
-    spread = (sum(((z - center) ** 2).sum() for z in means) / (3 * len(means))) ** 0.5
+    std = (sum(((z - center) ** 2).sum() for z in means) / (3 * len(means))) ** 0.5
     torch.testing.assert_close(agent.center.double(), center)
-    assert agent.spread.item() == pytest.approx(spread.item(), rel=1e-4)
+    assert agent.std.item() == pytest.approx(std.item(), rel=1e-4)
     for task, episode, step in [(0, 0, 0), (0, 3, 6), (5, 1, 2), (8, 2, 4)]:
-        expected = (slow_embedding(agent, numbered.episodes[task, episode, step, :-1]) - center) / spread
+        expected = (slow_embedding(agent, numbered.episodes[task, episode, step, :-1]) - center) / std
         torch.testing.assert_close(embedded[task, episode, step].double(), expected, rtol=0, atol=1e-4)
 
 
@@ -524,20 +435,20 @@ def test_a_collapsed_encoder_leaves_finite_embeddings(numbered):
     with torch.no_grad():
         agent.encoder.net[-1].weight.zero_()
         agent.encoder.net[-1].bias.copy_(vectors(1, 0, 0))
-    assert corro.embed_transitions(agent, numbered).abs().max() < 1  # not rounding errors blown up, or divided by 0
+    assert corro.embed_transitions(agent, numbered).abs().max() < 1  # rounding errors are not blown up
 
 
 # ---- adaptation -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("explore", [False, True])
-@pytest.mark.parametrize("backbone", ["brac", "sac"])
-def test_adapted_policy_is_the_mean_at_the_z_of_the_real_transitions(backbone, explore):
-    agent, _ = make_agent(backbone=backbone)
+def test_adapted_policy_acts_on_the_real_transitions(explore):
+    """With its mean action; without a transition z is 0."""
+    agent, _ = make_agent()
     context, obs = normal(3, ROWS, CTX_DIM), normal(3, OBS_DIM, seed=2)
     mask = vectors([1] * 6, [1, 0, 1, 0, 0, 0], [0] * 6)  # the last one has no transition
     agent.center.copy_(vectors(0.5, -0.2, 0.1))
-    agent.spread.fill_(0.3)
+    agent.std.fill_(0.3)
     z = corro.embed(agent, context, mask)
     act = corro.adapt(agent, context, mask, explore)(obs, None)
     assert act.shape == (3, ACT_DIM)
@@ -546,14 +457,13 @@ def test_adapted_policy_is_the_mean_at_the_z_of_the_real_transitions(backbone, e
         points = [(point - agent.center) / 0.3 for point in points]
         expected = slow_z(agent, points) if points else torch.zeros(3).double()
         torch.testing.assert_close(z[r], expected)
-        torch.testing.assert_close(act[r], torch.tanh(slow_policies(agent, obs[r], expected)[0]))
+        torch.testing.assert_close(act[r], torch.tanh(slow_policy(agent, obs[r], expected)[0].mean))
     nothing = corro.embed(agent, context[:, :0], mask[:, :0])
     assert nothing.shape == (3, 3) and (nothing == 0).all() and not z.requires_grad
 
 
-@pytest.mark.parametrize("backbone", ["brac", "sac"])
-def test_evaluation_is_that_of_slow_policies_and_critics(backbone, numbered):
-    agent, args = make_agent(numbered, backbone=backbone)
+def test_evaluation_equals_a_slow_recomputation(numbered):
+    agent, args = make_agent(numbered)
     infer = lambda rows: slow_z(agent, [slow_embedding(agent, row) for row in rows])  # noqa: E731
     check_evaluation(corro, agent, args, numbered, infer, torch.zeros(3))
 
@@ -562,7 +472,7 @@ def test_evaluation_is_that_of_slow_policies_and_critics(backbone, numbered):
 
 
 @pytest.mark.parametrize("decay", [True, False])
-def test_learning_rates(decay, numbered_path, tmp_path, monkeypatch):
+def test_learning_rates_fall_in_the_last_phase(decay, numbered_path, tmp_path, monkeypatch):
     rates = {"cvae": [], "encoder": [], "policy": []}
 
     def rate(phase, opt):
@@ -588,18 +498,10 @@ def test_seed_decides_initialization_and_batches(numbered_path, tmp_path, monkey
     assert not any(torch.equal(one, other) for one, other in zip(seen[0], seen[2]))
 
 
-@pytest.mark.parametrize("flag", [True, False])
-def test_update_is_compiled_on_demand(flag, numbered_path, tmp_path, monkeypatch):
-    compiled, original = [], corro.update
-    monkeypatch.setattr(torch, "compile", lambda f: lambda *args: (compiled.append(f), f(*args))[1])
-    train(numbered_path, tmp_path, compile=flag, total_updates=2)
-    assert compiled == [original] * 2 * flag
-
-
 def test_defaults_follow_the_family(monkeypatch):
     monkeypatch.setattr(dc, "load_dataset", lambda *_: pytest.exit)
     for env, expected, encoder in ("ant-dir", "reward", 10), ("point-robot-wind", "generative", 40):
-        for given, updates in ({}, (encoder, 5)), ({"encoder_updates": 0, "cvae_updates": 3}, (0, 3)):
+        for given, updates in ({}, (encoder, 5)), ({"encoder_updates": 2, "cvae_updates": 3}, (2, 3)):
             args = corro.Args(env=env, total_updates=10, **given)
             with pytest.raises(AttributeError):  # no data
                 corro.train(args)
@@ -610,36 +512,27 @@ def test_defaults_follow_the_family(monkeypatch):
     assert args.negatives == "none"
 
 
-def test_default_values():
+def test_numbers_match_the_official_code():
     args = corro.Args()
     assert (args.num_negatives, args.num_queries, args.temperature, args.cvae_kl_weight) == (16, 64, 0.1, 0.2)
-    assert (args.meta_batch, args.entropy_weight) == (16, 0.2)  # up to here the official code's
-    assert (args.target_noise, args.tau, args.behavior_decay) == (0.0, 0.02, 0.3)
-    assert (args.backbone, args.lr_decay, args.reward_noise, args.brac_alpha_max) == ("brac", True, 2.0, 100.0)
-    assert args.lr == args.encoder_lr == 1.2e-3
-    names = ("gamma", "reward_scale", "z_dim", "cvae_dim", "anchor_share", "brac_alpha", "brac_alpha_lr")
-    expected = {"ant-dir": (0.97, 0.5, 20, 64, 0.25, 1.0, 1e-3), "point-robot-wind": (0.9, 5.0, 5, 5, 0.25, 1.5, 0.0)}
-    for env, values in expected.items():
-        args = corro.Args(env=env, reward_noise=0.0, cvae_kl_weight=0.0, encoder_updates=0, cvae_updates=0)
-        args = dc.resolve(args, corro.ENV_ARGS, corro.MAY_BE_ZERO)
-        assert tuple(getattr(args, name) for name in names) == values and args.divergence_target == 0.2
+    assert args.meta_batch == 16
 
 
-def test_command_closest_to_the_paper():
-    command = re.search(r"Closest to the paper, ant-dir: (.*?);", corro.__doc__, re.DOTALL)[1]
-    args = dc.command_line(corro.Args, lambda args: args, corro.__doc__, command.split())
-    assert (args.backbone, args.gamma, args.reward_scale, args.lr, args.lr_decay) == ("sac", 0.99, 1, 3e-4, False)
+def test_command_comes_closest_to_the_paper():
+    command = re.search(r"Closest to the paper, ant-dir: (.*?)\.( |$)", corro.__doc__, re.DOTALL)[1]
+    args = dc.command_line(corro.Args, lambda args: args, corro.__doc__, corro.ENV_DEFAULTS, command.split())
+    assert (args.gamma, args.reward_scale, args.lr, args.lr_decay, args.n_step) == (0.99, 1, 3e-4, False, 1)
     assert (args.encoder_lr, args.encoder_width, args.z_dim, args.batch_size) == (3e-4, 64, 5, 256)
-    assert (args.total_updates, args.context_size, args.reward_noise) == (200_000, 200, 0.34)
-    assert (args.n_step, args.tau) == (1, 0.005)
+    assert (args.total_updates, args.context_size, args.reward_noise, args.tau) == (200_000, 200, 0.34, 0.005)
+    assert (args.target_noise, args.bc_top_fraction, args.bc_weight_decay) == (1, 1, 0)
 
 
 # ---- a GPU without a GPU ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, backbone", [("generative", "brac"), ("reward", "sac"), ("none", "brac")])
-def test_updates_stay_on_the_device(kind, backbone, numbered):
-    agent, args = make_agent(numbered, torch.float32, negatives=kind, backbone=backbone)
+@pytest.mark.parametrize("kind", ["generative", "reward", "none"])
+def test_updates_stay_on_the_device(kind, numbered):
+    agent, args = make_agent(numbered, torch.float32, negatives=kind)
     agent, data = to_meta(agent), dataset_on_meta(numbered)
     with OnDevice():
         query, key = data.sample(data.sample_tasks(5, None), 2, None)[..., :-1].unbind(1)
@@ -647,7 +540,7 @@ def test_updates_stay_on_the_device(kind, backbone, numbered):
             corro.update_cvae(agent, query, args)
         corro.update_encoder(agent, query, key, corro.draw_negatives(agent, data, query, args, None), args)
         tasks = data.sample_tasks(4, None)
-        points = data.sample_context(tasks, 6, None, corro.embed_transitions(agent, data))
+        points = agent.standardize(agent.encoder(data.sample_context(tasks, 6, None)))
         segment = data.sample_segments(tasks, 5, args.n_step, args.gamma, None)
         metrics = corro.update(agent, points, segment, data.sample_batch(tasks, 5, None, 0.5), args)
         corro.adapt(agent, query[:, None], torch.ones_like(query[:, :1]))(query[:, : data.obs_dim], None)
@@ -662,14 +555,9 @@ POINT = ROOT / "datasets" / "point-robot.npz"
 FIRST_PHASE = {"encoder_width": 32, "encoder_updates": 300, "negatives": "none"}
 
 
-def test_brac_learns_unseen_tasks(tmp_path):
+def test_learns_point_robot(tmp_path):
+    """On the shipped data."""
     check_learning(corro, tmp_path, **FIRST_PHASE)
-
-
-def test_sac_learns_the_training_tasks(tmp_path):
-    result = train_on_point_robot(corro, tmp_path, backbone="sac", **FIRST_PHASE)
-    assert result["eval/train/return"] > -8  # -5.7 to -6.1; batches of other tasks -13
-    assert abs(result["eval/iid/q_error"]) < 1
 
 
 def last_values(phase_updates, folder, **changes):
@@ -679,7 +567,7 @@ def last_values(phase_updates, folder, **changes):
     return {tag: float(value) for step, tag, value in read_rows(result["run_dir"]) if step == phase_updates}
 
 
-def test_encoder_learns_to_tell_the_negatives_apart(tmp_path):
+def test_encoder_learns_to_recognize_negatives(tmp_path):
     values = last_values(300, tmp_path, negatives="reward")
     assert values["losses/contrastive"] < 2 and values["stats/contrastive_acc"] > 0.3  # chance: ln 17 = 2.83, 1 / 17
 
