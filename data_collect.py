@@ -661,10 +661,10 @@ class TaskEnv(gym.vector.VectorEnv):
 
     def step(self, actions):
         """actions [B, act_dim] -> obs [B, obs_dim], rew [B], terminated [B], truncated [B], info."""
-        act = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
-        if not np.isfinite(act).all():
-            task = self.task_ids[~np.isfinite(act).all(1)][0]
+        if not np.isfinite(actions).all():
+            task = self.task_ids[~np.isfinite(actions).all(1)][0]
             raise ActionError(f"the policy's action on task {task} is not finite")
+        act = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
         live, params = self.live.copy(), self.params[self.task_ids]
         next_state, diverged = self.state.copy(), np.zeros(self.num_envs, bool)
         if live.any():
@@ -1016,6 +1016,9 @@ def collect(args):
     if path.suffix != ".npz":
         raise SystemExit(f"--out {path}: the name must end in .npz")
     params, train_ids, test_ids = family.draw()
+    for name, ids in (("train_tasks", train_ids), ("test_tasks", test_ids)):
+        if (getattr(args, name) or 0) > len(ids):
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.env} has {len(ids)}")
     train_ids, test_ids = train_ids[: args.train_tasks], test_ids[: args.test_tasks]
     used = np.union1d(train_ids, test_ids)  # keep only the chosen tasks and renumber them
     params, train_ids, test_ids = params[used], np.searchsorted(used, train_ids), np.searchsorted(used, test_ids)
@@ -1023,7 +1026,7 @@ def collect(args):
         raise SystemExit("--train-tasks 1: no other training task for foreign contexts; add --ood-contexts 0")
     settings = {k: v for k, v in asdict(args).items() if k not in ("out", "device")}
     if path.exists():
-        written = load_dataset(args.env, path).header["settings"]
+        written = load_dataset(args.env, path).header.get("settings", {})
         for key in settings:
             if settings[key] != written.get(key):
                 made = f"{path} was made with {key} {written.get(key)}, not {settings[key]}"
@@ -1078,6 +1081,8 @@ def train_policies(family, params, args, path, device, signals):
         policies["finished"].append(snapshots)
         save(None)
     signals.may_save = False
+    if signals.received:  # after the last save
+        signals.stop(signals.received)
     return policies["finished"]
 
 
@@ -1367,9 +1372,11 @@ def load_dataset(env, path=None, device="cpu"):
         made_for = header["format_version"], header["env"]
     except Exception:  # zipfile, numpy and json raise a dozen kinds on damaged bytes
         raise SystemExit(f"{shown(path)}: damaged, or not a dataset of this repository. Move it away and run: {make}")
-    if made_for != (FORMAT_VERSION, env):
-        what = f"holds {made_for[1]} in format {made_for[0]}, expected {env} in format {FORMAT_VERSION}"
-        raise SystemExit(f"{shown(path)}: {what}. Choose another --env or --dataset")
+    if made_for[1] != env:
+        raise SystemExit(f"{shown(path)} holds {made_for[1]}, not {env}. Choose another --env or --dataset")
+    if made_for[0] != FORMAT_VERSION:
+        what = f"has format {made_for[0]}, this code reads {FORMAT_VERSION}"
+        raise SystemExit(f"{shown(path)} {what}. Move it away and run: {make}")
     for key in MAY_BE_HALF:
         if key in arrays and arrays[key].dtype == np.float16:
             arrays[key] = arrays[key].astype(np.float32)
@@ -1456,7 +1463,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         mask = data.recorded(lengths)[:, : context.shape[1]].float()
         env = TaskEnv(data.family, data.task_params, row_tasks)
         own = protocol in ("online", "online_random_start")  # contexts are the agent's own episodes
-        reported = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1
+        reported, diverged = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1, 0
         for k in range(reported + MORE_EPISODES * (protocol == "online")):
             policy = adapt(context[..., : data.context_dim], mask, own and k < EXPLORATION_EPISODES)
             if protocol == "online_random_start" and k == 0:
@@ -1466,6 +1473,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
                 played = rollout(env, policy, reset_seeds(row_tasks, number, k), data.device, data.standardize)
             except ActionError as error:
                 raise SystemExit(f"evaluation {protocol}: {error}") from None
+            diverged += played["diverged"].sum()
             if k < reported:
                 last = played | {"context": context[..., : data.context_dim], "mask": mask}
             if own:
@@ -1485,8 +1493,8 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
                 results[f"eval/ood/normalized_{('near', 'middle', 'far')[k]}"] = normalized[third == k].mean()
         of_task = returns.reshape(len(tasks), episodes).mean(1)
         results |= {f"eval/{protocol}/return_task_{i:02d}": value for i, value in zip(tasks, of_task)}
-        if last["diverged"].any():
-            results[f"eval/{protocol}/diverged"] = last["diverged"].sum()
+        if diverged:
+            results[f"eval/{protocol}/diverged"] = diverged
     return {tag: float(value) for tag, value in results.items()}
 
 
@@ -1632,7 +1640,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster 
 # arguments that do not shape the training: a resumed run may change them
 FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "final_episodes", "device"}
 FREE |= {"resume", "eval_only", "run_dir", "dataset"}
-MAY_BE_ZERO = {"seed", "num_flows", "online_ft", "ood_contexts"}  # whole numbers; all others must be positive
+MAY_BE_ZERO = {"seed", "num_flows", "online_ft", "ood_contexts"}  # whole numbers; all others are positive
+MAY_BE_NEGATIVE = {"alpha_min", "target_return"}
 
 
 def command_line(args_class, train, doc, env_defaults=None, arguments=None):
@@ -1694,13 +1703,13 @@ def fill_in(args, env_defaults):
 
 
 def check_numbers(args):
-    """Whole numbers are positive, or 0 where that means none; other numbers are finite."""
+    """One line for a number that makes no sense: whole ones are positive, or 0 where that means none; all are finite."""
     for name, value in asdict(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if type(value) is int and value < (name not in MAY_BE_ZERO):
-            raise SystemExit(f"{flag}: must be at least {int(name not in MAY_BE_ZERO)}")
-        if type(value) is float and not math.isfinite(value):
-            raise SystemExit(f"{flag}: must be finite")
+        flag, least = f"--{name.replace('_', '-')} {value}", int(name not in MAY_BE_ZERO)
+        if type(value) is int and not least <= value < 2**63:
+            raise SystemExit(f"{flag}: must be at least {least}")
+        if type(value) is float and not (0 <= value < math.inf or (name in MAY_BE_NEGATIVE and math.isfinite(value))):
+            raise SystemExit(f"{flag}: must be finite and at least 0")
 
 
 @contextlib.contextmanager

@@ -82,5 +82,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with dc.one_line_faults():
+    with dc.one_line_errors():
         main()

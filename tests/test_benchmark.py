@@ -153,7 +153,7 @@ def test_tables_are_of_one_quality_of_the_data(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr("sys.argv", command + more)
         report.main()
         header, _, row = capsys.readouterr().out.splitlines()[:3]
-        assert header == "| normalized | seeds | iid | clone | ood | online | train |"
+        assert header == "| normalized | seeds | iid | bc | ood | online | train |"
         assert row.startswith(f"| flora | 1 | {normalized}")
     monkeypatch.setattr("sys.argv", [*command, "--quality", "expert"])
     with pytest.raises(SystemExit, match="no row of point-robot, expert data"):
@@ -172,7 +172,7 @@ def test_gains_are_paired_by_seed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [*command, "focal"])
     report.main()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert table[0] == ["family", "more than focal", "seeds", "iid", "ood", "ood_random", "online", "np_online", "idaq"]
+    assert table[0] == ["family", "more than focal", "seeds", "iid", "ood", "ood_random", "online", "online_random_start", "idaq"]
     csro = ["point-robot", "csro", "1", "0", "", "", "", "", ""]  # -0.2 is no minus
     idaq = ["point-robot", "idaq", "2", "2 ± 2", "", "", "-1", "", "45 ± 15"]  # 0, 4; -1; 40 - 10, 80 - 20
     assert sorted(row for row in table[2:] if row) == [csro, idaq]
@@ -196,12 +196,12 @@ def test_arms_and_variants_are_averaged_over_their_own_runs(tmp_path, capsys):
     assert plain.split(" | ")[3] == "-3.25 ± 0.75" and plain.endswith("|  | 0.75 ± 0.75 | 0.00 ± 0.00 |")
 
 
-def test_variants_are_paired_with_their_clone_and_with_the_full_method_by_seed(tmp_path, capsys):
+def test_variants_are_paired_with_cloning_and_with_the_full_method_by_seed(tmp_path, capsys):
     for seed, value in enumerate((-4.0, -6.0, -2.0)):
         write_run(tmp_path / "runs", "flora", seed, [value, value])
-    for seed, value, clone in ((2, -1.0, -3.5), (1, -3.0, -4.5)):
+    for seed, value, bc in ((2, -1.0, -3.5), (1, -3.0, -4.5)):
         path = write_run(tmp_path / "runs", "flora-plain", seed, [value, value]) / "result.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"eval/clone/return": clone}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eval/bc/return": bc}))
         path = path.with_name("metrics.csv")
         path.write_text(path.read_text().replace("q_error,3.0", f"q_error,{3 + seed}"))  # the last one
     write_run(tmp_path / "other", "flora", 0, [50.0, 50.0], quality="random")  # of that name, but of other data
@@ -428,7 +428,7 @@ def test_cheetahs_way_begins_anew_with_each_task(monkeypatch):
 
     def adapt(agent, context, mask):
         def policy(obs, rew):
-            seen.append(obs[:, 17] * data.obs_spread[17] + data.obs_mean[17])
+            seen.append(obs[:, 17] * data.obs_std[17] + data.obs_mean[17])
             return torch.ones(len(obs), 6)
 
         return policy
@@ -666,11 +666,11 @@ def test_speed_prints_the_row_of_a_method(tiny_path, tmp_path):
 def to_the_told_goal(data, rows):
     """In the place of focal.adapt: every row walks to the goal that it is told; their number goes to `rows`."""
 
-    def adapt(agent, context, mask, explore=False, clone=False):
+    def adapt(agent, context, mask, explore=False, bc=False):
         train = torch.as_tensor(data.task_params[data.train_ids])
         told = references.focal.Encoder(None, 2, None)(context, mask) * train.std(0) + train.mean(0)
         rows.append(len(told))
-        return lambda obs, rew: ((told - obs * data.obs_spread - data.obs_mean) * 10).clamp(-1, 1)
+        return lambda obs, rew: ((told - obs * data.obs_std - data.obs_mean) * 10).clamp(-1, 1)
 
     return adapt
 
@@ -683,7 +683,7 @@ def test_the_reference_is_told_every_rows_own_task(tiny_path, monkeypatch):
     monkeypatch.setattr(references.focal, "value", lambda agent, args, context, mask, obs: torch.zeros(obs.shape[:2]))
     results = references.evaluate_all(None, data, references.Args(env="point-robot", gamma=0.9), None, 2)
     assert sorted(set(rows)) == [2 * 3, 2 * 6]  # episodes x tasks, for test and training
-    for protocol in ("iid", "train", "clone"):  # straight to a goal at distance 1: 1 + 0.9 + ... if along an axis
+    for protocol in ("iid", "train", "bc"):  # straight to a goal at distance 1: 1 + 0.9 + ... if along an axis
         assert results[f"eval/{protocol}/return"] > -5.5, protocol
     assert not any(key.startswith(("eval/ood", "eval/online", "eval/zero_shot")) for key in results)
     tasks = np.array([3, 0, 7])
@@ -752,7 +752,7 @@ def test_the_counted_model_finds_its_way_in_tasks_it_has_never_seen(tmp_path, mo
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line]
     assert [len(line) for line in lines] == [8] * 3 + [11] * 3
     score = {name: [float(x) for x in cell.split(" ± ")] for name, cell in zip(lines[0][1:], lines[2][1:])}
-    assert score["iid"][0] > 35 and score["online"][0] > 15 and score["np_online"][0] > 15
+    assert score["iid"][0] > 35 and score["online"][0] > 15 and score["online_random_start"][0] > 15
     assert score["iid"][0] > score["ood_random"][0] > 10 > score["zero_shot"][0] and 2 < score["iid"][1] < 15
     own = [float(x) for x in lines[5][1:]]
     assert own[9] > own[0] + 20
