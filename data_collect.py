@@ -1703,7 +1703,7 @@ def fill_in(args, env_defaults):
 
 
 def check_numbers(args):
-    """One line for a number that makes no sense: whole ones are positive, or 0 where that means none; all are finite."""
+    """One line for a senseless number: whole ones are positive, or 0 where that means none; others at least 0."""
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')} {value}", int(name not in MAY_BE_ZERO)
         if type(value) is int and not least <= value < 2**63:

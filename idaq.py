@@ -107,7 +107,7 @@ ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for f
 # ---- networks ---------------------------------------------------------------
 
 
-# SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py
+# SHARED: identical in all scripts with this actor-critic
 class MLP(nn.Module):
     """Network on [x, z]: two hidden layers, each linear, layer norm, ReLU; then a linear output."""
 
@@ -128,7 +128,7 @@ class MLP(nn.Module):
         return self.net(torch.cat([x, z[:, None].expand(-1, x.shape[1], -1)], -1))
 
 
-# SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py
+# SHARED: identical in all scripts with this actor-critic
 class Twin(nn.Module):
     """Two MLPs with the same sizes and different initial weights."""
 
@@ -158,7 +158,7 @@ class Encoder(nn.Module):
 # ---- losses -----------------------------------------------------------------
 
 
-# SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py
+# SHARED: identical in all scripts with this actor-critic
 class Gaussian(NamedTuple):
     """A policy's normal distribution before the tanh that bounds its actions."""
 
@@ -182,13 +182,13 @@ class Gaussian(NamedTuple):
         return (0.5 * ((2 * log_ratio).exp() + distance - 1) - log_ratio).sum(-1)  # [ours: B2]
 
 
-# SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py
+# SHARED: identical in all scripts with this actor-critic
 def n_step(steps, final, segment):
     """Discounted sum: steps [M, B, n, F] along a segment, final [M, B, F] after it -> [M, B, F]."""
     return (segment.discount[..., None] * steps).sum(2) + segment.bootstrap[..., None] * final  # [ours: B3]
 
 
-# SHARED: identical in flora.py, focal.py, csro.py, er_trl.py, focal_pp.py
+# SHARED: identical in flora.py, focal.py, unicorn.py, csro.py, er_trl.py, focal_pp.py
 def metric_loss(z, task_ids, eps=1e-3):
     """z [M, z_dim], task_ids [M] -> scalar over pairs: root mean square within a task, inverse mean square across."""
     distance = (z[:, None] - z).pow(2).mean(-1)  # [M, M]
@@ -230,7 +230,7 @@ class Agent(nn.Module):
         """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> Q of both critics [2, M, B]."""
         return self.critic(torch.cat([obs, act], -1), z)[..., 0]
 
-    # SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py
+    # SHARED: identical in all scripts with this actor-critic
     def behavior_policy(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> Gaussian of pi_beta."""
         mean, log_std = self.behavior(obs, z).chunk(2, -1)
@@ -244,7 +244,7 @@ class Agent(nn.Module):
         mean, log_std = self.residual(obs, z).chunk(2, -1)
         return Gaussian(pi_beta.mean + mean, (pi_beta.log_std + log_std).clamp(-5, 2)), pi_beta  # [ours: B2]
 
-    # SHARED: identical in flora.py, focal.py, unicorn.py, corro.py, csro.py, er_trl.py, focal_pp.py
+    # SHARED: identical in all scripts with this actor-critic
     def act(self, obs, z, bc=False):
         """obs [M, B, obs_dim], z [M, z_dim] -> mean action [M, B, act_dim] in (-1, 1) of pi, or of pi_beta with bc."""
         pi, pi_beta = self.policies(obs, z)
