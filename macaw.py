@@ -282,7 +282,7 @@ class Agent(nn.Module):
         return masked_mean((self.value(weights, rows.obs) - rows.ret).pow(2), rows.mask)
 
     def policy_loss(self, weights, rows, adv, with_head=False):
-        """Advantage-weighted regression (AWR), with_head plus the regression of the advantage head: adv [M, B] -> [M]."""
+        """Advantage-weighted regression (AWR), with_head also the advantage head's regression: adv [M, B] -> [M]."""
         args, layers, h = self.args, self.policy_net.layers, self.policy_net.hidden(weights, rows.obs)
         mean = layers[3](weights[3], h).tanh()
         logp = gaussian_logp(mean, rows.act, args.policy_std)
