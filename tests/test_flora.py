@@ -12,7 +12,8 @@ import pytest
 import torch
 from actor_critic_suite import DATA, TASK_IDS, ActorCriticSuite, check_evaluation, make_context, slow_logp, slow_metric
 from actor_critic_suite import slow_multiplier_and_targets, slow_policy
-from conftest import ROOT, OnDevice, dataset_on_meta, load, pattern, read_rows, slow_layers, slow_net, slow_twin, to_meta
+from conftest import ROOT, OnDevice, dataset_on_meta, load, pattern, read_rows
+from conftest import slow_layers, slow_net, slow_twin, to_meta
 from torch.distributions import Normal, kl_divergence
 
 import data_collect as dc
