@@ -389,7 +389,7 @@ def update(agent, task_ids, context, segment, bc_batch, args):
     z, mean, var, prior_kl = agent.infer(context, mask, noise)
     weights = agent.weights(z)  # [M, 1, F]
     with torch.no_grad():  # policies and bootstrap values never train the encoder
-        z_mean, _ = agent.flows(mean)  # [ours: D4]
+        z_mean = agent.flows(mean)[0].detach()  # [ours: D4]
 
     # 2 targets; phi is taken at the sample z, as where it is trained, the bootstrap value at z_mean
     alpha = agent.arms.take(agent.arm)  # indexing with a 0-d tensor would synchronize with the device

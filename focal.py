@@ -209,11 +209,12 @@ def dual_divergence(c_data, c_policy):
 def dual_penalty(dual, obs, act, z, mode):
     """Mean square of how far the dual critic's slope in the action exceeds 1: obs [M, B, obs_dim], act [M, B, act_dim],
     between the data's and the policy's actions -> scalar. With mode "output" its value takes the place of the slope."""
-    slope = dual(torch.cat([obs, act.requires_grad_()], -1), z)[..., 0]  # [M, B]
+    act = act.detach().requires_grad_()
+    size = dual(torch.cat([obs, act], -1), z)[..., 0]  # [M, B]
     if mode == "gradient":
-        (gradient,) = torch.autograd.grad(slope.sum(), act, create_graph=True)
-        slope = torch.sqrt(1e-8 + gradient.pow(2).sum(-1))
-    return (slope.abs() - 1).clamp(min=0).pow(2).mean()
+        (gradient,) = torch.autograd.grad(size.sum(), act, create_graph=True)
+        size = torch.sqrt(1e-8 + gradient.pow(2).sum(-1))
+    return (size.abs() - 1).clamp(min=0).pow(2).mean()
 
 
 # ---- agent ------------------------------------------------------------------
@@ -323,15 +324,15 @@ def update(agent, task_ids, context, segment, bc_batch, dual_batches, args):
         bc_act = torch.atanh(bc_batch.act.clamp(-0.999, 0.999))  # before the tanh, finite at the bounds
         bc_loss = -agent.behavior_policy(bc_batch.obs, z).log_prob(bc_act).mean()  # [ours: B1]
         bc_loss.backward()
-        kl = pi.kl(pi_beta).mean()
+        kl, fit_loss = pi.kl(pi_beta).mean(), {"losses/behavior": bc_loss}
     else:
-        bc_loss, c_data = update_dual(agent, obs, act, pi_act.detach(), z, args)
+        dual_loss, c_data = update_dual(agent, obs, act, pi_act.detach(), z, args)
         for batch in dual_batches:
             with torch.no_grad():
                 other_act = torch.tanh(agent.policies(batch.obs, z)[0].sample())
-            bc_loss, c_data = update_dual(agent, batch.obs, batch.act, other_act, z, args)
+            dual_loss, c_data = update_dual(agent, batch.obs, batch.act, other_act, z, args)
         c_policy = agent.dual(torch.cat([obs, pi_act], -1), z)[..., 0]
-        kl = dual_divergence(c_data, c_policy).mean()
+        kl, fit_loss = dual_divergence(c_data, c_policy).mean(), {"losses/dual": dual_loss}
     actor_loss = agent.kl_coef * kl - q
     if args.entropy_weight:
         actor_loss = actor_loss + args.entropy_weight * pi.log_prob(pi_pre).mean()
@@ -344,14 +345,15 @@ def update(agent, task_ids, context, segment, bc_batch, dual_batches, args):
     with torch.no_grad():
         # Lagrange multiplier: it grows while the KL exceeds its target
         agent.kl_coef.add_(args.kl_coef_lr * (kl - args.kl_target)).clamp_(0, args.kl_coef_max)
-        torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
+        for target, parameter in zip(agent.critic_target.parameters(), agent.critic.parameters()):
+            target.lerp_(parameter, args.tau)
 
     # metrics
     metrics = {
         "losses/encoder": encoder_loss,
         "losses/q": q_loss,
         "losses/actor": actor_loss,
-        "losses/behavior" if args.divergence == "primal" else "losses/dual": bc_loss,
+        **fit_loss,
         "stats/q_mean": q,
         "stats/divergence": kl,
         "stats/kl_coef": agent.kl_coef.clone(),

@@ -292,7 +292,8 @@ def update(agent, task_ids, context, segment, bc_batch, args):
     with torch.no_grad():
         # Lagrange multiplier: it grows while the KL exceeds its target
         agent.kl_coef.add_(args.kl_coef_lr * (kl - args.kl_target)).clamp_(0, args.kl_coef_max)
-        torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
+        for target, parameter in zip(agent.critic_target.parameters(), agent.critic.parameters()):
+            target.lerp_(parameter, args.tau)
 
     # metrics
     metrics = {

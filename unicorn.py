@@ -367,7 +367,8 @@ def update(agent, labels, context, segment, bc_batch, args):
         if args.backbone == "brac":
             # Lagrange multiplier: it grows while the KL exceeds its target
             agent.kl_coef.add_(args.kl_coef_lr * (kl - args.kl_target)).clamp_(0, args.kl_coef_max)
-        torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
+        for target, parameter in zip(agent.critic_target.parameters(), agent.critic.parameters()):
+            target.lerp_(parameter, args.tau)
 
     # metrics
     metrics = {f"losses/{name}": loss for name, loss in parts.items()}

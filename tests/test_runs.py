@@ -29,6 +29,7 @@ import flora
 import focal
 
 SCRIPTS = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
+ACTOR_CRITICS = SCRIPTS[:8]
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 40, "log_every": 10, "eval_every": 20}
 SMALL |= {"save_every": 10, "eval_episodes": 1, "final_episodes": 2, "meta_batch": 4, "batch_size": 8}
 SMALL |= {"context_size": 8, "width": 16}
@@ -42,7 +43,7 @@ CASES = {  # case: script, its arguments
     "unicorn-ss-0": ("unicorn", {"variant": "ss-0"}),
     "corro": ("corro", {"encoder_updates": 20}),
     "corro-generative": ("corro", {"negatives": "generative", "encoder_updates": 20}),
-    "corro-none": ("corro", {"negatives": "none", "backbone": "sac", "encoder_updates": 20}),
+    "corro-none": ("corro", {"negatives": "none", "encoder_updates": 20}),
     "csro": ("csro", {}),
     "er_trl": ("er_trl", {}),
     "idaq": ("idaq", {}),
@@ -115,7 +116,8 @@ def marked_blocks(name):
             above = re.match(r" *# SHARED: identical in (.*)", lines[node.lineno - 2])
             if above:
                 source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-                blocks[node.name] = source, set(re.findall(r"(\w+)\.py", above[1]))
+                others = set(re.findall(r"(\w+)\.py", above[1])) or set(ACTOR_CRITICS) - {name}
+                blocks[node.name] = source, others
     return blocks
 
 
@@ -134,7 +136,8 @@ def test_arguments_of_run_are_identical():
     blocks = set()
     for name in SCRIPTS:
         source = inspect.getsource(importlib.import_module(name).Args)
-        blocks.add(source[: source.index("    # data and evaluation")].replace(f'"{name}"', '"name"'))
+        source = source[: source.index("    # data and evaluation")].replace(f'"{name}"', '"name"')
+        blocks.add(re.sub(r"updates of .* \[", "updates [", source))
     assert len(blocks) == 1
 
 
@@ -188,12 +191,13 @@ def test_help_explains_every_argument(name, capsys):
 def test_run_trains_everything_and_reports_everything(case, straight):
     done = straight(case)
     still = [name for name, p in done.agent.named_parameters() if torch.equal(p, done.before[name])]
+    still = [name for name in still if not (case == "unicorn-sup" and name.startswith("behavior."))]  # SAC has none
     assert set(still) <= {"aggregator.score.bias"}  # a softmax is blind to a common shift
     result = done.result
     for protocol in dc.PROTOCOLS:
         assert {f"eval/{protocol}/{figure}" for figure in ("return", "return_se", "normalized")} <= result.keys()
     assert ("eval/iid/q_error" in result) == (CASES[case][0] not in ("macaw", "meta_dt"))
-    assert ("eval/bc/return" in result) == (case not in ("focal-dual", "unicorn-sup", "corro-none", "macaw", "meta_dt"))
+    assert ("eval/bc/return" in result) == (case not in ("focal-dual", "unicorn-sup", "macaw", "meta_dt"))
     assert all(math.isfinite(value) for tag, value in result.items() if tag != "run_dir")
     assert result["step"] == 40 and result["cpu_s"] > 0
     assert json.loads((done.run_dir / "result.json").read_text()) == result
@@ -227,7 +231,7 @@ def test_learning_rate_falls_in_second_half(decay, tiny_path, tmp_path, monkeypa
     update, rates = flora.update, []
 
     def spy(agent, *inputs):
-        rates.append(agent.opt.param_groups[0]["lr"])
+        rates.append(agent.critic_opt.param_groups[0]["lr"])
         return update(agent, *inputs)
 
     monkeypatch.setattr(flora, "update", spy)
@@ -263,7 +267,7 @@ def cut_run(case, tiny_path, folder, after, end=Killed):
         return update(*inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in vars(script) if name.startswith("update")]:
+        for name in {"update", "update_encoder", "update_cvae", "update_world_model"} & vars(script).keys():
             patch.setattr(script, name, functools.partial(counted, getattr(script, name)))
         with pytest.raises(end):
             run(case, tiny_path, folder)
@@ -400,7 +404,7 @@ def test_evaluation_settings_may_change(straight, tmp_path):
 
     result = evaluate("macaw", online_ft=1, ft_value_steps=1, ft_policy_steps=1)
     assert math.isfinite(result["online_ft/return_ep_1"])
-    result = evaluate("meta_dt", target_return="train_max")
+    result = evaluate("meta_dt", target_return="task_max")
     assert result["eval/zero_shot/return"] != straight("meta_dt").result["eval/zero_shot/return"]
 
 
