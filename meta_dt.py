@@ -13,8 +13,8 @@ One update of the world model (1, 2: the first phase) or of the transformer (3, 
   3 draw     a window from one of the best episodes; a prompt, where the errors of 2 are large, from another episode
   4 regress  |transformer(prompt, window) - a|^2 trains the transformer
 Differences from the paper and the official code, tagged in the code:
-  D1  before an episode there are zeros (code: the previous episode; at test only zeros until h steps are done)
-  D2  the last world model is kept, trained on --context-size 64 steps per episode (code: the best on test tasks; 1)
+  D1  a context has zeros before its episode (code: the previous episode; at test only zeros until h steps are done)
+  D2  the last world model, of 8,000 updates with 16 x 64 steps (code: the best on test tasks, of 4,200,000 with 128)
   D3  --prompt-dropout 0.25 --prompt-episodes any, drawn anew (code: first none, then always; three stored, drawn once)
   D4  the prompt's start is drawn by its error in training, the argmax at test (paper: the argmax; code: drawn)
   D5  --target-return train_top, known from the training tasks (code: task_max, from the test task's own data)
