@@ -20,12 +20,13 @@ Differences from the paper and the official code, tagged in the code:
   D4  standardized observations; returns divided by their standard deviation, clipped to +-100 ([code]: neither)
   D5  the V in the target of 3 blends generated weights, once ([code]: parameters, after each inner step)
   D6  the ablation --no-weight-transform has plain layers ([code]: layers with a learned bias input)
-  D7  16 tasks, 64 + 32 rows, 8,000 updates, --lr-decay ([code]: 5 distinct ones, 256 + 256, 1,000,000, no decay)
+  D7  16 tasks, 64 + 32 rows, 8,000 updates, rates 1e-3, --lr-decay ([code]: 5, 256 + 256, 1,000,000, 1e-4 and 1e-5, no)
   D8  --online-ft moves generated weights, first adapted to a recorded episode ([code]: parameters, random-policy data);
       it keeps all own episodes, and its steps begin after the first ([code]: 50,000 transitions, after 25 episodes)
   D9  as [code], advantages are standardized, their weights capped: --max-weight 20 (paper: exp(A / temperature))
+  D10 an inner step sees all inner rows ([code]: its part); evaluation contexts are of one episode ([code]: of all)
 Closest to the paper: --gamma 0.99 --meta-batch 5 --batch-size 256 --context-size 256 --inner-rows buffer --lr 1e-4
-  --value-lr 1e-5 --no-lr-decay --total-updates 1000000 --online-ft 100 --ft-lr 1e-5. No flag reaches D3 to D6, D8, D9.
+  --value-lr 1e-5 --no-lr-decay --total-updates 1000000 --online-ft 100 --ft-lr 1e-5. No flag reaches D3 to D6, D8-D10.
 """
 
 import math
@@ -181,7 +182,7 @@ class Net(nn.Module):
             return each.sum(), each
 
         for _ in range(steps):
-            grads, (_, each) = torch.func.grad_and_value(total, has_aux=True)(weights)
+            grads, (_, each) = torch.func.grad_and_value(total, has_aux=True)(weights)  # [ours: D10]
             losses.append(each.detach())
             moved = [layer.step(*inputs) for layer, *inputs in zip(self.layers, latents, pasts, grads, rates)]
             latents, pasts, weights = zip(*moved)
