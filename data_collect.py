@@ -1640,7 +1640,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster 
 # arguments that do not shape the training: a resumed run may change them
 FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "final_episodes", "device"}
 FREE |= {"resume", "eval_only", "run_dir", "dataset"}
-MAY_BE_ZERO = {"seed", "num_flows", "online_ft", "ood_contexts"}  # whole numbers; all others are positive
+MAY_BE_ZERO = {"seed", "num_flows", "online_ft", "ood_contexts", "world_model_updates"}  # whole numbers; all others are positive
 MAY_BE_NEGATIVE = {"alpha_min", "target_return"}
 
 

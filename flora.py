@@ -1,17 +1,17 @@
 """FLORA: flow-based task inference and adaptive correction of feature overgeneralization.
 
 Wang, Li, Wang, Bennis, AAAI-26, https://arxiv.org/abs/2601.07164. There is no official code; (n) is an equation there.
-Features phi explain the reward, successor features psi are their discounted sum. Asked at actions that the data lack,
-psi is too high: targets are lowered by |alpha| times the disagreement of two networks, and a bandit adapts alpha. The
-task is a Gaussian posterior that planar flows bend. Shapes: M tasks, B transitions of each, F features.
-  q_0(z | context) Gaussian of the encoder, q = q_0 after the flows    z [M, z_dim] task latent, a sample of q
-  z_mean [M, z_dim] image of q_0's mean, used at test (0: no context)  W [M, 1, F] task weights W(z)
+Training data are offline; a new task is known by a context of its transitions. Features phi explain the reward, psi are
+their discounted sums. At actions that the data lack psi is too high, so targets are lowered by |alpha| times the
+disagreement of two networks; a bandit adapts alpha. Planar flows transform the Gaussian posterior of the task z.
+  M tasks, B segments of n transitions, F features                     z [M, z_dim] task latent, a sample of q
+  q_0(z | context) Gaussian of the encoder, q = q_0 after the flows    W [M, 1, F] task weights W(z)
+  z_mean [M, z_dim] image of q_0's mean, used at test (0: no context)  pi(s, z), pi_beta(s, z) policy, behavior policy
   phi [M, B, F] of (s, a, s', z): reward = phi . W (3)                 psi [2, M, B, F] of (s, a, z): Q = psi . W (4)
-  pi_beta(s, z) model of the policy that collected the data            pi(s, z) policy
 One update; all gradients are taken before an optimizer steps:
   1 infer    z and z_mean = flows of a sample and of the mean of q_0 (14-16)
-  2 targets  psi' = mean + alpha std of the two target psi at s', pi's action, z_mean (8, 9)
-             y = sum_i gamma^i r_i + gamma^n psi' . W;  y_psi = sum_i gamma^i phi_i + gamma^n psi'
+  2 targets  psi' = mean + alpha std of the two target psi at s_n, pi's action, z_mean (8, 9)
+             y = sum_i gamma^i r_i + gamma^n psi' . W(z_mean);  y_psi = sum_i gamma^i phi_i + gamma^n psi'
   3 critic   L_r = (r - phi . W)^2 / 2 trains phi and W (5);  L_psi = Huber(psi - y_psi) trains psi (11)
   4 encoder  rho3 (L_r + L_psi) - log p(y) + rho2 KL(q || N(0, I)) trains encoder and flows (17, 18)
   5 policy   maximum likelihood trains pi_beta;  rho1 KL(pi || pi_beta) - min Q trains pi at z_mean (12, 13)
@@ -19,7 +19,7 @@ One update; all gradients are taken before an optimizer steps:
 Differences from the paper, tagged [ours: ..] in the code; D are FLORA's, B the shared actor-critic's:
   D1  W = softmax, so a lower feature never raises Q: --weight-activation softmax (paper: silent)
   D2  log p(y): mean over transitions with the fitted mean and variance of Q - y, times --likelihood-weight 32 (silent)
-  D3  the bandit sees the critic's value of initial states: --bandit-feedback offline (paper: rollout)
+  D3  the bandit sees the critic's value of initial states, itself raised by alpha: --bandit-feedback (paper: rollout)
   D4  policy, pi_beta and bootstrap values use z_mean, all other losses the sample z (paper: the sample)
   D5  point families: --encoder-lr 3e-4 (paper: silent) and a fixed rho1, --kl-coef-lr 0 (paper: rho1 is trained)
   B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: 1 and 0)
@@ -164,8 +164,8 @@ class Encoder(nn.Module):
         self.net = nn.Sequential(*layers, nn.Linear(width, 2 * z_dim))
 
     def forward(self, context, mask):
-        """context [M, K, ctx_dim] of (s, a, r, s'), mask [M, K] 1 = real -> mean [M, z_dim], var [M, z_dim] > 0; both
-        NaN without any transition."""
+        """context [M, K, ctx_dim] of (s, a, r, s'), mask [M, K] 1 = real, at least one each -> mean [M, z_dim], var
+        [M, z_dim] > 0."""
         means, raw = self.net(context).chunk(2, -1)  # [M, K, z_dim] each
         precisions = mask[..., None] / F.softplus(raw).clamp(min=1e-7)
         var = 1 / precisions.sum(1)
@@ -182,11 +182,11 @@ class PlanarFlows(nn.Module):
         self.b = nn.Parameter(torch.zeros(num_flows))
 
     def invertible_u(self):
-        """u, moved along w so that w . u becomes softplus(w . u + c) - 1 > -1 and every flow is invertible (Rezende &
-        Mohamed 2015, with c = 0); c = log(e - 1) keeps u = 0 where it is -> [num_flows, z_dim]."""
-        wu = (self.w * self.u).sum(-1, keepdim=True)
-        norm2 = (self.w**2).sum(-1, keepdim=True).clamp(min=1e-12)
-        return self.u + (F.softplus(wu + math.log(math.e - 1)) - 1 - wu) * self.w / norm2
+        """u, moved along w until w . u = softplus(old w . u + c) - 1 > -1, which makes every flow invertible (Rezende &
+        Mohamed 2015, with c = 0); c = log(e - 1) leaves u = 0 as it is -> [num_flows, z_dim]."""
+        old = (self.w * self.u).sum(-1, keepdim=True)
+        new = F.softplus(old + math.log(math.e - 1)) - 1
+        return self.u + (new - old) * self.w / (self.w**2).sum(-1, keepdim=True).clamp(min=1e-12)
 
     def forward(self, z):
         """z_0 [M, z_dim] -> z [M, z_dim], log |det dz / dz_0| [M]."""
@@ -194,7 +194,7 @@ class PlanarFlows(nn.Module):
         for u, w, b in zip(self.invertible_u(), self.w, self.b):  # [z_dim], [z_dim], scalar
             h = torch.tanh(z @ w + b)  # [M]
             det = 1 + (1 - h**2) * (w @ u)  # of this flow
-            log_det = log_det + det.clamp(min=1e-6).log()  # (Eq. 16)
+            log_det = log_det + det.clamp(min=1e-6).log()  # (Eq. 16); det > 0 except for rounding
             z = z + u * h[:, None]  # (Eq. 14)
         return z, log_det
 
@@ -246,6 +246,11 @@ def n_step(steps, final, segment):
     return (segment.discount[..., None] * steps).sum(2) + segment.bootstrap[..., None] * final  # [ours: B3]
 
 
+def disagreement(psi):
+    """psi [2, .., F] of two networks -> their standard deviation per feature [.., F]."""
+    return (psi[0] - psi[1]).abs() / math.sqrt(2)  # (Eq. 8)
+
+
 def reward_loss(phi, weights, rew):
     """phi [M, B, F], weights [M, 1, F], rew [M, B] -> scalar."""
     return 0.5 * (rew - (phi * weights).sum(-1)).pow(2).mean()  # (Eq. 3, 5)
@@ -259,11 +264,11 @@ def feature_loss(psi, psi_target):
 def value_log_likelihood(psi, weights, q_target):
     """psi [2, M, B, F], weights [M, 1, F], q_target [M, B] -> scalar: mean log p(y) of a transition, up to a constant.
 
-    Q - y is Gaussian, for each network with its own mean and variance over the batch. The mean is fitted, too: if it
-    were 0, the encoder would bend z only to remove an error of Q that all tasks have in common."""
+    Q - y is Gaussian, for each network with its own mean and variance over the batch. With a mean of 0, a bias of Q
+    that all tasks share would dominate, which tells nothing of the task."""
     error = (psi * weights).sum(-1) - q_target  # [2, M, B]
     variance = error.var((1, 2), correction=0)
-    return -0.5 * (variance + 1e-6).log().mean()  # first term of (Eq. 17), at the fitted moments  [ours: D2]
+    return -0.5 * (variance + 1e-6).log().mean()  # of (Eq. 17); (error - mean)^2 / variance is 1 on average  [ours: D2]
 
 
 def posterior_kl(z_0, z, mean, var, log_det):
@@ -377,7 +382,8 @@ class Agent(nn.Module):
 
 def update(agent, task_ids, context, segment, bc_batch, args):
     """One step of every network. task_ids [M]; context [M, K, ctx_dim]; segment: dc.Segment, drawn independently of the
-    context: obs, act, next_obs [M, B, n, ..], rew and discount [M, B, n], bootstrap [M, B]; bc_batch: dc.Batch
+    context: obs, act, next_obs [M, B, n, ..], rew [M, B, n], discount [M, B, n] = gamma^i, bootstrap [M, B] = gamma^n,
+    or 0 after a termination; past an episode's end its last transition repeats with discount 0. bc_batch: dc.Batch
     [M, B, ..] from the best episodes -> dict of detached 0-d tensors."""
     obs, act = segment.obs[:, :, 0], segment.act[:, :, 0]
     rew = args.reward_scale * segment.rew  # [M, B, n]
@@ -389,16 +395,16 @@ def update(agent, task_ids, context, segment, bc_batch, args):
     z, mean, var, prior_kl = agent.infer(context, mask, noise)
     weights = agent.weights(z)  # [M, 1, F]
     with torch.no_grad():  # policies and bootstrap values never train the encoder
-        z_mean = agent.flows(mean)[0].detach()  # [ours: D4]
+        z_mean, _ = agent.flows(mean.detach())  # [ours: D4]
 
-    # 2 targets; phi is taken at the sample z, as where it is trained, the bootstrap value at z_mean
+    # 2 targets: phi at z, since step 3 trains it there; psi' and its W at z_mean
     alpha = agent.arms.take(agent.arm)  # indexing with a 0-d tensor would synchronize with the device
     with torch.no_grad():
-        next_obs = segment.next_obs[:, :, -1]  # the last of the segment, shorter where the episode ends
+        next_obs = segment.next_obs[:, :, -1]  # s_n
         pi, _ = agent.policies(next_obs, z_mean)
         next_act = torch.tanh(pi.sample(args.target_noise))
         next_psi = agent.psi_target(torch.cat([next_obs, next_act], -1), z_mean)  # [2, M, B, F]
-        next_psi = next_psi.mean(0) + alpha * next_psi.std(0)  # (Eq. 8, 9): [M, B, F]; std = |difference| / sqrt(2)
+        next_psi = next_psi.mean(0) + alpha * disagreement(next_psi)  # (Eq. 9): [M, B, F]
         next_q = (next_psi * agent.weights(z_mean)).sum(-1, keepdim=True)
         q_target = n_step(rew[..., None], next_q, segment)[..., 0]  # y of (Eq. 17): [M, B]
         path_phi = agent.phi(transitions.flatten(1, 2), z).unflatten(1, rew.shape[1:])  # [M, B, n, F]
@@ -410,7 +416,7 @@ def update(agent, task_ids, context, segment, bc_batch, args):
     psi = agent.psi(torch.cat([obs, act], -1), z)  # [2, M, B, F]
     loss_r = reward_loss(phi, weights, rew[..., 0])
     loss_psi = feature_loss(psi, psi_target)
-    (loss_r + loss_psi).backward(inputs=agent.critic_params, retain_graph=True)  # they share no parameters
+    (loss_r + loss_psi).backward(inputs=agent.critic_params, retain_graph=True)  # loss_psi reaches psi alone
 
     # 4 encoder and flows
     agent.encoder_opt.zero_grad()
@@ -455,8 +461,8 @@ def update(agent, task_ids, context, segment, bc_batch, args):
         "stats/divergence": kl,
         "stats/kl_coef": agent.kl_coef.clone(),
         "stats/alpha": alpha,
-        "stats/std_data": psi.std(0).mean(),
-        "stats/std_policy": pi_psi.std(0).mean(),
+        "stats/std_data": disagreement(psi).mean(),
+        "stats/std_policy": disagreement(pi_psi).mean(),
         "stats/weight_perplexity": perplexity(weights),
         "z/between_std": mean.std(0, correction=min(1, len(mean) - 1)).mean(),
         "z/posterior_std": var.sqrt().mean(),
@@ -470,7 +476,7 @@ def update(agent, task_ids, context, segment, bc_batch, args):
 
 
 def embed(agent, context, mask):
-    """context [R, K, ctx_dim] of R evaluated episodes, mask [R, K], each with a transition -> z_mean [R, z_dim]."""
+    """context [R, K, ctx_dim] of R evaluated episodes, mask [R, K] -> z_mean [R, z_dim]."""
     with torch.no_grad():
         return agent.infer(context, mask, 0.0)[0]
 
@@ -484,12 +490,13 @@ def adapt(agent, context, mask, explore=False, bc=False):
     if explore:
         noise.normal_(generator=generator)
     with torch.no_grad():
-        z = torch.where(mask.any(1, keepdim=True), agent.infer(context, mask, noise)[0], noise)
+        inferred = agent.infer(context, mask, noise)[0]
+        z = torch.where(mask.any(1, keepdim=True), inferred, noise)  # the prior N(0, I) is on z, after the flows
     return lambda obs, rew: agent.act(obs[:, None], z, bc)[:, 0]
 
 
 def value(agent, args, context, mask, obs):
-    """The smaller Q of the policy's own action at obs [R, n, obs_dim] -> [R, n] in units of the reward."""
+    """Q of the policy's own action at obs [R, n, obs_dim], of the lower network -> [R, n] in units of the reward."""
     z = embed(agent, context, mask)
     return agent.q(obs, agent.act(obs, z), z).amin(0) / args.reward_scale
 
@@ -511,7 +518,8 @@ def bandit_return(agent, data, args, generator):
         mean = dc.evaluate(data, partial(adapt, agent), ("train",), 1)["eval/train/return"]
         return torch.tensor(mean / data.return_std, device=data.device)
     context = data.sample_context(data.train_tasks, args.context_size, generator)
-    obs = data.episodes[data.train_tasks][:, : data.min_episodes, 0, : data.obs_dim]  # [tasks, episodes, obs_dim]
+    first = data.episodes[data.train_tasks][:, : data.min_episodes, 0]  # first transitions [tasks, episodes, ..]
+    obs = first[..., : data.obs_dim]
     with torch.no_grad():
         z = embed(agent, context, torch.ones_like(context[..., 0]))
         return agent.q(obs, agent.act(obs, z), z).mean() / (args.reward_scale * data.return_std)
