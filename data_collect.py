@@ -1878,14 +1878,16 @@ def training_state(agent):
     return {"agent": agent.state_dict(), "opts": opts, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
 
 
-def restore_training(agent, saved):
+def restore_training(agent, saved, weights_only=False):
     """Take over what `training_state` gave; ValueError if it is of other networks."""
     try:
         agent.load_state_dict(saved["agent"])
-        for name, opt in optimizers(agent).items():
+        for name, opt in optimizers(agent).items() if not weights_only else ():
             opt.load_state_dict(saved["opts"][name])
     except (KeyError, RuntimeError, ValueError):  # what torch raises
         raise ValueError("other networks") from None
+    if weights_only:
+        return
     cpu, *cuda = saved["rng"]
     torch.set_rng_state(cpu)
     torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
@@ -1942,14 +1944,18 @@ class Run:
                 raise SystemExit(f"{flag}: the run to resume has {saved['args'][name]}; drop the flag")
         if self.data.header != saved["data"]:
             raise SystemExit(f"{self.data.path} is not the file that {self.dir} was trained on; use that: --dataset")
+        self.steps, self.rows, self.born = saved["steps"], saved["rows"], self.born - saved["seconds"]
+        if not self.args.eval_only and "opts" not in saved:
+            raise SystemExit(f"--resume {self.dir}: it holds weights only; add --eval-only")
         try:
-            restore_training(self.agent, saved)
+            restore_training(self.agent, saved, weights_only=self.args.eval_only)
         except ValueError as fault:
             raise SystemExit(f"--resume {self.dir}: the checkpoint is of {fault}; start anew without --resume")
-        self.steps, self.rows, self.born = saved["steps"], saved["rows"], self.born - saved["seconds"]
+        if self.args.eval_only:
+            return
         if saved["device"] == self.data.device.type:
             self.generator.set_state(saved["generator"])
-        elif not self.args.eval_only:  # a generator's state fits its own kind of device alone
+        else:  # a generator's state fits its own kind of device alone
             torch.manual_seed(self.args.seed + sum(self.steps.values()))
             self.generator.manual_seed(self.args.seed + sum(self.steps.values()))
             print(f"note: the run comes from another device; on {self.data.device} it does not go on bit for bit")

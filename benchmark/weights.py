@@ -1,0 +1,50 @@
+"""Small copies of finished runs to ship: the weights in half precision, without optimizers, with arguments and results.
+
+Run:  python benchmark/weights.py RUN_DIR .. --out checkpoints
+A copy can be evaluated and drawn: python flora.py --resume checkpoints/flora-small-ant-dir --eval-only
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import data_collect as dc  # noqa: E402
+
+KEPT = ("version", "script", "args", "data", "device", "steps", "rows", "seconds")
+
+
+def copy(run_dir, folder):
+    """-> the new folder {exp_name}-{env} with checkpoint.pt, args.json and result.json."""
+    if not (run_dir / "result.json").exists():
+        raise SystemExit(f"{run_dir} is no finished run")
+    about = json.loads((run_dir / "args.json").read_text())["args"]
+    target = folder / f"{about['exp_name']}-{about['env']}"
+    target.mkdir(parents=True, exist_ok=True)
+    saved = dc.read_saved(run_dir / "checkpoint.pt", "finish the run anew")
+    half = {name: value.half() if value.is_floating_point() else value for name, value in saved["agent"].items()}
+    dc.atomic_save(
+        target / "checkpoint.pt", lambda file: torch.save({key: saved[key] for key in KEPT} | {"agent": half}, file)
+    )
+    for name in ("args.json", "result.json"):
+        shutil.copy(run_dir / name, target)
+    return target
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="finished runs")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints"), help="parent of the copies")
+    args = parser.parse_args()
+    for run_dir in args.runs:
+        print(copy(run_dir, args.out))
+
+
+if __name__ == "__main__":
+    with dc.one_line_errors():
+        main()
