@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import HERE, band, finished_runs, picture, print_table, pyplot, read, revisit
+from report import COLORS, HERE, band, canvas, finished_runs, picture, print_table, pyplot, read, revisit, save
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -48,10 +48,6 @@ def spread(values, digits=2):
     return f"{values.mean():.{digits}f}{error}"
 
 
-def axes(columns, rows=1):
-    return pyplot().subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), layout="constrained", squeeze=False)
-
-
 # ---- a, b: what decomposition and correction do to the critic -----------------
 
 
@@ -71,9 +67,9 @@ def figure1(files, env, figure):
     if not groups:
         lists, file = "figure1.txt or ablations.txt", files / "curves.csv"
         raise SystemExit(f"no run of {lists} on {env} in {file}; see benchmark/README.md")
-    quantities = {"Q error": "q_error", "D_KL(pi || pi_beta)": "divergence"}
-    fig, grid = axes(len(groups), len(quantities)) if figure else (None, None)
-    table = []
+    quantities = {"Q error (Q - return)": "q_error", "D_KL(pi || pi_beta)": "divergence"}
+    size, table = {"figsize": (max(2.2 * len(groups) + 0.4, 4), 4.4), "layout": "constrained"}, []
+    fig, grid = pyplot().subplots(len(quantities), len(groups), squeeze=False, **size) if figure else (None, None)
     for column, (data, names) in enumerate(groups.items()):
         for variant, name in names.items():
             rows = curves[name].values()
@@ -87,12 +83,14 @@ def figure1(files, env, figure):
             table.append([data, variant, str(len(own)), *(spread(cell) if len(cell) else "" for cell in cells)])
             steps = [int(row["updates"]) for row in next(iter(rows))]
             for line, (label, c) in enumerate(quantities.items() if figure else ()):
-                band(grid[line, column], steps, found[c], label=variant)
+                color = COLORS["flora" if variant == "full" else f"flora-{variant}"]
+                band(grid[line, column], steps, found[c], label=variant, color=color)
                 grid[line, column].set(title=f"{data} data" if line == 0 else "", ylabel="" if column else label)
     header = ["data", "variant", "seeds", "iid", "Q error", "largest error", "divergence"]
     print_table([*header, "iid - bc's", "iid - full's", "Q error - full's"], table)
     if figure:
-        grid[0, 0].legend(fontsize=7, frameon=False)
+        fig.suptitle(f"{env}: FLORA and its variants", weight="bold")
+        fig.legend(*grid[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3 + len(groups) // 2)
         for axis in grid[-1]:
             axis.set_xlabel("updates")
         fig.savefig(figure, dpi=140)
@@ -157,20 +155,22 @@ def by_length(lengths, script, agent, data, args):
     return [r["eval/iid/normalized"] for r in results]
 
 
-def length(runs, figure, horizon):
-    lengths = [n for n in (1, 2, 5, 10, 20, 50, 100, 200) if n <= horizon]
-    fig, grid = axes(1) if figure else (None, None)
+def length(runs, figure, env):
+    lengths = [n for n in (1, 2, 5, 10, 20, 50, 100, 200) if n <= dc.FAMILIES[env].horizon]
+    fig, axis = canvas() if figure else (None, None)
     rows = []
     for name, seeds in runs.items():
         found = np.array([revisit(run_dir, partial(by_length, lengths)) for run_dir in seeds.values()])
         rows.append([name, str(len(found)), *(spread(found[:, k], 0) for k in range(len(lengths)))])
         if figure:
-            band(grid[0, 0], lengths, found, label=name)
+            band(axis, lengths, found, label=name, color=COLORS.get(name))
     print_table(["normalized, by transitions in the context", "seeds", *map(str, lengths)], rows)
     if figure:
-        grid[0, 0].set(xscale="log", xlabel="transitions in the context", ylabel="normalized return")
-        grid[0, 0].legend(fontsize=7, frameon=False)
-        fig.savefig(figure, dpi=140)
+        axis.set(xscale="log", xlabel="transitions in the context", ylabel="normalized return (random 0, expert 100)")
+        axis.set_title(f"{env}: unseen tasks, context of their own data")
+        axis.set_xticks(lengths, lengths)
+        axis.minorticks_off()
+        save(fig, figure)
 
 
 # ---- which part of the context tells the task --------------------------------
@@ -253,9 +253,9 @@ def drifting(own, script, agent, data, args):
     return rewards, since
 
 
-def drift(runs, figure):
+def drift(runs, figure, env):
     parts = {"all": (0, STEPS), "1-25 after a change": (0, 25), "26-100": (25, 100), "later": (100, STEPS)}
-    fig, grid = axes(1) if figure else (None, None)
+    fig, axis = canvas() if figure else (None, None)
     rows = []
     for name, seeds in runs.items():
         for own in (True, False):
@@ -266,12 +266,13 @@ def drift(runs, figure):
             rows.append([name, str(len(seeds)), context, *(spread(cell, 3) for cell in cells)])
             if figure:
                 curves = np.array([[r[s == k].mean() for k in range(200)] for r, s in after])
-                band(grid[0, 0], range(200), curves, label=f"{name}, {context}", linestyle="-" if own else ":")
+                label = f"{name},\n{context}"
+                band(axis, range(200), curves, label=label, color=COLORS.get(name), linestyle="-" if own else ":")
     print_table(["reward per step", "seeds", "context", *parts], rows)
     if figure:
-        grid[0, 0].set(xlabel="steps since the task changed", ylabel="reward per step")
-        grid[0, 0].legend(fontsize=7, frameon=False)
-        fig.savefig(figure, dpi=140)
+        axis.set(xlabel="steps since the task changed", ylabel="mean reward of the step")
+        axis.set_title(f"{env}: tasks that change about every {GAP} steps")
+        save(fig, figure)
 
 
 def main():
@@ -295,11 +296,11 @@ def main():
     if args.claim == "features":
         features(runs)
     elif args.claim == "length":
-        length(runs, args.figure, dc.FAMILIES[args.env].horizon)
+        length(runs, args.figure, args.env)
     elif args.claim == "parts":
         parts(runs)
     else:
-        drift(runs, args.figure)
+        drift(runs, args.figure, args.env)
 
 
 if __name__ == "__main__":

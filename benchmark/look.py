@@ -3,8 +3,9 @@
 Run:  python benchmark/look.py RUN_DIR .. --figure paths.png            # point robots and ants, from above
       python benchmark/look.py RUN_DIR .. --z z.png                     # z of the test tasks' episodes, on a plane
       python benchmark/look.py RUN_DIR --frames pictures --tasks 21 30  # picture after picture, with MuJoCo's renderer
-Each run has its panel. The context of each test task is its first recorded episode. Pictures need a machine on which
-MuJoCo can draw without a window (set MUJOCO_GL=egl); 20 pictures a second make a film of the speed of life, with
+Each run has its panel. The policy plays the first episode of the evaluation's --protocol, with that episode's context:
+iid (an episode of the task's own data) or ood (one by another task's policy). Pictures need a machine on which MuJoCo
+can draw without a window (set MUJOCO_GL=egl); 20 pictures a second make a film of the speed of life, with
 ffmpeg -framerate 20 -i pictures/task21-%03d.png film.mp4
 """
 
@@ -19,15 +20,16 @@ from report import picture, pyplot, revisit
 import data_collect as dc
 
 
-def play(tasks, script, agent, data, args):
-    """One episode on each task -> the family, the tasks, params [B, P], states [B, H + 1, S] of the simulation."""
+def play(tasks, script, agent, data, args, protocol="iid"):
+    """The first episode of that protocol of `dc.evaluate` on each task -> the family, the tasks, params [B, P], states
+    [B, H + 1, S] of the simulation."""
     tasks = data.test_ids if tasks is None else np.array(tasks)
     if not np.isin(tasks, data.test_ids).all():
         raise SystemExit(f"--tasks: the test tasks are {', '.join(map(str, data.test_ids))}")
-    context, lengths = data.episodes[tasks, 0, :, :-1], data.lengths[tasks, 0]
+    context, mask = first_context(data, protocol, tasks)
     env = dc.TaskEnv(data.family, data.task_params, tasks)
-    policy = script.adapt(agent, context, (torch.arange(context.shape[1]) < lengths[:, None]).float())
-    obs, _ = env.reset(seed=(10_000 + 97 * tasks).tolist())
+    policy = script.adapt(agent, context, mask)
+    obs, _ = env.reset(seed=dc.reset_seeds(tasks, 0, 0))
     rew, states = np.zeros(len(tasks)), [env.state.copy()]
     while env.live.any():
         with torch.no_grad():
@@ -40,25 +42,48 @@ def play(tasks, script, agent, data, args):
     return data.family, tasks, data.task_params[tasks], np.stack(states, 1)
 
 
-def colors_of(params):
-    """params [B, P] -> colors [B, 4] in their order, that of the angle in two dimensions."""
-    order = np.arctan2(params[:, 1], params[:, 0]) if params.shape[1] == 2 else params[:, 0]
-    return pyplot().cm.hsv(order.argsort().argsort() / len(params))  # neighboring tasks look alike
+def first_context(data, protocol, tasks):
+    """The context of the protocol's first episode on some test tasks -> context [B, K, context_dim], mask [B, K]."""
+    context, lengths, _ = dc.initial_context(data, protocol, data.test_ids, 1)
+    if context is None:
+        raise SystemExit(f"--protocol {protocol}: these data have no such context")
+    rows = [list(data.test_ids).index(task) for task in tasks]
+    mask = data.recorded(lengths)[:, : context.shape[1]].float()
+    return context[rows, :, : data.context_dim], mask[rows]
+
+
+def key_of(params):
+    """params [B, P] -> color key: of the angle in two dimensions, else of the first parameter; what it shows."""
+    plot = pyplot()
+    if params.shape[1] != 2:
+        value, limits, colors, what = params[:, 0], (None, None), plot.cm.viridis, "first parameter of the task"
+    else:
+        value, what = np.degrees(np.arctan2(params[:, 1], params[:, 0])) % 360, "angle of the task [degrees]"
+        limits = (0, 360 if value.max() > 181 else 180)  # all directions, or goals on a half circle
+        hues = plot.cm.hsv(np.linspace(0, 1 if limits[1] == 360 else 0.8, 256))
+        colors = plot.matplotlib.colors.ListedColormap(0.85 * hues[:, :3])  # dark enough on white
+    key = plot.cm.ScalarMappable(plot.Normalize(*limits), colors)
+    key.set_array(value)
+    key.autoscale_None()
+    return key, what
 
 
 def draw_paths(axis, family, tasks, params, states):
-    """Each task's path in the plane, and where it should lead: a goal, or a direction."""
+    """Each task's path in the plane, and where it should lead: a goal, or a direction. -> `key_of` the tasks."""
     if not isinstance(family, (dc.Point, dc.Ant)):
         raise SystemExit("--figure: only point robots and ants move in a plane; use --frames (other robots) or --z")
     plane = states if isinstance(family, dc.Point) else states[..., 1:3]  # [B, H + 1, 2]
-    size = np.linalg.norm(plane, axis=-1).max()
-    for line, param, color in zip(plane, params, colors_of(params)):
-        axis.plot(*line.T, color=color, linewidth=1)
+    size, (key, what) = np.linalg.norm(plane, axis=-1).max(), key_of(params)
+    for line, param, color in zip(plane, params, key.to_rgba(key.get_array())):
+        axis.plot(*line.T, color=color, linewidth=1.2)
         if isinstance(family, dc.PointRobot):
             axis.plot(*param, "x", color=color)
+            what = "angle of the goal (x) [degrees]"
         elif isinstance(family, dc.AntDir):
             axis.plot(*np.outer(param, (0, size)), ":", color=color, linewidth=0.8)
+            what = "direction to walk (dotted) [degrees]"
     axis.set(aspect="equal", xlabel="x [m]", ylabel="y [m]")
+    return key, what
 
 
 def embedded(script, agent, data, args):
@@ -70,17 +95,26 @@ def embedded(script, agent, data, args):
 
 
 def draw_z(axis, points, params):
-    axis.scatter(*points.T, color=colors_of(params), s=12)
-    axis.set(xlabel="first component of z", ylabel="second")
+    key, what = key_of(params)
+    axis.scatter(*points.T, color=key.to_rgba(key.get_array()), s=12)
+    axis.set(xlabel="first principal component of z", ylabel="second")
+    return key, what
 
 
-def draw_panels(runs, path, draw, look):
-    """For each run what `draw` makes, on an axis, of what `look` finds in it."""
-    figure, axes = pyplot().subplots(1, len(runs), figsize=(4.2 * len(runs), 4.2), squeeze=False, layout="constrained")
-    for axis, run_dir in zip(axes[0], runs):
-        draw(axis, *revisit(run_dir, look))
-        axis.set_title(run_dir.resolve().parent.name)
-    figure.savefig(path, dpi=110)
+def draw_panels(runs, path, draw, *looks, rows=("",)):
+    """Panels, a column per run and a row per look, named by `rows`: what `draw` makes, on an axis, of what the look
+    finds in the run. draw -> color key and its name, or None."""
+    size = {"figsize": (3.4 * len(runs), 3.4 * len(looks)), "layout": "compressed"}
+    figure, axes = pyplot().subplots(len(looks), len(runs), squeeze=False, **size)
+    for look, row, line in zip(looks, rows, axes):
+        for axis, run_dir in zip(line, runs):
+            key = draw(axis, *revisit(run_dir, look))
+            axis.set_title(run_dir.resolve().parent.name + row)
+    if key:
+        figure.colorbar(key[0], ax=axes, label=key[1], shrink=0.8)
+    families = {run_dir.resolve().parent.parent.name for run_dir in runs}
+    figure.suptitle(f"{', '.join(sorted(families))}, unseen tasks", weight="bold")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def draw_frames(family, tasks, states, folder):
@@ -114,6 +148,9 @@ def main():
     parser.add_argument("--z", type=picture, help="where to write the embeddings (png)")
     parser.add_argument("--frames", type=Path, help="folder for the pictures of the first run's robot (png)")
     parser.add_argument("--tasks", type=int, nargs="+", help="test tasks; by default all")
+    parser.add_argument(
+        "--protocol", choices=("iid", "ood", "ood_random"), nargs="+", default=["iid"], help="contexts of the paths"
+    )
     args = parser.parse_args()
     if not (args.figure or args.z or args.frames):
         parser.error("nothing to draw: give --figure, --z or --frames")
@@ -121,11 +158,12 @@ def main():
         if not (run_dir / "result.json").exists():
             raise SystemExit(f"{run_dir} is no finished run")
     if args.figure:
-        draw_panels(args.runs, args.figure, draw_paths, partial(play, args.tasks))
+        looks = [partial(play, args.tasks, protocol=protocol) for protocol in args.protocol]
+        draw_panels(args.runs, args.figure, draw_paths, *looks, rows=[f", {p} context" for p in args.protocol])
     if args.z:
         draw_panels(args.runs, args.z, draw_z, embedded)
     if args.frames:
-        family, tasks, _, states = revisit(args.runs[0], partial(play, args.tasks))
+        family, tasks, _, states = revisit(args.runs[0], partial(play, args.tasks, protocol=args.protocol[0]))
         draw_frames(family, tasks, states, args.frames)
 
 

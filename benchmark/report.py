@@ -3,6 +3,7 @@
 Run:  python benchmark/report.py --add runs         # copy what is finished below runs/ into results.csv and curves.csv
       python benchmark/report.py --env ant-dir      # tables of results.csv: mean and its standard error over seeds
       python benchmark/report.py --compare flora --env ant-dir point-robot   # over families, with 95 % intervals
+      python benchmark/report.py --story docs/story.png              # the README's picture
       python benchmark/report.py --write docs/RESULTS.md README.md   # the tables in these files anew
 results.csv has a row per run and protocol, curves.csv a row per run and evaluation during the training. A run that is
 there already, by family, data, experiment name and seed, is replaced, so that the files grow over many sittings.
@@ -45,6 +46,34 @@ PARTS = {  # further tables: title -> protocols
     "own episodes": [f"ep_{k}" for k in range(1, 11)],
     "own episodes, IDAQ": [f"idaq_{k}" for k in range(1, 11)],
     "ood, normalized, by distance": ["near", "middle", "far"],
+}
+COLORS = {  # of an experiment in all figures; other names take matplotlib's colors
+    "flora": "#d62728",
+    "flora-metric": "#ff8c1a",
+    "focal": "#4a9fe0",
+    "focal_pp": "#16398f",
+    "meta_dt": "#2ca02c",
+    "macaw": "#8e44ad",
+    "idaq": "#00a39a",
+    "unicorn": "#e377c2",
+    "corro": "#8c564b",
+    "csro": "#a89a00",
+    "er_trl": "#7f7f7f",
+    "known-task": "#000000",
+    "known-task-all-episodes": "#b5b5b5",
+    "flora-no-flows": "#e0b400",
+    "flora-no-correction": "#00bcd4",
+    "flora-neither": "#1b5e4a",
+    "flora-plain": "#c2187a",
+    "flora-all-episodes": "#5c4033",
+}
+STORY = {  # methods in the README's picture -> their names there
+    "flora": "FLORA",
+    "flora-metric": "FLORA + metric",
+    "focal": "FOCAL",
+    "focal_pp": "FOCAL++",
+    "meta_dt": "Meta-DT",
+    "macaw": "MACAW",
 }
 
 
@@ -400,14 +429,20 @@ def pyplot():
 
 
 def canvas():
-    plot = pyplot()
-    figure, axes = plot.subplots(figsize=(6.4, 4.6), layout="constrained")
-    axes.set_prop_cycle(color=plot.get_cmap("tab20").colors)  # more than ten methods
+    figure, axes = pyplot().subplots(figsize=(8, 4.4), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
     return figure, axes
 
 
 def save(figure, path):
-    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    """Legend on the right, ordered by the last value of each curve."""
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    order = sorted(range(len(lines)), key=lambda k: -np.ravel(lines[k].get_ydata())[-1])
+    if lines:
+        style = {"fontsize": 9, "frameon": False, "title": "ordered by last value", "alignment": "left"}
+        legend = ([lines[k] for k in order], [labels[k] for k in order])
+        figure.legend(*legend, loc="outside right center", **style)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
 
@@ -430,20 +465,14 @@ def draw(groups, data, path, over="updates"):
             continue
         x = np.mean([[float(row[over]) for row in rows] for rows in seeds.values()], 0)
         values = np.array([[float(row["iid"]) for row in rows] for rows in seeds.values()])
-        band(
-            axes,
-            x / (60 if over == "cpu_s" else 1),
-            values,
-            label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})",
-        )
+        label = f"{name} ({len(values)} seed{'s' * (len(values) > 1)})"
+        band(axes, x / (60 if over == "cpu_s" else 1), values, label=label, color=COLORS.get(name))
     expert = data.expert_returns[data.test_ids].mean()
-    for label, level, style in (
-        ("expert", expert, "--"),
-        ("mean return of the training data", data.behavior_return, ":"),
-    ):
+    for label, level, style in (("expert", expert, "--"), ("training data, mean", data.behavior_return, ":")):
         axes.axhline(level, color="gray", linestyle=style, linewidth=1, label=label)
-    label = "updates" if over == "updates" else "CPU time [minutes], all phases and evaluations included"
-    axes.set(xlabel=label, ylabel="return on the test tasks (iid context)", title=data.env)
+    label = "updates of the policy" if over == "updates" else "CPU time with all phases and evaluations [minutes]"
+    title = f"{data.env}: unseen tasks, context of their own data"
+    axes.set(xlabel=label, ylabel="mean return per episode", title=title)
     axes.set_ylim(top=expert + 0.05 * abs(expert))  # in some families all returns are negative
     save(figure, path)
 
@@ -453,12 +482,72 @@ def draw_episodes(groups, env, path):
     figure, axes = canvas()
     for name, seeds in groups.items():
         for part, label in (("own episodes", name), ("own episodes, IDAQ", f"{name}, its adaptation")):
-            of_run = [{r["protocol"]: float(r["return"] or "nan") for r in rows} for rows in seeds.values()]
-            whole = [[run[p] for p in PARTS[part]] for run in of_run if set(PARTS[part]) <= run.keys()]
-            if whole:  # runs of an older protocol have five episodes
-                band(axes, range(1, len(whole[0]) + 1), np.array(whole), label=label, marker=".")
-    axes.set(xlabel="own episodes", ylabel="return on the test tasks", title=env)
+            values = of_episodes(seeds, PARTS[part])
+            if len(values):
+                style = {"color": COLORS.get(name), "linestyle": "-" if label == name else "--"}
+                band(axes, range(1, values.shape[1] + 1), values, label=label, marker=".", **style)
+    title = f"{env}: unseen tasks, context of own episodes"
+    axes.set(xlabel="own episode", ylabel="mean return of the episode", title=title, xticks=range(1, 11))
     save(figure, path)
+
+
+def of_episodes(seeds, protocols):
+    """Returns [seeds, episodes] of the runs that have all these protocols; older runs have five episodes."""
+    of_run = [{r["protocol"]: float(r["return"] or "nan") for r in rows} for rows in seeds.values()]
+    return np.array([[run[p] for p in protocols] for run in of_run if set(protocols) <= run.keys()])
+
+
+def apart(heights, gap):
+    """Move heights of labels until `gap` lies between any two; their order stays."""
+    order, heights = np.argsort(heights), np.sort(np.array(heights, float))
+    for _ in range(500):
+        overlap = np.maximum(gap - np.diff(heights), 0) / 2
+        heights[:-1] -= overlap
+        heights[1:] += overlap
+    return heights[order.argsort()]
+
+
+def draw_story(files, path):
+    """The README's picture, of Ant-Dir. Left: return over own episodes. Right: normalized return with a context of the
+    task's own data, and with one recorded by another task's policy. Bands, bars: one standard error over seeds."""
+    kept, names = files / "results.csv", {*STORY, "known-task"}
+    groups = chosen(kept, "ant-dir", names)
+    if absent := ", ".join(sorted(names - groups.keys())):
+        raise SystemExit(f"no row of ant-dir, {absent}, in {kept}; make runs: see benchmark/README.md")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, source in ((left, "own episodes"), (right, "recorded data")):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(f"Ant-Dir, adapting to {source}", loc="left", weight="bold")
+
+    ends, label = {}, {"va": "center", "weight": "bold"}
+    for name in STORY:
+        values = of_episodes(groups[name], PARTS["own episodes"])
+        band(left, range(1, values.shape[1] + 1), values, color=COLORS[name], marker=".", linewidth=2)
+        ends[name] = values[:, -1].mean()
+    for name, height in zip(ends, apart(list(ends.values()), gap=30)):
+        left.text(10.3, height, STORY[name], color=COLORS[name], **label)
+    told = np.mean([float(row["return"]) for row in of(groups["known-task"], "iid")])
+    left.axhline(told, color="gray", linestyle="--", linewidth=1)
+    left.text(10, told + 8, "policy that knows the direction", color="dimgray", ha="right", va="bottom", fontsize=9)
+    left.set(xlabel="own episode in an unseen direction", ylabel="return of the episode")
+    left.set(xticks=range(1, 11), xlim=(0.8, 10.2), ylim=(-40, told + 45))
+
+    both = {n: [[float(r["normalized"]) for r in of(groups[n], p)] for p in ("iid", "ood")] for n in STORY}
+    ranking = sorted(STORY, key=lambda name: np.mean(both[name][1]))
+    for row, name in enumerate(ranking):
+        right.plot([np.mean(v) for v in both[name]], [row, row], color=COLORS[name], linewidth=3, alpha=0.35)
+        for values, face in zip(both[name], (COLORS[name], "white")):
+            style = {"color": COLORS[name], "markerfacecolor": face, "markersize": 9, "capsize": 4}
+            right.errorbar(np.mean(values), row, xerr=np.std(values, ddof=1) / len(values) ** 0.5, fmt="o", **style)
+    for face, text in (("dimgray", "this task's policy"), ("white", "another task's policy")):
+        right.plot([], [], "o", color="dimgray", markerfacecolor=face, markersize=8, label=text)
+    right.legend(loc="upper left", frameon=False, title="data recorded by", alignment="left")
+    right.set_yticks(range(len(ranking)), [STORY[name] for name in ranking])
+    for text, name in zip(right.get_yticklabels(), ranking):
+        text.set(color=COLORS[name], **label)
+    right.set(xlabel="normalized return (random 0, expert 100)", xlim=(-12, 100))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
 
 
 def write(path):
@@ -499,6 +588,7 @@ def main():
         "--over", choices=("updates", "cpu_s"), default="updates", help="what --figure has on its x-axis"
     )
     parser.add_argument("--adaptation", type=picture, help="where to write the returns over own episodes (png)")
+    parser.add_argument("--story", type=picture, help="where to write the README's picture (png)")
     parser.add_argument("--only", nargs="+", help="experiment names; by default all but ablations and variants")
     parser.add_argument("--quality", default="mixed", help="of the data, for the tables of families")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
@@ -510,6 +600,8 @@ def main():
         raise SystemExit(f"--only {' '.join(sorted(unknown))}: no such name in {args.files / 'results.csv'}")
     if args.add:
         return add(args.add, args.files)
+    if args.story:
+        return draw_story(args.files, args.story)
     if args.compare:
         return print_comparison(args.files / "results.csv", args.compare, args.env, args.only)
     if args.gain:
