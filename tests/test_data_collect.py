@@ -201,12 +201,13 @@ def test_reset_draws_around_the_models_pose(name):
 # ---- TaskEnv ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", dc.FAMILIES)
-def test_action_that_is_not_finite_is_refused(name):
+def test_action_not_finite_is_refused(name, bad):
     env = make_env(name, [0, 1, 0])
     env.reset(seed=0)
     before, act = env.state.copy(), np.zeros((3, env.family.act_dim), np.float32)
-    act[1, -1] = np.nan
+    act[1, -1] = bad
     with pytest.raises(dc.ActionError, match="task 1 is not finite"):
         env.step(act)
     assert np.array_equal(env.state, before)
