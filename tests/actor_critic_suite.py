@@ -442,7 +442,7 @@ class ActorCriticSuite:
             assert net.net[3].weight.shape == (64, 64) and net.net[6].weight.shape == (out_dim, 64)
         for net in (agent.residual, agent.behavior):
             weight, bias = net.net[-1].parameters()
-            assert 8e-4 < weight.abs().max() <= 1e-3 and 0 < bias.abs().max() <= 1e-3
+            assert -1e-3 <= weight.min() < -8e-4 and 8e-4 < weight.max() <= 1e-3 and 0 < bias.abs().max() <= 1e-3
         for target, source in zip(agent.critic_target.parameters(), agent.critic.parameters()):
             assert torch.equal(target, source) and not target.requires_grad
         assert not any(map(torch.equal, *(net.parameters() for net in agent.critic.nets)))

@@ -201,6 +201,9 @@ def test_run_trains_everything_and_reports_everything(case, straight):
     assert all(math.isfinite(value) for tag, value in result.items() if tag != "run_dir")
     assert result["step"] == 40 and result["cpu_s"] > 0
     assert json.loads((done.run_dir / "result.json").read_text()) == result
+    rows = [(step, tag) for step, tag, _ in read_rows(done.run_dir)]
+    assert {step for step, tag in rows if tag.startswith("losses/")} == {10, 20, 30, 40}  # log_every, in each phase
+    assert {step for step, tag in rows if tag == "eval/iid/return"} == {20, 40}  # eval_every, and the last
     last = {tag: float(value) for step, tag, value in read_rows(done.run_dir) if step == 40}
     assert all(last[tag] == value for tag, value in result.items() if tag.startswith(("eval/", "z/")))
 
