@@ -1879,9 +1879,10 @@ def training_state(agent):
 
 
 def restore_training(agent, saved, weights_only=False):
-    """Take over what `training_state` gave; ValueError if it is of other networks."""
+    """Take over what `training_state` gave; ValueError if it is of other networks. Weights alone may lack what only
+    training uses, such as target networks."""
     try:
-        agent.load_state_dict(saved["agent"])
+        agent.load_state_dict(agent.state_dict() | saved["agent"] if weights_only else saved["agent"])
         for name, opt in optimizers(agent).items() if not weights_only else ():
             opt.load_state_dict(saved["opts"][name])
     except (KeyError, RuntimeError, ValueError):  # what torch raises

@@ -1,4 +1,4 @@
-"""Small copies of finished runs to ship: the weights in half precision, without optimizers, with arguments and results.
+"""Small copies of finished runs to ship: the weights that act, in half precision, with arguments and results.
 
 Run:  python benchmark/weights.py RUN_DIR .. --out checkpoints
 A copy can be evaluated and drawn: python flora.py --resume checkpoints/flora-small-ant-dir --eval-only
@@ -6,6 +6,7 @@ A copy can be evaluated and drawn: python flora.py --resume checkpoints/flora-sm
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ def copy(run_dir, folder):
     target = folder / f"{about['exp_name']}-{about['env']}"
     target.mkdir(parents=True, exist_ok=True)
     saved = dc.read_saved(run_dir / "checkpoint.pt", "finish the run anew")
-    half = {name: value.half() if value.is_floating_point() else value for name, value in saved["agent"].items()}
+    used = {name: value for name, value in saved["agent"].items() if not re.search(r"_target\.|^key_", name)}
+    half = {name: value.half() if value.is_floating_point() else value for name, value in used.items()}
     dc.atomic_save(
         target / "checkpoint.pt", lambda file: torch.save({key: saved[key] for key in KEPT} | {"agent": half}, file)
     )
