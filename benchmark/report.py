@@ -40,7 +40,7 @@ CURVES = (*KEY, "updates", "cpu_s", "iid", "train", "q_error", "divergence")
 PROTOCOLS = ("iid", "bc", "ood", "ood_random", "online", "online_random_start", "idaq", "zero_shot", "train")
 UNCOMPARED = dc.FREE - {"total_updates", "final_episodes"} | {"env", "exp_name", "seed"}  # may differ among seeds
 DIVERGED = "†"  # marks a cell with diverged episodes
-SIDE_LISTS = ("ablations", "variants", "figure1", "bandit")  # shown where --only names a run
+SIDE_LISTS = ("ablations", "variants", "figure1", "bandit", "small")  # shown where --only names a run
 PARTS = {  # further tables: title -> protocols
     "inner steps": [f"steps_{k}" for k in (0, 1, 5, 20)],  # MACAW
     "own episodes": [f"ep_{k}" for k in range(1, 11)],
