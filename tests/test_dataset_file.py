@@ -7,16 +7,16 @@ import functools
 import json
 import math
 import runpy
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import NUMBERED_TASKS, ROOT, TINY, OnDevice, dataset_on_meta, flags, origin, stop_message, task_distance
+from conftest import NUMBERED_TASKS, ROOT, TINY, OnDevice, dataset_on_meta, origin, stop_message, task_distance
+from test_data_collect import diverging
 
 import data_collect as dc
 
@@ -36,7 +36,7 @@ def write(path, arrays, header):
 # ---- what a collection writes -----------------------------------------------
 
 
-def test_file_follows_its_layout(tiny_path):
+def test_file_follows_its_layout(tiny_path, walker_path, walker):
     arrays, header = read(tiny_path)
     sizes = {"T": 9, "N": 8, "H": 20, "H+1": 21, "O": 2, "A": 2, "P": 2, "U": 6, "V": 3, "C": 6}
     assert set(arrays) == set(dc.FILE_LAYOUT)
@@ -50,23 +50,8 @@ def test_file_follows_its_layout(tiny_path):
     returns = arrays["rewards"].sum(-1)[arrays["lengths"] > 0]
     assert header["behavior_return"] == pytest.approx(returns.mean(), rel=1e-5) and header["diverged_episodes"] == 0
     np.testing.assert_allclose(arrays["random_returns"], -20.4, atol=1.5)
-
-
-def test_header_holds_versions_threads_and_commit(tiny_path):
-    versions = read(tiny_path)[1]["versions"]
-    assert set(versions) == {"numpy", "torch", "mujoco", "gymnasium", "python", "threads", "commit"}
-    assert versions["numpy"] == np.__version__ and versions["threads"] == 1
-    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        assert versions["commit"] is None
-    else:
-        assert versions["commit"] and head.stdout.startswith(versions["commit"].removesuffix("-dirty"))
-
-
-def test_bodies_are_stored_in_half_precision(walker_path, walker, tiny_path):
-    for path, dtype in ((walker_path, "float16"), (tiny_path, "float32")):
-        arrays, _ = read(path)
-        assert all(arrays[key].dtype == dtype for key in ("observations", "actions", "ood_observations", "ood_actions"))
+    bodies, _ = read(walker_path)  # are stored in half precision
+    assert all(bodies[key].dtype == "float16" for key in dc.MAY_BE_HALF) and len(dc.MAY_BE_HALF) == 4
     assert walker.episodes.dtype == walker.ood_episodes.dtype == torch.float32
 
 
@@ -110,10 +95,16 @@ WINDY = {"env": "point-robot-wind", "train_tasks": 5, "test_tasks": 3, "episodes
 WINDY |= {"ood_contexts": 4, "total_updates": 400}
 
 
-def check_who_played(path, shared):
-    """Every episode of a file that Telltales collected: the right snapshot, told the right task, on the right task."""
-    arrays, _ = read(path)
-    params = arrays["task_params"]
+@pytest.mark.parametrize("behavior", ["shared", "per-task"])
+def test_each_episode_names_its_policy(telltale, tmp_path, behavior, monkeypatch):
+    """The right snapshot, told the right task, on the right task; also where two of the first recorded episodes diverge
+    and are played again."""
+    diverging(monkeypatch, [2, -1], 60)
+    dc.collect(dc.Args(**WINDY, out=str(tmp_path / "file.npz"), behavior=behavior))
+    arrays, header = read(tmp_path / "file.npz")
+    params, shared = arrays["task_params"], behavior == "shared"
+    assert header["diverged_episodes"] == 2
+    assert telltale == ([list(range(8))] if shared else [[i] for i in range(8)])
 
     def check(prefix, where, task, policy_task, phase):
         obs, act = arrays[prefix + "observations"][where], arrays[prefix + "actions"][where]
@@ -145,29 +136,9 @@ def check_who_played(path, shared):
             check("ood_", (v, c), task, foreign, phase)
             distance = -1 if phase is None else math.dist(params[task], params[foreign])
             assert arrays["ood_distance"][v, c] == pytest.approx(distance, abs=1e-12)
-
-
-@pytest.mark.parametrize("behavior", ["shared", "per-task"])
-def test_each_episode_names_its_policy(telltale, tmp_path, behavior, monkeypatch):
-    """Also where two of the first recorded episodes diverge and are played again."""
-    original, calls = dc.TaskEnv._simulate, []
-
-    def simulate(env, state, act, live):
-        next_state, diverged = original(env, state, act, live)
-        calls.append(len(state))
-        if len(calls) == 60:
-            diverged[[2, -1]] = True
-        return np.where(diverged[:, None], state, next_state), diverged
-
-    monkeypatch.setattr(dc.TaskEnv, "_simulate", simulate)
-    path = tmp_path / "file.npz"
-    dc.collect(dc.Args(**WINDY, out=str(path), behavior=behavior))
-    check_who_played(path, behavior == "shared")
-    assert read(path)[1]["diverged_episodes"] == 2
-    assert telltale == ([list(range(8))] if behavior == "shared" else [[i] for i in range(8)])
     other = WINDY | {"episodes": 9, "test_episodes": 2, "quality": "expert", "behavior": behavior}
     dc.collect(dc.Args(**other, out=str(tmp_path / "other.npz")))
-    assert len(telltale) == (1 if behavior == "shared" else 8)  # files of other qualities share them
+    assert len(telltale) == (1 if shared else 8)  # files of other qualities share the policies
 
 
 def test_quality_decides_the_phases():
@@ -178,21 +149,17 @@ def test_quality_decides_the_phases():
         mean = np.stack([returns, np.full(20, 50.0), np.full(20, -100.0)])[task_ids, phase]
         return {"rewards": (mean + np.tile([-9.0, 9, 0], 3))[:, None] * np.full(4, 0.25)}
 
-    for quality, expected in {
-        "mixed": [[1, 3, 5, 7, 9, 11, 13, 15, 17, 19]] * 3,
-        "medium": medium,
-        "expert": [[19] * 10] * 3,
-        "medium-expert": [[*row[:7], 19, 19, 19] for row in medium],
-        "random": [[dc.RANDOM] * 10] * 3,
-    }.items():
+    expected = {"mixed": [[1, 3, 5, 7, 9, 11, 13, 15, 17, 19]] * 3, "medium": list(medium), "expert": [[19] * 10] * 3}
+    expected |= {"medium-expert": [[*row[:7], 19, 19, 19] for row in medium], "random": [[dc.RANDOM] * 10] * 3}
+    for quality in dc.QUALITIES:
         args = dc.Args(quality=quality, episodes=10, test_episodes=4)
         table = dc.choose_phases(args, 3, np.array([]), np.array([-20.0, 0, 0]), np.array([0.0, 10, 10]), play)
-        assert table.tolist() == list(expected)
+        assert table.tolist() == expected[quality]
     table = dc.choose_phases(dc.Args(episodes=10, test_episodes=4), 3, np.array([2]), None, None, play)
     assert table[2].tolist() == [1, 7, 13, 19] + [dc.NO_EPISODE] * 6
 
 
-@pytest.mark.parametrize("name", [name for name in dc.FAMILIES if name != "any-mdp"])
+@pytest.mark.parametrize("name", ["point-robot", "cheetah-dir", "ant-dir"])
 def test_foreign_policies_are_near_and_far(name):
     params, train_ids, test_ids = dc.FAMILIES[name].draw()
     foreign, phases = dc.choose_foreign(dc.FAMILIES[name], params, train_ids, test_ids, 5)
@@ -211,40 +178,16 @@ def test_foreign_policies_are_near_and_far(name):
     assert abs(acted.sum(0) - acted.sum(0).mean()).max() <= 1 and abs(acted - acted.mean()).max() < 2  # nor a policy
 
 
-def test_tasks_may_train_and_test(telltale, tmp_path):
-    settings = {"env": "cheetah-dir", "episodes": 4, "test_episodes": 2, "ood_contexts": 2}
-    assert "--ood-contexts 0" in stop_message(dc.collect, dc.Args(**settings, train_tasks=1, test_tasks=1))
-    dc.collect(dc.Args(**settings, out=str(tmp_path / "file.npz")))
-    arrays, _ = read(tmp_path / "file.npz")
-    assert arrays["ood_behavior_task"].tolist() == [[1, 1, dc.RANDOM], [0, 0, dc.RANDOM]]  # never their own policy
-    assert (arrays["lengths"] == 200).sum(1).tolist() == [4, 4]
-
-
-def test_without_foreign_contexts_ood_is_skipped(telltale, tmp_path):
-    dc.collect(dc.Args(**WINDY | {"ood_contexts": 0}, out=str(tmp_path / "file.npz")))
-    data = dc.load_dataset("point-robot-wind", tmp_path / "file.npz")
+def test_tasks_may_train_and_test(telltale, tmp_path, monkeypatch):
+    monkeypatch.setattr(dc, "DATASETS", tmp_path)
+    monkeypatch.setattr(dc.PointRobot, "draw", dc.CheetahDir.draw)
+    one = {"env": "point-robot", "episodes": 4, "test_episodes": 2, "train_tasks": 1, "test_tasks": 1}
+    assert "--ood-contexts 0" in stop_message(dc.collect, dc.Args(**one))
+    dc.collect(dc.Args(**one, ood_contexts=0, quality="expert"))
+    data = dc.load_dataset("point-robot", tmp_path / "point-robot-expert.npz")
+    assert (data.lengths == 20).sum(1).tolist() == [4]
     results = dc.evaluate(data, lambda *_: lambda obs, rew: torch.zeros(len(obs), 2), ("ood", "ood_random"))
-    assert {tag.split("/")[1] for tag in results} == {"ood_random"}
-
-
-def test_datasets_lie_beside_the_scripts(telltale, tmp_path, monkeypatch):
-    assert dc.DATASETS == ROOT / "datasets"
-    monkeypatch.setattr(dc, "DATASETS", tmp_path / "datasets")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    for quality, name in (("mixed", "point-robot.npz"), ("expert", "point-robot-expert.npz")):
-        dc.collect(dc.Args(env="point-robot", train_tasks=2, test_tasks=1, quality=quality))
-        assert (tmp_path / "datasets" / name).exists()
-    data = dc.load_dataset("point-robot")
-    assert data.header["settings"]["quality"] == "mixed" and (data.lengths > 0).sum(1).tolist() == [50, 50, 20]
-    assert not list((tmp_path / "elsewhere").iterdir())
-
-
-def test_home_directory_is_expanded(telltale, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    dc.collect(dc.Args(**WINDY, out="~/new/file.npz"))
-    assert (tmp_path / "new" / "file.npz").exists()
-    assert dc.load_dataset("point-robot-wind", "~/new/file.npz").path == tmp_path / "new" / "file.npz"
+    assert {tag.split("/")[1] for tag in results} == {"ood_random"}  # there are no others
 
 
 def test_existing_file_is_left_alone(tiny_path, capsys):
@@ -258,33 +201,29 @@ def test_existing_file_is_left_alone(tiny_path, capsys):
 
 # ---- interrupting and resuming ----------------------------------------------
 
-STRAIGHT = {"env": "point-robot", "train_tasks": 2, "test_tasks": 1, "width": 16, "total_updates": 60, "rows": 8}
-STRAIGHT |= {"updates_per_step": 5, "batch_size": 32, "episodes": 4, "test_episodes": 2}
+STRAIGHT = {"env": "point-robot", "train_tasks": 2, "test_tasks": 1, "width": 16, "total_updates": 30, "rows": 8}
+STRAIGHT |= {"updates_per_step": 1, "batch_size": 32, "episodes": 4, "test_episodes": 2}
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """-> function of --behavior: the path of an uninterrupted collection."""
-
-    @functools.cache
-    def collect(behavior):
-        path = tmp_path_factory.mktemp(behavior) / "point-robot.npz"
-        dc.collect(dc.Args(**STRAIGHT, behavior=behavior, out=str(path)))
-        return path
-
-    return collect
+@functools.cache
+def uninterrupted(behavior):
+    """-> arrays of the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        dc.collect(dc.Args(**STRAIGHT, behavior=behavior, out=f"{folder}/point-robot.npz"))
+        return read(f"{folder}/point-robot.npz")[0]
 
 
-CUTS = [("shared", "kill", 50), ("per-task", "SIGTERM", 110), ("shared", "kill while rolling out", 3)]
+CUTS = [("shared", "SIGTERM", 25), ("per-task", "kill", 55), ("shared", "kill while rolling out", 3)]
 
 
 @pytest.mark.parametrize("behavior, how, count", CUTS)
-def test_interrupted_collection_resumes_bit_for_bit(behavior, how, count, straight, tmp_path, monkeypatch, capsys):
+def test_interrupted_collection_resumes_bit_for_bit(behavior, how, count, tmp_path, monkeypatch, capsys):
     """In an update, of three tasks in the second one's, or in the fourth rollout."""
+    expected = uninterrupted(behavior)
     path, policies = tmp_path / "point-robot.npz", tmp_path / "point-robot.policies.pt"
     args = dc.Args(**STRAIGHT, behavior=behavior, out=str(path))
     place, name = (dc.SAC, "update") if "rolling" not in how else (dc, "rollout")
-    original, calls = getattr(place, name), iter(range(10**6))
+    original, calls, updates = getattr(place, name), iter(range(10**6)), []
 
     def cut(*inputs):
         if next(calls) == count:
@@ -300,30 +239,31 @@ def test_interrupted_collection_resumes_bit_for_bit(behavior, how, count, straig
         last = f"interrupted; progress is in {policies}, the same command continues\n"
         assert capsys.readouterr().out.endswith(last) and stop.value.code == 128 + signal.SIGTERM
     assert policies.exists() and not path.exists()
-    updates = []
     monkeypatch.setattr(dc.SAC, "update", lambda *inputs, update=dc.SAC.update: updates.append(0) or update(*inputs))
     dc.collect(args)
-    assert len(updates) < {"shared": 30, "per-task": 75}[behavior]  # not all anew
-    (arrays, _), (expected, _) = read(path), read(straight(behavior))
-    assert all(np.array_equal(arrays[key], expected[key]) for key in expected)
+    assert len(updates) == {25: 4, 55: 90 - 54, 3: 0}[count]  # not all anew
+    assert all(np.array_equal(read(path)[0][key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_second_signal_ends_at_once(number):
-    before = signal.getsignal(number)
+def test_second_signal_ends_at_once():
     with pytest.raises(SystemExit) as stop, dc.Signals("how") as signals:
         signals.may_save = True
-        signal.raise_signal(number)
-        assert signals.received == number
-        signal.raise_signal(number)
-    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) != signals.handle
 
 
-def test_policies_of_another_seed_are_refused(tiny_path, tmp_path):
-    shutil.copy(tiny_path.with_name("point-robot.policies.pt"), tmp_path)
-    settings = TINY | {"out": str(tmp_path / "other.npz"), "seed": 1}
+@pytest.mark.parametrize("kind", ["other seed", "cut off", "other contents"])
+def test_wrong_policies_are_refused(tiny_path, tmp_path, kind):
+    path = tmp_path / "point-robot.policies.pt"
+    good = tiny_path.with_name("point-robot.policies.pt").read_bytes()
+    torch.save({"weights": torch.zeros(3)}, path) if kind == "other contents" else path.write_bytes(good)
+    if kind == "cut off":
+        path.write_bytes(good[:9000])
+    settings = TINY | {"out": str(tmp_path / "file.npz"), "seed": int(kind == "other seed")}
     message = stop_message(dc.collect, dc.Args(env="point-robot", **settings))
-    assert "point-robot.policies.pt" in message and "--out" in message
+    assert str(path) in message and "move it away" in message and not (tmp_path / "file.npz").exists()
 
 
 def test_second_collection_in_a_folder_is_refused(tiny_path):
@@ -331,20 +271,6 @@ def test_second_collection_in_a_folder_is_refused(tiny_path):
     with open(tiny_path.with_name("point-robot.policies.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another process is collecting point-robot" in stop_message(dc.collect, args)
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, step):
-    path = tmp_path / "x.bin"
-    dc.atomic_save(path, lambda file: file.write(b"old"))
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(dc.os, step, full)
-    with pytest.raises(OSError, match="x.bin"):
-        dc.atomic_save(path, lambda file: file.write(b"new"))
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 # ---- wrong files and commands -----------------------------------------------
@@ -362,8 +288,6 @@ DAMAGES = {  # edit of a good file -> a word of the complaint
     "array missing": (lambda arrays, header: arrays.pop("rewards"), "rewards is missing"),
     "other family": (lambda arrays, header: header.update(env="ant-dir"), "holds ant-dir, not point-robot"),
     "other format": (lambda arrays, header: header.update(format_version=1), "has format 1, this code reads 2"),
-    "no format": (lambda arrays, header: header.pop("format_version"), "not a dataset"),
-    "wrong size": (replaced("observations", lambda x: x[..., :1]), "observations has shape"),
     "too few tasks": (replaced("ood_rewards", lambda x: x[:2]), "ood_rewards has shape"),
     "wrong type": (replaced("rewards", lambda x: x.astype(np.float64)), "rewards has type"),
     "pickled objects": (replaced("rewards", lambda x: np.array([None, {}], object)), "not a dataset"),
@@ -390,60 +314,31 @@ def test_wrong_content_is_refused_in_one_line(tiny_path, tmp_path, damage):
     assert message.endswith("Choose another --env or --dataset" if "holds" in message else command)
 
 
-def flip(content):
-    """One bit in the middle of the largest member."""
-    place = content.index(b"observations.npy") + 5000
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-
-
-RAW = {"empty": lambda _: b"", "text": lambda _: b"hello\n" * 200, "cut off": lambda good: good[:5000], "bit": flip}
-
-
-@pytest.mark.parametrize("kind", RAW)
+@pytest.mark.parametrize("kind", ["cut off", "bit"])
 def test_damaged_file_is_refused_in_one_line(tiny_path, tmp_path, kind):
-    path = tmp_path / "file.npz"
-    path.write_bytes(RAW[kind](tiny_path.read_bytes()))
+    path, content = tmp_path / "file.npz", bytearray(tiny_path.read_bytes())
+    content[content.index(b"observations.npy") + 5000] ^= 1  # in the middle of the largest member
+    path.write_bytes(content if kind == "bit" else content[:5000])
     message = stop_message(dc.load_dataset, "point-robot", path)
     assert message.startswith(f"{path}: damaged") and message.endswith(f"--env point-robot --out {path}")
 
 
 def test_missing_file_names_its_command(tmp_path, monkeypatch):
+    assert dc.DATASETS == ROOT / "datasets"
     monkeypatch.setattr(dc, "DATASETS", tmp_path / "datasets")
     monkeypatch.chdir(tmp_path)
-    make = "not found. Make it: python data_collect.py --env ant-dir"
-    for path, expected in (
-        (None, f"datasets/ant-dir.npz {make}"),
-        ("a.npz", f"a.npz {make} --out a.npz"),
-        ("datasets/ant-dir-medium-expert.npz", f"datasets/ant-dir-medium-expert.npz {make} --quality medium-expert"),
-    ):
-        assert stop_message(dc.load_dataset, "ant-dir", path) == expected
-    (tmp_path / "datasets").mkdir()
-    monkeypatch.chdir(tmp_path / "datasets")  # from elsewhere the whole path
-    assert f"python {tmp_path}/data_collect.py --env ant-dir" in stop_message(dc.load_dataset, "ant-dir")
+    make, medium = "not found. Make it: python data_collect.py --env ant-dir", "datasets/ant-dir-medium.npz"
+    assert stop_message(dc.load_dataset, "ant-dir") == f"datasets/ant-dir.npz {make}"
+    assert stop_message(dc.load_dataset, "ant-dir", "a.npz") == f"a.npz {make} --out a.npz"
+    assert stop_message(dc.load_dataset, "ant-dir", medium) == f"{medium} {make} --quality medium"
 
 
-@pytest.mark.parametrize("kind", ["cut off", "other contents"])
-def test_damaged_policies_are_refused_in_one_line(tiny_path, tmp_path, kind):
-    path = tmp_path / "point-robot.policies.pt"
-    good = tiny_path.with_name("point-robot.policies.pt").read_bytes()
-    torch.save({"weights": torch.zeros(3)}, path) if kind == "other contents" else path.write_bytes(good[:9000])
-    message = stop_message(dc.collect, dc.Args(env="point-robot", out=str(tmp_path / "file.npz"), **TINY))
-    assert str(path) in message and "move it away" in message and not (tmp_path / "file.npz").exists()
-
-
-COMMANDS = ["--foo 1", "--env moon-lander", "--rows 0", "--lr nan", "--seed -1", "--out data.txt", "--out x/x.npz"]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_wrong_flag_is_named(tmp_path, command, monkeypatch, capsys):
-    (tmp_path / "x").write_text("a file where a folder is expected\n")
+@pytest.mark.parametrize("command", ["--env moon-lander", "--rows 0", "--out data.txt", "--train-tasks 99"])
+def test_wrong_flag_is_named(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["data_collect.py", *command.split()])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "data_collect.py"), run_name="__main__")
-    shown = capsys.readouterr()
-    assert stop.value.code not in (0, None) and shown.out == "" and "Traceback" not in shown.err
-    assert ("x: " if "/" in command else command.split()[-2]) in f"{stop.value.code} {shown.err}"
+    message = stop_message(lambda: runpy.run_path(str(ROOT / "data_collect.py"), run_name="__main__"))
+    assert message.startswith(f"{command}: ") and not list(tmp_path.iterdir())
 
 
 # ---- Dataset ----------------------------------------------------------------
@@ -533,7 +428,7 @@ def assert_even(hits, expected_places):
     assert abs(counts - expected).max() < 6 * math.sqrt(expected) and expected > 50
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 1e-6])
+@pytest.mark.parametrize("share", [1.0, 0.5])
 def test_sample_draws_each_tasks_best_transitions_evenly(uneven, share):
     data, arrays = uneven
     tasks, size = torch.tensor([3, 0, 7, 3]), 100 * int(data.counts.max())
@@ -542,40 +437,37 @@ def test_sample_draws_each_tasks_best_transitions_evenly(uneven, share):
     assert torch.equal(rows[:, :50], data.episodes[places[:, :50].unbind(-1)])
     for task, row in zip(tasks.tolist(), places):
         best_first = sorted(recorded(arrays, [task]), key=lambda place: -arrays["rewards"][place[:2]].sum())
-        count = max(share * len(best_first), 1)  # 22, 17.5 and 7 of task 0, 3 and 7 for the half
+        count = share * len(best_first)  # 22, 17.5 and 7 of task 0, 3 and 7 for the half
         hits = np.array([(row == torch.tensor(place)).all(-1).sum() for place in best_first])
         expected = size * (count - np.arange(len(hits))).clip(0, 1) / count  # of the 18th half as often
         assert hits.sum() == size and (hits[expected == 0] == 0).all()
         assert (abs(hits - expected) <= 6 * np.sqrt(expected)).all()
-    assert share < 0.1 or not torch.equal(places[0], places[3])
+    assert not torch.equal(places[0], places[3])
     parts = torch.split(rows, [2, 2, 1, 2, 1], -1)
     batch = data.sample_batch(tasks, size, generator(0), share)
     assert all(map(torch.equal, batch, (parts[0], parts[1], parts[2][..., 0], parts[3], parts[4][..., 0])))
 
 
-@pytest.mark.parametrize("steps", [1, 4, 30])
+@pytest.mark.parametrize("steps", [1, 4])
 def test_segment_follows_its_episode(uneven, steps):
     data, arrays = uneven
-    tasks, gamma, kinds = torch.tensor([8, 5, 0, 3, 8]), 0.9, set()
-    segment = data.sample_segments(tasks, 1500, steps, gamma, generator(0))
+    tasks, kinds = torch.tensor([8, 5, 0, 3, 8]), set()
+    segment = data.sample_segments(tasks, 700, steps, 0.9, generator(0))
     starts = torch.stack(origin(segment.rew[..., 0]), -1)
     assert all(set(map(tuple, s.tolist())) == set(recorded(arrays, [t])) for t, s in zip(tasks.tolist(), starts))
-    for place in {tuple(place) for place in starts.flatten(0, 1).tolist()}:
-        task, n, first = place
-        length, terminated = int(arrays["lengths"][task, n]), bool(arrays["terminated"][task, n])
+    for where in np.ndindex(starts.shape[:2]):
+        *episode, first = starts[where].tolist()
+        length, terminated = int(arrays["lengths"][*episode]), bool(arrays["terminated"][*episode])
         real = min(steps, length - first)
-        rows = data.episodes[task, n, first : first + real]
-        rows = torch.cat([rows, rows[-1:].repeat_interleave(steps - real, 0)])
-        drawn = [part[(starts == torch.tensor(place)).all(-1)] for part in segment]
-        for part, path in zip(drawn, (rows[:, :2], rows[:, 2:4], rows[:, 4], rows[:, 5:7])):
-            assert torch.equal(part, path.expand_as(part))
-        discount = torch.tensor([gamma**k for k in range(real)] + [0.0] * (steps - real))
-        torch.testing.assert_close(drawn[4], discount.expand_as(drawn[4]))
         ended = terminated and first + real == length
-        torch.testing.assert_close(drawn[5], torch.tensor(0.0 if ended else gamma**real).expand_as(drawn[5]))
+        rows = data.episodes[*episode, [first + min(k, real - 1) for k in range(steps)]]
+        expected = [rows[:, :2], rows[:, 2:4], rows[:, 4], rows[:, 5:7]]
+        expected += [torch.tensor([0.9**k * (k < real) for k in range(steps)]), torch.tensor(0.9**real * (not ended))]
+        for part, value in zip(segment, expected, strict=True):
+            torch.testing.assert_close(part[where], value, rtol=1e-6, atol=0)
         kinds.add((real == steps, first + real == length, terminated))
+    assert {(True, False, False), (True, True, True), (True, True, False)} <= kinds
     assert {(False, True, True), (False, True, False)} <= kinds or steps == 1  # an early end, terminated or not
-    assert steps == 30 or {(True, False, False), (True, True, True), (True, True, False)} <= kinds
 
 
 def test_sample_context_draws_from_one_episode(uneven):
@@ -616,7 +508,7 @@ class Watched:
     """One evaluation under one protocol, by policies that move row r and round k always by the same action."""
 
     def __init__(self, monkeypatch, data, protocol, episodes=3):
-        self.given, self.played, self.trace, rollout = [], [], [], dc.rollout
+        self.given, self.played, rollout = [], [], dc.rollout
 
         def adapt(context, mask, explore):
             self.given.append((context.clone(), mask.clone(), explore))
@@ -629,7 +521,7 @@ class Watched:
 
         with monkeypatch.context() as patch:
             patch.setattr(dc, "rollout", spy)
-            self.results = dc.evaluate(data, adapt, (protocol,), episodes, self.trace)
+            self.results = dc.evaluate(data, adapt, (protocol,), episodes)
 
     def acts(self, rows, k):
         act = 0.05 * k + 0.5 * torch.arange(1.0, rows + 1) / rows
@@ -679,9 +571,8 @@ def contexts(arrays, protocol, episodes):
     return [(task, (task, orders[task][i % present[task]])) for task in tasks for i in range(episodes)]
 
 
-@pytest.mark.parametrize("episodes", [7, 2])
 @pytest.mark.parametrize("protocol", ["iid", "train", "ood", "ood_random"])
-def test_context_belongs_to_the_rows_task(uneven, monkeypatch, protocol, episodes):
+def test_context_belongs_to_the_rows_task(uneven, monkeypatch, protocol, episodes=7):
     data, arrays = uneven
     watched = Watched(monkeypatch, data, protocol, episodes)
     ((context, mask, explore),) = watched.given
@@ -727,9 +618,6 @@ def test_online_context_grows_by_own_episodes(protocol, more, uneven, monkeypatc
             np.testing.assert_allclose(own[..., 4], -distance, atol=1e-5)
             np.testing.assert_allclose(own[..., 5:], as_seen(arrays, position[:, 1:]), atol=1e-4)
     check_results(watched, data, protocol, [6, 7, 8], watched.returns(data, 4))
-    (done,) = watched.trace
-    np.testing.assert_allclose(done["rewards"].sum(1), watched.returns(data, 4), atol=1e-3)
-    assert torch.equal(done["context"], watched.given[4][0]) and torch.equal(done["mask"], watched.given[4][1])
 
 
 def test_online_mask_covers_uneven_episodes(walker):
@@ -753,42 +641,34 @@ def test_zero_shot_has_no_context(uneven, monkeypatch):
     check_results(watched, uneven[0], "zero_shot", [6, 7, 8], watched.returns(uneven[0]))
 
 
-@pytest.mark.parametrize("protocol", dc.PROTOCOLS)
-def test_diverged_episode_counts_as_random(protocol, uneven, monkeypatch):
-    """All episodes on one task break in their sixth step."""
+@pytest.mark.parametrize("protocol, rounds", [("iid", 0), ("online", 10)])
+def test_diverged_episode_counts_as_random(protocol, rounds, uneven, monkeypatch):
+    """All episodes on task 7 break in their sixth step."""
     data, simulate = uneven[0], dc.TaskEnv._simulate
-    tasks, broken = (range(6), 4) if protocol == "train" else (range(6, 9), 7)
 
     def breaking(env, state, act, live):
-        return simulate(env, state, act, live)[0], (env.task_ids[live] == broken) & (env.steps[live] == 5)
+        return simulate(env, state, act, live)[0], (env.task_ids[live] == 7) & (env.steps[live] == 5)
 
     monkeypatch.setattr(dc.TaskEnv, "_simulate", breaking)
     act = lambda *_: lambda obs, rew: torch.tensor([[0.3, 0.1]]).repeat(len(obs), 1)  # noqa: E731
     found = dc.evaluate(data, act, (protocol,), 3)
-    returns = {task: -20.0 - task if task == broken else straight_to(data, task, (0.3, 0.1)) for task in tasks}
+    returns = {task: -27.0 if task == 7 else straight_to(data, task, (0.3, 0.1)) for task in (6, 7, 8)}
     mean = statistics.mean(returns.values())
-    rounds = {"online": 10, "online_random_start": 5}.get(protocol, 0)
     expected = {f"return_task_{task:02d}": value for task, value in returns.items()} | {"return": mean}
     expected |= {f"return_ep_{k + 1}": mean for k in range(rounds)} | {"diverged": 3 * max(rounds, 1)}
-    if protocol == "online_random_start":  # the rewards of random actions differ
-        del expected["return_ep_1"]
     assert {tag: found[f"eval/{protocol}/{tag}"] for tag in expected} == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("protocol", dc.PROTOCOLS)
-def test_action_not_finite_ends_the_evaluation(protocol, uneven):
+def test_action_not_finite_ends_the_evaluation(uneven):
     act = lambda *_: lambda obs, rew: torch.full((len(obs), 2), math.nan)  # noqa: E731
-    message = stop_message(dc.evaluate, uneven[0], act, (protocol,))
-    task = 0 if protocol == "train" else 6
-    assert message == f"evaluation {protocol}: the policy's action on task {task} is not finite"
+    message = stop_message(dc.evaluate, uneven[0], act, ("online",))
+    assert message == "evaluation online: the policy's action on task 6 is not finite"
 
 
-def test_train_protocol_takes_ten_tasks():
-    data = dc.load_dataset("point-robot")
-    results = dc.evaluate(data, lambda *_: lambda obs, rew: torch.zeros(len(obs), 2), ("train",), episodes=1)
-    tags = [f"eval/train/return_task_{task:02d}" for task in data.train_ids[:10]]
-    assert [results.pop(tag) for tag in tags] == pytest.approx([-20.0] * 10, abs=1e-4)  # each goal is 1 m away
-    assert set(results) == {"eval/train/return", "eval/train/return_se", "eval/train/normalized"}
+def test_train_protocol_takes_ten_tasks(uneven, monkeypatch):
+    data = copy.copy(uneven[0])
+    data.train_ids = np.arange(6).repeat(2)
+    assert Watched(monkeypatch, data, "train", 1).played[0][0] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_normalized_runs_from_random_to_expert(uneven):
@@ -796,21 +676,6 @@ def test_normalized_runs_from_random_to_expert(uneven):
     data.random_returns, data.expert_returns = np.array([-20.0, -10, 3]), np.array([-5.0, -30, 3])
     scores = dc.normalize(data, np.array([2, 1, 0, 0, 0]), np.array([9.0, -20, -20, -5, -12.5]))
     assert scores.tolist() == [0, 0, 0, 100, 50]
-
-
-def test_actor_critic_is_evaluated_beside_bc(numbered):
-    def act(speed):
-        return lambda context, mask, explore: lambda obs, rew: torch.full((len(obs), 2), speed)
-
-    def value(context, mask, obs):
-        return obs.sum(-1) + context.sum((1, 2))[:, None]
-
-    inputs, traced = (numbered, act(0.3), value, 0.8, ("train", "iid"), 3), []
-    expected = dc.evaluate(numbered, act(0.3), ("train", "iid"), 3, traced) | dc.q_error(traced[1], value, 0.8)
-    assert dc.evaluate_actor_critic(*inputs) == expected
-    alone = dc.evaluate(numbered, act(-0.4), ("iid",), 3)
-    cloned = {"eval/bc/" + tag.split("/")[2]: result for tag, result in alone.items()}
-    assert dc.evaluate_actor_critic(*inputs, act(-0.4)) == expected | cloned
 
 
 def test_q_error_equals_a_plain_loop():
@@ -842,17 +707,13 @@ def test_q_error_equals_a_plain_loop():
 # ---- how well z tells the tasks apart ---------------------------------------
 
 
-@pytest.mark.parametrize("tasks, limit", [(None, 10), (None, 2), (np.array([4, 1]), 3)])
-def test_labeled_contexts_name_their_tasks(uneven, tasks, limit):
+def test_labeled_contexts_name_their_tasks(uneven):
     data, arrays = uneven
-    given, expected = [], []
-    z, labels = dc.label_contexts(data, lambda *inputs: given.extend(inputs) or inputs[0][:, 0, 4:5], tasks, limit)
-    for task in range(NUMBERED_TASKS) if tasks is None else tasks.tolist():
-        present = int((arrays["lengths"][task] > 0).sum())
-        picks = {10: range(present), 2: sorted({0, present - 1}), 3: (0, 2, 3) if task == 4 else (0, 1)}[limit]
-        expected += [(task, n) for n in picks]
-    assert labels == [task for task, _ in expected] and z[:, 0].tolist() == [1e3 * t + 1e2 * n for t, n in expected]
-    for context, mask, place in zip(*given, expected):
+    given, places = [], [(4, 0), (4, 2), (4, 3), (1, 0), (1, 1)]  # of four episodes, and of two
+    embed = lambda *inputs: given.extend(inputs) or inputs[0][:, 0, 4:5]  # noqa: E731
+    z, labels = dc.label_contexts(data, embed, np.array([4, 1]), 3)
+    assert labels == [task for task, _ in places] and z[:, 0].tolist() == [1000 * t + 100 * n for t, n in places]
+    for context, mask, place in zip(*given, places):
         assert torch.equal(context, data.episodes[place][:, :-1])
         assert mask.tolist() == [float(step < arrays["lengths"][place]) for step in range(20)]
 
