@@ -552,12 +552,13 @@ def test_best_quarters_are_rounded_up():
 
 
 def test_learns_point_robot(tmp_path):
-    """Random -20.3, the data's mean over many policies -6.8, expert -4.7."""
+    """Random -20.3, the data's mean over many policies -6.8, expert -4.7. Seed 0 reaches -6.0; z of zeros in rollouts
+    gives -6.6, a flipped sign in the loss -33."""
     settings = {"layers": 1, "lr": 3e-3, "meta_batch": 16, "batch_size": 20, "context_size": 16, "final_episodes": 3}
     settings |= {"dataset": str(ROOT / "datasets" / "point-robot.npz"), "run_dir": str(tmp_path)}
     result = meta_dt.train(meta_dt.Args(**SMALL | settings, total_updates=200, log_every=200))
     losses = {tag: float(value) for _, tag, value in read_rows(result["run_dir"])}
-    assert result["eval/iid/return"] > -6.8 and result["z/probe_r2"] > 0.9
+    assert result["eval/iid/return"] > -6.4 and result["z/probe_r2"] > 0.9
     assert losses["losses/world_model"] < 0.004 and losses["losses/actor"] < 0.25
 
 
