@@ -84,9 +84,9 @@ class Args:
     """share of each task's transitions, best episodes first, that pi_beta is fitted to"""
     bc_weight_decay: float = 0.3  # weight decay of pi_beta
     kl_coef: float | None = None  # initial weight of KL(pi || pi_beta) in the policy loss
-    kl_coef_lr: float | None = None  # step size with which it follows --kl-target; 0 = fixed
-    kl_coef_max: float = 100.0  # its largest value
-    kl_target: float | None = None  # divergence that it aims at [nats]
+    kl_coef_lr: float | None = None  # kl_coef grows at this rate while the KL exceeds kl_target, else falls; 0 = fixed
+    kl_coef_max: float = 100.0  # largest kl_coef
+    kl_target: float | None = None  # KL that kl_coef aims at [nats]
 
 
 ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for families whose name holds the key

@@ -16,6 +16,7 @@ import copy
 import difflib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -1640,7 +1641,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster 
 # arguments that do not shape the training: a resumed run may change them
 FREE = {"total_updates", "log_every", "eval_every", "save_every", "eval_episodes", "final_episodes", "device"}
 FREE |= {"resume", "eval_only", "run_dir", "dataset"}
-MAY_BE_ZERO = {"seed", "num_flows", "online_ft", "ood_contexts", "world_model_updates"}  # whole numbers; all others are positive
+MAY_BE_ZERO = {"seed", "num_flows", "online_ft", "ood_contexts", "world_model_updates"}  # others are positive
 MAY_BE_NEGATIVE = {"alpha_min", "target_return"}
 
 
@@ -1651,7 +1652,7 @@ def command_line(args_class, train, doc, env_defaults=None, arguments=None):
     description = doc.split("\n\n")[0] + describe(env_defaults or {})
     parse = functools.partial(tyro.cli, args_class, description=description, args=words)
     with one_line_errors():
-        check_words([part for word in words for part in word.split("=", 1)], script_path(args_class))
+        check_words(words, script_path(args_class))
         args = parse()
         if args.resume:
             stored = load_checkpoint(args.resume, args_class)["args"]
@@ -1664,20 +1665,24 @@ def describe(env_defaults):
     base = env_defaults.get("", {})
     texts = []
     for name in sorted({name for values in env_defaults.values() for name in values}):
-        others = [f"{part}* {values[name]}" for part, values in env_defaults.items() if part and name in values]
+        others = [f"{values[name]} for {part}" for part, values in env_defaults.items() if part and name in values]
         texts.append(f"--{name.replace('_', '-')} " + ", ".join([str(base.get(name)), *others]))
-    return "\n\nArguments with the default None depend on the family: " + "; ".join(texts) + "." if texts else ""
+    return "\n\nDefaults that depend on the family, by a part of its name: " + "; ".join(texts) + "." if texts else ""
 
 
 def check_words(words, script):
     """One line for two frequent slips of the command line, a misspelt family and several seeds."""
-    for flag, value, after in zip(words, words[1:], [*words[2:], ""]):
+    words = [part for word in words for part in word.split("=", 1)]
+    for i, (flag, value, after) in enumerate(zip(words, words[1:], [*words[2:], ""])):
         if flag == "--env" and value not in FAMILIES and not value.startswith("-"):
             guess = difflib.get_close_matches(value, FAMILIES, 1)
             hint = f"did you mean {guess[0]}?" if guess else f"choose from {', '.join(FAMILIES)}"
             raise SystemExit(f"--env {value}: no such family; {hint}")
         if flag == "--seed" and value.isdigit() and after.isdigit():
-            several = f"for s in 0 1 2; do python {script} --seed $s; done"
+            rest = itertools.dropwhile(str.isdigit, words[i + 1 :])
+            seeds = itertools.takewhile(str.isdigit, words[i + 1 :])
+            line = f"python {script} {shlex.join([*words[:i], *rest])}".strip()
+            several = f"for s in {' '.join(seeds)}; do {line} --seed $s; done"
             raise SystemExit(f"--seed takes one number; for several: {several}")
 
 
@@ -1815,7 +1820,8 @@ def load_checkpoint(directory, args_class):
     """Checkpoint of a run directory as a dict; one line if there is none of this script."""
     path = Path(directory).expanduser() / "checkpoint.pt"
     if not path.is_file():
-        raise SystemExit(f"--resume {directory}: no checkpoint.pt there; give the run directory that training printed")
+        what = f"no checkpoint.pt in {path.parent.resolve()}; give the run directory that training printed"
+        raise SystemExit(f"--resume {directory}: {what}")
     saved = read_saved(path, "start anew without --resume")
     if saved["script"] != script_name(args_class):
         raise SystemExit(f"--resume {directory}: a run of {saved['script']}.py; give it to that script")
@@ -2036,7 +2042,7 @@ class Run:
             values |= {"charts/cpu_s": time.process_time() - self.born}
             losses = "  ".join(f"{tag[7:]} {value:.3g}" for tag, value in values.items() if tag.startswith("losses/"))
             share = f"{self.phase} {step:>7}/{self.total} {100 * step // self.total:>3}%"
-            print(f"[{share}] {self.speed()}  {losses}", flush=True)
+            print(f"[{share}] {self.speed()}  losses: {losses}", flush=True)
         at = step + sum(done for phase, done in self.steps.items() if phase != self.phase)  # updates in all phases
         for tag, value in values.items():
             if "/return_task_" not in tag:
@@ -2086,5 +2092,5 @@ class Run:
 
 if __name__ == "__main__":
     with one_line_errors():
-        check_words([part for word in sys.argv[1:] for part in word.split("=", 1)], "data_collect.py")
+        check_words(sys.argv[1:], "data_collect.py")
         collect(tyro.cli(Args, description=__doc__.split("\n\n")[0]))

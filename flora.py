@@ -416,7 +416,7 @@ def update(agent, task_ids, context, segment, bc_batch, args):
     psi = agent.psi(torch.cat([obs, act], -1), z)  # [2, M, B, F]
     loss_r = reward_loss(phi, weights, rew[..., 0])
     loss_psi = feature_loss(psi, psi_target)
-    (loss_r + loss_psi).backward(inputs=agent.critic_params, retain_graph=True)  # loss_psi reaches psi alone
+    (loss_r + loss_psi).backward(inputs=agent.critic_params, retain_graph=True)  # of them loss_psi reaches psi alone
 
     # 4 encoder and flows
     agent.encoder_opt.zero_grad()

@@ -8,6 +8,7 @@ Symbols: M tasks, B transitions of each.
   Q [2, M, B] twin critics of (s, a, z)     pi policy, pi_beta behavior policy, tanh-Gaussians of (s, z)
 One update:
   1 encoder  z = encoder(context);  metric loss: root distance within a task, inverse square distance across tasks
+             (tasks are drawn with replacement, so some have two contexts)
   2 critic   y = n_step(rewards, min of the target Q at the next action);  (Q - y)^2 trains Q
   3 policy   maximum likelihood trains pi_beta;  kl_coef KL(pi || pi_beta) - min Q trains pi;  kl_coef is adapted
 Differences from the paper and both codes, tagged in the code. D are FOCAL's, B the shared actor-critic's:
@@ -79,16 +80,16 @@ class Args:
     """estimate of KL(pi || pi_beta): primal = closed form with a fitted pi_beta, dual = the paper's dual critic"""
     gp_mode: Literal["gradient", "output"] = "gradient"
     """the dual critic's penalty: gradient = on its slope in the action (BRAC), output = on its value (both codes)"""
-    gp_weight: float = 5.0  # weight of that penalty
+    gp_weight: float = 5.0  # weight of the dual critic's penalty
     dual_lr: float = 1e-4  # learning rate of the dual critic
     dual_iters: int = 3  # steps of the dual critic per update
     bc_top_fraction: float | None = None
     """share of each task's transitions, best episodes first, that pi_beta is fitted to"""
     bc_weight_decay: float = 0.3  # weight decay of pi_beta
     kl_coef: float | None = None  # initial weight of KL(pi || pi_beta) in the policy loss
-    kl_coef_lr: float | None = None  # step size with which it follows --kl-target; 0 = fixed
-    kl_coef_max: float = 100.0  # its largest value
-    kl_target: float | None = None  # divergence that it aims at [nats]
+    kl_coef_lr: float | None = None  # kl_coef grows at this rate while the KL exceeds kl_target, else falls; 0 = fixed
+    kl_coef_max: float = 100.0  # largest kl_coef
+    kl_target: float | None = None  # KL that kl_coef aims at [nats]
 
 
 ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for families whose name holds the key

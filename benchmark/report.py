@@ -122,7 +122,8 @@ def rows_of(run_dir):
     made = {"updates": result["step"], "commit": versions.get("commit"), "torch": versions["torch"]}
     made |= {tag: result.get(tag) for tag in ("updates_per_sec", "cpu_s")}
     compared = {k: v for k, v in args.items() if k not in UNCOMPARED}
-    compared |= {f"dataset's {k}": v for k, v in about["dataset"]["settings"].items()}
+    compared |= {f"dataset's {k}": v for k, v in about["dataset"].get("settings", {}).items()}
+    compared |= {"script": about["script"]} if "script" in about else {}
     rows = []
     for protocol in PROTOCOLS:
         tag = f"eval/{protocol}/"

@@ -181,7 +181,7 @@ def test_help_explains_every_argument(name, capsys):
     out = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(f"--{field.name.replace('_', '-')}" in out for field in fields(script_of(name).Args))
-    assert "--gamma 0.97, point* 0.9" in " ".join(out.split()) or name in ("macaw", "meta_dt")
+    assert "--gamma 0.97, 0.9 for point" in " ".join(out.split()) or name in ("macaw", "meta_dt")
 
 
 # ---- whole runs -------------------------------------------------------------------------
@@ -545,7 +545,7 @@ def test_resume_refuses_what_does_not_fit(straight, tiny_path, walker_path, tmp_
 
 MISTAKES = {
     "--env ant-dri": "did you mean ant-dir?",
-    "--seed 0 1 2": "for s in 0 1 2; do python",
+    "--env ant-dir --seed 0 3 --width 9": "for s in 0 3; do python flora.py --env ant-dir --width 9 --seed $s; done",
     "--env hopper-rand-params": "data_collect.py --env hopper-rand-params",
     "--eval-only": "--resume",
     "--resume nowhere": "nowhere",
