@@ -59,6 +59,8 @@ def test_transitions_are_probabilities_within_the_band():
             assert reached.max() < s + 5 or len(beyond) <= 2  # as wide as it must be for two states that go on
         if not t.ends[-1]:
             assert not t.transitions[-1, :, -1].any()  # no rest in the last state
+    even, s, live = FAMILY.tables.transitions.mean(2), np.arange(2, 15), ~FAMILY.tables.ends[:, 2:15]
+    assert even[:, s, s][live].mean() < 0.7 * even[:, s, s - 1][live].mean()  # it seldom stays
 
 
 def test_starts_and_ends():

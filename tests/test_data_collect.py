@@ -531,7 +531,7 @@ def test_behavior_policy_learns_from_its_transitions(dynamics_vary, task_ids, up
     assert dynamics_vary or all(uniform(told, [i + 1 for i in task_ids]) for told in taught.values())
 
 
-@pytest.mark.parametrize("total_updates, updates_per_step", [(40, 2), (7, 3)])
+@pytest.mark.parametrize("total_updates, updates_per_step", [(40, 2), (7, 3), (1, 1)])
 def test_twenty_snapshots_lie_evenly_over_training(total_updates, updates_per_step, updates):
     settings = {"total_updates": total_updates, "updates_per_step": updates_per_step}
     snapshots, _ = train(dc.FAMILIES["point-robot"], **settings)
