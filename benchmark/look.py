@@ -3,6 +3,7 @@
 Run:  python benchmark/look.py RUN_DIR .. --figure paths.png            # point robots and ants, from above
       python benchmark/look.py RUN_DIR .. --z z.png                     # z of the test tasks' episodes, on a plane
       python benchmark/look.py RUN_DIR --frames pictures --tasks 21 30  # picture after picture, with MuJoCo's renderer
+      python benchmark/look.py RUN_DIR --strip ant.png --tasks 21 30    # five pictures of an ant from above
 Each run has its panel. The policy plays the first episode of the evaluation's --protocol, with that episode's context:
 iid (an episode of the task's own data) or ood (one by another task's policy). Pictures need a machine on which MuJoCo
 can draw without a window (set MUJOCO_GL=egl); 20 pictures a second make a film of the speed of life, with
@@ -117,28 +118,57 @@ def draw_panels(runs, path, draw, *looks, rows=("",)):
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def draw_frames(family, tasks, states, folder):
-    """Pictures folder/task21-000.png .. of every step."""
+def renderer_of(family):
+    """-> function of a state [S] and the point that the camera looks at [3]: a picture [240, 320, 3]."""
     import mujoco
 
     if not isinstance(family, dc.Mujoco):
-        raise SystemExit("--frames: only MuJoCo's robots have a body; use --figure (point robots) or --z")
+        raise SystemExit("--frames, --strip: only MuJoCo's robots have a body; use --figure (point robots) or --z")
     try:
         renderer = mujoco.Renderer(family.model, 240, 320)
     except Exception as error:  # whatever its graphics library says
         what = f"MuJoCo cannot draw without a window here ({error})"
-        raise SystemExit(f"--frames: {what}; install EGL and set MUJOCO_GL=egl")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise SystemExit(f"--frames, --strip: {what}; install EGL and set MUJOCO_GL=egl")
     body, camera = mujoco.MjData(family.model), mujoco.MjvCamera()
-    camera.distance, camera.elevation = 6.0, -30
+
+    def render(state, center, distance=6.0, elevation=-30):
+        mujoco.mj_setState(family.model, body, state, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+        mujoco.mj_forward(family.model, body)
+        camera.lookat[:], camera.distance, camera.elevation = center, distance, elevation
+        renderer.update_scene(body, camera)
+        return renderer.render()
+
+    return render
+
+
+def draw_frames(family, tasks, states, folder):
+    """Pictures folder/task21-000.png .. of every step; the camera follows the robot."""
+    render = renderer_of(family)
+    folder.mkdir(parents=True, exist_ok=True)
     for task, episode in zip(tasks, states):
         for t, state in enumerate(episode):
-            mujoco.mj_setState(family.model, body, state, mujoco.mjtState.mjSTATE_FULLPHYSICS)
-            mujoco.mj_forward(family.model, body)
-            camera.lookat[:] = body.qpos[:3] if isinstance(family, dc.Ant) else [body.qpos[0], 0, 0.5]
-            renderer.update_scene(body, camera)
-            pyplot().imsave(folder / f"task{task}-{t:03d}.png", renderer.render())
+            center = state[1:4] if isinstance(family, dc.Ant) else [state[1], 0, 0.5]
+            pyplot().imsave(folder / f"task{task}-{t:03d}.png", render(state, center))
     print(f"{len(tasks)} x {states.shape[1]} pictures in {folder}")
+
+
+ARROW = {"arrowstyle": "->", "color": "red", "linewidth": 2}  # the task's direction
+
+
+def draw_strip(family, params, states, path, count=5):
+    """A row per task: `count` pictures of the first 40 steps from above, by a camera that stands still."""
+    render = renderer_of(family)
+    figure, grid = pyplot().subplots(
+        len(states), count, figsize=(2 * count, 1.6 * len(states)), squeeze=False, layout="constrained"
+    )
+    for row, param, episode in zip(grid, params, states):
+        for axis, t in zip(row, np.linspace(0, 40, count).astype(int)):
+            axis.imshow(render(episode[t], [0, 0, 0], distance=13.0, elevation=-90))
+            axis.annotate("", 0.42 * np.array([320, 240]) * (param * [1, -1] + 1.19), (160, 120), arrowprops=ARROW)
+            axis.set(xticks=[], yticks=[], xlabel=f"{family.dt * t:.1f} s")
+    figure.savefig(path, dpi=110)
+
+
 
 
 def main():
@@ -147,13 +177,14 @@ def main():
     parser.add_argument("--figure", type=picture, help="where to write the paths (png)")
     parser.add_argument("--z", type=picture, help="where to write the embeddings (png)")
     parser.add_argument("--frames", type=Path, help="folder for the pictures of the first run's robot (png)")
+    parser.add_argument("--strip", type=picture, help="where to write five pictures of the first run's ant (png)")
     parser.add_argument("--tasks", type=int, nargs="+", help="test tasks; by default all")
     parser.add_argument(
         "--protocol", choices=("iid", "ood", "ood_random"), nargs="+", default=["iid"], help="contexts of the paths"
     )
     args = parser.parse_args()
-    if not (args.figure or args.z or args.frames):
-        parser.error("nothing to draw: give --figure, --z or --frames")
+    if not (args.figure or args.z or args.frames or args.strip):
+        parser.error("nothing to draw: give --figure, --z, --frames or --strip")
     for run_dir in args.runs:
         if not (run_dir / "result.json").exists():
             raise SystemExit(f"{run_dir} is no finished run")
@@ -162,9 +193,14 @@ def main():
         draw_panels(args.runs, args.figure, draw_paths, *looks, rows=[f", {p} context" for p in args.protocol])
     if args.z:
         draw_panels(args.runs, args.z, draw_z, embedded)
-    if args.frames:
-        family, tasks, _, states = revisit(args.runs[0], partial(play, args.tasks, protocol=args.protocol[0]))
-        draw_frames(family, tasks, states, args.frames)
+    if args.frames or args.strip:
+        family, tasks, params, states = revisit(args.runs[0], partial(play, args.tasks, protocol=args.protocol[0]))
+        if args.frames:
+            draw_frames(family, tasks, states, args.frames)
+        if args.strip and not isinstance(family, dc.AntDir):
+            raise SystemExit("--strip: it is for ant-dir, whose tasks are directions; use --frames")
+        if args.strip:
+            draw_strip(family, params, states, args.strip)
 
 
 if __name__ == "__main__":
