@@ -398,6 +398,7 @@ def update(agent, task_ids, context, segment, bc_batch, args):
         z_mean, _ = agent.flows(mean.detach())  # [ours: D4]
 
     # 2 targets: phi at z, since step 3 trains it there; psi' and its W at z_mean
+    phi = agent.phi(transitions[:, :, 0], z)  # [M, B, F]
     alpha = agent.arms.take(agent.arm)  # indexing with a 0-d tensor would synchronize with the device
     with torch.no_grad():
         next_obs = segment.next_obs[:, :, -1]  # s_n
@@ -407,12 +408,12 @@ def update(agent, task_ids, context, segment, bc_batch, args):
         next_psi = next_psi.mean(0) + alpha * disagreement(next_psi)  # (Eq. 9): [M, B, F]
         next_q = (next_psi * agent.weights(z_mean)).sum(-1, keepdim=True)
         q_target = n_step(rew[..., None], next_q, segment)[..., 0]  # y of (Eq. 17): [M, B]
-        path_phi = agent.phi(transitions.flatten(1, 2), z).unflatten(1, rew.shape[1:])  # [M, B, n, F]
+        later_phi = agent.phi(transitions[:, :, 1:].flatten(1, 2), z).unflatten(1, (obs.shape[1], -1))
+        path_phi = torch.cat([phi[:, :, None], later_phi], 2)  # [M, B, n, F]
         psi_target = n_step(path_phi, next_psi, segment)  # of (Eq. 11): [M, B, F]
 
     # 3 critic; `inputs` are the parameters that get the gradient, and step 4 needs the graph again
     agent.critic_opt.zero_grad()
-    phi = agent.phi(transitions[:, :, 0], z)  # [M, B, F]
     psi = agent.psi(torch.cat([obs, act], -1), z)  # [2, M, B, F]
     loss_r = reward_loss(phi, weights, rew[..., 0])
     loss_psi = feature_loss(psi, psi_target)

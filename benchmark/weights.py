@@ -7,7 +7,6 @@ A copy can be evaluated and drawn: python flora.py --resume checkpoints/flora-sm
 import argparse
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,17 +23,19 @@ def copy(run_dir, folder):
     """-> the new folder {exp_name}-{env} with checkpoint.pt, args.json and result.json."""
     if not (run_dir / "result.json").exists():
         raise SystemExit(f"{run_dir} is no finished run")
-    about = json.loads((run_dir / "args.json").read_text())["args"]
-    target = folder / f"{about['exp_name']}-{about['env']}"
+    about, result = (json.loads((run_dir / name).read_text()) for name in ("args.json", "result.json"))
+    target = folder / f"{about['args']['exp_name']}-{about['args']['env']}"
     target.mkdir(parents=True, exist_ok=True)
     saved = dc.read_saved(run_dir / "checkpoint.pt", "finish the run anew")
+    saved["args"]["run_dir"] = "runs"
     used = {name: value for name, value in saved["agent"].items() if not re.search(r"_target\.|^key_", name)}
     half = {name: value.half() if value.is_floating_point() else value for name, value in used.items()}
     dc.atomic_save(
         target / "checkpoint.pt", lambda file: torch.save({key: saved[key] for key in KEPT} | {"agent": half}, file)
     )
-    for name in ("args.json", "result.json"):
-        shutil.copy(run_dir / name, target)
+    place = {"run_dir": "runs"}  # not where it was trained
+    dc.write_json(target / "args.json", about | {"args": about["args"] | place, "command": None})
+    dc.write_json(target / "result.json", result | place)
     return target
 
 

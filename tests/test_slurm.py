@@ -168,7 +168,8 @@ def test_slurm_job_saves_requeues_and_finishes(cluster, tiny_path, tmp_path):
     assert [load(run_dir)["steps"]["policy"] for run_dir in run_dirs] == [60, 60, 60]
     for k in (1, 2):  # Slurm would wait for two minutes; at once would be too early, its node still refuses the jobs
         slurm("scontrol", "update", f"JobId={job}_{k}", "TimeLimit=60", "StartTime=now+5seconds")
-    wait_for(lambda: settled() and "PENDING 1" not in (state(1), state(2)), daemons, "the rest of the runs")
+    ended = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
+    wait_for(lambda: all(state(k).startswith(ended) for k in (1, 2, 3)), daemons, "the rest of the runs")
     assert [state(k) for k in (1, 2, 3)] == ["COMPLETED 1", "COMPLETED 1", "CANCELLED 0"]
     assert sorted(tmp_path.glob("point-robot/focal/seed*")) == run_dirs
     assert [json.loads((run_dir / "result.json").read_text())["step"] for run_dir in run_dirs[:2]] == [200, 200]
