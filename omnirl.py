@@ -67,7 +67,7 @@ class Args:
     think_every: int = 4  # own steps between two readings of the context (counts)
     # contexts
     streams: int = 128  # streams per update (B)
-    context_rows: int = 1024  # rows of a stream (T)
+    context_rows: int | None = None  # rows of a stream (T), a multiple of --every
     every: int = 64  # rows between two contexts of a stream (counts), and between two plans of a learner
     oracle_share: float = 0.5  # share of the streams that begin with episodes of the noisy optimal policy
     own_share: float = 0.5  # share of the streams in which the model acts (counts)
@@ -77,15 +77,22 @@ class Args:
     memory: Literal["counts", "transformer"] = "counts"  # what reads the context
     supervision: Literal["optimal", "behavior", "query"] = "optimal"
     """targets: the optimal action of every step, the action taken, or the optimal action of one step per stream"""
-    width: int = 32  # hidden units of the model
-    rounds: int = 4  # rounds of messages (counts)
-    batch_size: int = 64  # contexts (counts) or streams (transformer) per gradient step
+    width: int | None = None  # hidden units of the model
+    depth: int | None = None  # rounds of messages (counts) or layers (transformer)
+    heads: int = 8  # attention heads (transformer)
+    matching: bool = True  # heads that find equal states and actions (transformer)
+    batch_size: int | None = None  # contexts (counts) or streams (transformer) per gradient step
     lr: float = 2e-3  # learning rate
     warmup: int = 3  # first updates, in which the learning rate rises
     lr_decay: bool = True  # let the learning rate fall linearly to 0 in the second half of the training
     weight_decay: float = 0.01  # weight decay
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm
 
+
+DEFAULTS = {  # for arguments left at None
+    "counts": dict(width=32, depth=4, batch_size=64, context_rows=1024),
+    "transformer": dict(width=64, depth=3, batch_size=16, context_rows=512),
+}
 
 # ---- tasks and streams ------------------------------------------------------
 
@@ -260,6 +267,38 @@ class Behavior:
         return np.where(random, self.rng.integers(actions, size=len(s)), act), oracle
 
 
+class Tokens(NamedTuple):
+    """What one knows when one acts in row t: the state, and what the row before brought."""
+
+    state: torch.Tensor  # [B, T]
+    over: torch.Tensor  # [B, T] whether this state ends the episode
+    before: torch.Tensor  # [B, T] the state before; act, rew, tag are of its row
+    act: torch.Tensor  # [B, T] A after the last row of an episode, A + 1 in the first row of all
+    rew: torch.Tensor  # [B, T]
+    tag: torch.Tensor  # [B, T]
+
+
+def tokens_of(rows, first, last):
+    """Rows first <= t < last, of which only what is known before acting -> Tokens."""
+    t = np.arange(first, last)
+    earlier = lambda x, none: np.where(t > 0, x[:, t - 1], np.asarray(none, x.dtype))  # noqa: E731
+    before, act = earlier(rows.state, 0), earlier(rows.act, FAMILY.actions + 1)
+    parts = rows.state[:, t], rows.over[:, t], before, act, earlier(rows.rew, 0), earlier(rows.tag, 0)
+    return Tokens(*map(torch.as_tensor, parts))
+
+
+def contexts_of_tokens(rows, worlds, args, rng):
+    """-> Tokens [B, T], targets [B, T, A], 0 where nobody acts."""
+    size, actions, b = len(rows.act), worlds.chances.shape[2], np.arange(len(rows.act))
+    acted = rows.act < actions
+    wanted = rows.act if args.supervision == "behavior" else worlds.optimal[b[:, None], rows.state[:, :-1]]
+    if args.supervision == "query":
+        asked = (rng.random(rows.act.shape) * acted).argmax(1)
+        acted = np.arange(args.context_rows) == asked[:, None]
+    target = np.eye(actions, dtype=np.float32)[np.where(acted, wanted, 0)] * acted[..., None]
+    return tokens_of(rows, 0, args.context_rows), torch.as_tensor(target)
+
+
 def contexts_of_counts(rows, worlds, args, rng):
     """The first 0, every, 2 every, .. rows of each stream -> Counts [K B, ..], targets [K B, S, A]."""
     size, states, actions = worlds.chances.shape[:3]
@@ -328,6 +367,83 @@ class CountNet(nn.Module):
         return self.head(pairs)[..., 0]
 
 
+class Block(nn.Module):
+    """Causal attention and a feed-forward layer. With matching, queries and keys also hold one-hot states and actions,
+    times learned numbers: from the first update on head i < A looks up what action i once led to in my state."""
+
+    def __init__(self, width, heads, matching):
+        super().__init__()
+        size, states, actions = width // heads, FAMILY.states, FAMILY.actions
+        self.heads, self.matching, self.size = heads, matching, size + matching * (states + actions + 2)
+        self.norm, self.query_key = nn.LayerNorm(width), nn.Linear(width, 2 * width, bias=False)
+        self.values = nn.Linear(width, heads * self.size, bias=False)
+        self.out = nn.Linear(heads * self.size, width)
+        self.feed = nn.Sequential(nn.LayerNorm(width), mlp(width, 4 * width, width))
+        if matching:
+            query, key, act = torch.zeros(heads, 2), torch.zeros(heads, 2), torch.zeros(heads, actions + 2)
+            for i in range(min(heads, actions + 2)):  # head A: what came after my state; head A + 1: when I was there
+                query[i, 0] = key[i, int(i == actions + 1)] = 8**0.5
+                act[i, actions + 1] = 7.0  # the first row, for those that find nothing
+                if i < actions:
+                    act[i, i], act[i, actions + 1] = 8.0, 15.0
+            self.query_state, self.key_state, self.query_act = map(nn.Parameter, (query, key, act))
+            with torch.no_grad():
+                self.query_key.weight *= 0.3
+
+    def forward(self, x, seen, did, cache=None, t=0):
+        """x [B, T, W]; seen [B, T, 2, S] one-hot of a row's state and of the state before it; did [B, T, A + 2] one-hot
+        of the action between them. With a cache (keys, values) of earlier rows, row t alone is computed."""
+        y = self.norm(x)
+        query, key = self.query_key(y).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T, size]
+        value = self.values(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query = query / math.sqrt(query.shape[-1])
+        if self.matching:
+            states = torch.einsum("btis,hi->bhts", seen, self.query_state)
+            query = torch.cat([query, states, self.query_act[None, :, None].expand(*states.shape[:3], -1)], -1)
+            states = torch.einsum("btis,hi->bhts", seen.flip(2), self.key_state)
+            key = torch.cat([key, states, did[:, None].expand(*states.shape[:3], -1)], -1)
+        if cache is not None:
+            cache[0][:, :, t], cache[1][:, :, t] = key[:, :, 0], value[:, :, 0]
+            key, value = (x[:, :, : t + 1] for x in cache)
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None, scale=1.0)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.feed(x)
+
+
+class Transformer(nn.Module):
+    """The paper's kind of model, one token per row. Without matching, states are embedded by their numbers."""
+
+    def __init__(self, width, layers, heads, matching):
+        super().__init__()
+        self.matching = matching
+        self.names = nn.Embedding(2 * FAMILY.states, width) if not matching else None  # of a state, of the one before
+        self.act, self.over, self.tag = nn.Embedding(FAMILY.actions + 2, width), nn.Embedding(3, width), nn.Embedding(2, width)
+        self.rew, self.mix = nn.Linear(4, width), nn.Sequential(nn.LayerNorm(width), mlp(width, 4 * width, width))
+        self.blocks = nn.ModuleList([Block(width, heads, matching) for _ in range(layers)])
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, FAMILY.actions))
+        for table in self.modules():
+            if isinstance(table, nn.Embedding):
+                nn.init.normal_(table.weight, std=0.5)
+
+    def forward(self, tokens, caches=None, t=0):
+        """tokens: Tokens [B, T], or [B, 1] of row t with the caches of earlier rows -> logits [B, T, A]."""
+        x = self.act(tokens.act) + self.rew(scales(tokens.rew)) + self.over(tokens.over) + self.tag(tokens.tag)
+        if not self.matching:
+            x = x + self.names(tokens.state) + self.names(tokens.before + FAMILY.states)
+        x = x + self.mix(x)
+        first = (tokens.act == FAMILY.actions + 1)[..., None]  # nothing came before it
+        states = torch.stack([tokens.state, tokens.before], -1)
+        seen = F.one_hot(states, FAMILY.states).float()
+        seen = seen * torch.cat([torch.ones_like(first), ~first], -1)[..., None]
+        did = F.one_hot(tokens.act, FAMILY.actions + 2).float()
+        for i, block in enumerate(self.blocks):
+            x = block(x, seen, did, caches and caches[i], t)
+        return self.head(x)
+
+    def empty_caches(self, size, rows, device):
+        return [torch.zeros(2, size, b.heads, rows, b.size, device=device) for b in self.blocks]
+
+
 # ---- agent ------------------------------------------------------------------
 
 
@@ -336,7 +452,10 @@ class Agent(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.model = CountNet(args.width, args.rounds)
+        if args.memory == "counts":
+            self.model = CountNet(args.width, args.depth)
+        else:
+            self.model = Transformer(args.width, args.depth, args.heads, args.matching)
         self.opt = torch.optim.AdamW(self.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
 
     @torch.no_grad()
@@ -360,7 +479,7 @@ def update(agent, context, target, args, generator):
     """A pass over all contexts: context, a NamedTuple of tensors [N, ..], and target [N, .., A], both on the CPU -> dict
     of detached 0-d tensors."""
     device = next(agent.parameters()).device
-    losses, hits, asked = torch.zeros(3, len(target))  # sums over the states of a context
+    losses, hits, asked = sums = torch.zeros(3, *target.shape[:2])
     for batch in torch.randperm(len(target), generator=generator).split(args.batch_size):
         # 4 model
         logits = agent.model(type(context)(*(x[batch].to(device) for x in context)))
@@ -372,20 +491,21 @@ def update(agent, context, target, args, generator):
         agent.opt.step()
 
         # metrics
-        hit = wanted.gather(-1, logits.argmax(-1, keepdim=True))
-        losses[batch], hits[batch] = rows.detach().sum(-1).cpu(), hit.sum((-1, -2)).cpu()
-        asked[batch] = wanted.sum((-1, -2)).cpu()
+        losses[batch], asked[batch] = rows.detach().cpu(), wanted.sum(-1).cpu()
+        hits[batch] = wanted.gather(-1, logits.argmax(-1, keepdim=True))[..., 0].cpu()
     metrics = {"losses/cross_entropy": losses.sum() / asked.sum(), "stats/accuracy": hits.sum() / asked.sum()}
-    count = len(target) // args.streams  # contexts of a stream
-    by_length = losses.view(count, -1).sum(1) / asked.view(count, -1).sum(1).clamp(min=1)
-    return metrics | {f"context/cross_entropy_{k * args.every:04d}": by_length[k] for k in range(count)}
+    if args.memory == "transformer":
+        sums = sums.transpose(1, 2)  # rows first
+    sums = sums.reshape(3, args.context_rows // args.every, -1).sum(-1)  # by length of the context
+    by_length = enumerate(sums[0] / sums[2].clamp(min=1))
+    return metrics | {f"context/cross_entropy_{k * args.every:04d}": value for k, value in by_length}
 
 
 # ---- own episodes -----------------------------------------------------------
 
 
-class Reader:
-    """The model acts on the counts of what it has seen, from an empty context on."""
+class CountReader:
+    """The graph network acts on the counts of all rows so far."""
 
     def __init__(self, agent, size, states, actions, args, rng):
         self.agent, self.every, self.rng, self.b = agent, args.think_every, rng, np.arange(size)
@@ -400,6 +520,20 @@ class Reader:
         return (self.rng.random((len(self.b), 1)) >= chances).sum(1).clip(max=actions - 1), 0
 
 
+class SequenceReader:
+    """The transformer acts on all rows so far; it keeps their keys and values."""
+
+    def __init__(self, agent, size, steps, args, rng):
+        self.model, self.device, self.heat, self.rng = agent.model, next(agent.parameters()).device, args.temperature, rng
+        self.caches = self.model.empty_caches(size, steps, self.device)
+
+    @torch.no_grad()
+    def __call__(self, rows, t):
+        tokens = Tokens(*(x.to(self.device) for x in tokens_of(rows, t, t + 1)))
+        chances = (self.model(tokens, self.caches, t)[:, 0] / self.heat).softmax(-1).cpu().numpy().cumsum(-1)
+        return (self.rng.random((len(chances), 1)) >= chances).sum(1).clip(max=chances.shape[1] - 1), 0
+
+
 def normalized_returns(rows, tasks, ids, episodes):
     """-> [B, episodes]: 0 = the uniform policy's mean return, 100 = the optimal policy's."""
     ended = (rows.act == FAMILY.actions).astype(int)
@@ -412,8 +546,12 @@ def own_episodes(agent, tasks, ids, episodes, args, name):
     """Episodes of the model from an empty context -> dict: mean and standard error over tasks of each."""
     rng = np.random.default_rng(11)  # evaluation leaves training's draws alone
     worlds = Worlds(tasks, ids, rng, args.renumber)
-    policy = Reader(agent, *worlds.chances.shape[:3], args, rng)
-    rows = roll_out(worlds, policy, episodes * (LIMIT + 1), rng, episodes)
+    steps = episodes * (LIMIT + 1)
+    if args.memory == "counts":
+        policy = CountReader(agent, *worlds.chances.shape[:3], args, rng)
+    else:
+        policy = SequenceReader(agent, len(ids), steps, args, rng)
+    rows = roll_out(worlds, policy, steps, rng, episodes)
     returns = normalized_returns(rows, tasks, ids, episodes)
     mean, error = returns.mean(0), returns.std(0, ddof=1) / len(ids) ** 0.5
     shown = [k for k in (1, 2, 3, 5, 10, 20, 50, 100) if k <= episodes]
@@ -436,7 +574,12 @@ def evaluate_all(agent, data, args, episodes):
 
 def train(args):
     """Train and evaluate -> dict of the last evaluation, see `dc.Run.finish`."""
+    for name, value in DEFAULTS[args.memory].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args = dc.resolve(args, {})
+    if args.context_rows % args.every:
+        raise SystemExit(f"--context-rows {args.context_rows}: must be a multiple of --every {args.every}")
     data = Tasks(args)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -448,11 +591,14 @@ def train(args):
             tasks, ids = data.draw(rng)
             worlds = Worlds(tasks, ids, rng, args.renumber)
             # 2 contexts
-            own = args.own_share if step > args.own_after else 0.0
+            own = args.own_share if step > args.own_after and args.memory == "counts" else 0.0
             behavior = Behavior(worlds, agent, args, rng, own)
             rows = roll_out(worlds, behavior, args.context_rows, rng)
+            if not args.tags:
+                rows.tag[:] = 0
             # 3 targets
-            context, target = contexts_of_counts(rows, worlds, args, rng)
+            make = contexts_of_counts if args.memory == "counts" else contexts_of_tokens
+            context, target = make(rows, worlds, args, rng)
             dc.set_lr(agent.opt, args.lr * run.decay * min(1, step / args.warmup))
             metrics = update(agent, context, target, args, generator)
             if step % args.log_every == 0:
