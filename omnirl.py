@@ -341,7 +341,7 @@ class CountNet(nn.Module):
         self.pair, self.place = mlp(12, 2 * width, width), nn.Linear(3, width)
         layers = lambda: nn.Sequential(nn.LayerNorm(3 * width), mlp(3 * width, 2 * width, width))  # noqa: E731
         self.to_pairs = nn.ModuleList([layers() for _ in range(rounds)])
-        self.to_states = nn.ModuleList([layers() for _ in range(rounds)])
+        self.to_states = nn.ModuleList([layers() for _ in range(rounds - 1)])  # the last round ends at the pairs
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
     def forward(self, counts):
@@ -360,10 +360,12 @@ class CountNet(nn.Module):
         visits = [ends.clamp(max=1), torch.log1p(tried.sum(-1)), torch.log1p(counts.moves.sum((1, 2)))]
         states = self.place(torch.stack(visits, -1))  # [B, S, W]
         moves = (counts.moves / n[..., None]).flatten(1, 2)  # [B, S A, S]
-        for to_pairs, to_states in zip(self.to_pairs, self.to_states):
+        for i, to_pairs in enumerate(self.to_pairs):
+            if i > 0:
+                heard = torch.cat([states, pairs.amax(2), pairs.mean(2)], -1)
+                states = states + self.to_states[i - 1](heard)
             after = (moves @ states).view_as(pairs)
             pairs = pairs + to_pairs(torch.cat([pairs, after, states[:, :, None].expand_as(pairs)], -1))
-            states = states + to_states(torch.cat([states, pairs.amax(2), pairs.mean(2)], -1))
         return self.head(pairs)[..., 0]
 
 
