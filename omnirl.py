@@ -1,30 +1,29 @@
-"""In-context reinforcement learning in random tabular worlds: after OmniRL, with a model that fits a laptop.
+"""OmniRL: in-context reinforcement learning in random tabular worlds (AnyMDP), small enough for a laptop.
 
-Wang et al., NeurIPS 2025, https://arxiv.org/abs/2502.02869; code: airs-cuhk/airsoul, FutureAGI/Xenoverse. A model reads a
-context, all earlier steps of many episodes in one task, and names the best action. It is trained on a stream of random
-tasks, whose optimal actions are known. In a new task it learns by reading on; no weight changes. Shapes: B streams (one
-task each), T rows of a stream, S states, A actions, K contexts of a stream (its first 0, every, 2 every, .. rows).
-  rows     state, act, rew, over, tag [B, T]; the last state of an episode is a row of its own, with act = A
-  over     1 = the task ended here, 2 = time limit       tag  1 = the noisy optimal policy acted
-  counts   what a context says of every pair (s, a): next states, rewards     target  probabilities of actions
-One update; numbers as in the code:
-  1 tasks     draw B new tasks; number their states and actions anew
-  2 contexts  T rows of each: noisy optimal policy, learners, uniform policy, the model itself (--own-share)
-  3 targets   the optimal action of every step: step-wise supervision
-  4 model     -sum target log p(act | context, state), in minibatches
-Memories: counts [ours, the default] a graph network on counts, blind to the numbers of states and actions;
-  transformer (the paper's kind) causal attention over rows, one token each, with heads that find equal states and
-  actions [ours]; --matching off is the plain one.
+Wang et al., NeurIPS 2025, https://arxiv.org/abs/2502.02869; official code: airs-cuhk/airsoul, FutureAGI/Xenoverse.
+A model reads a context, all earlier steps in one task, and names the best action. It is trained on a stream of random
+tasks whose optimal actions are known. In a new task it improves by reading on; no weight changes. Shapes: B streams,
+one task each; T rows of a stream; S states, A actions; K contexts of a stream, its first 0, every, 2 every, .. rows.
+  rows    state, act, rew, over, tag [B, T]; the last state of an episode is a row of its own, with act = A
+  tag     1 where the noisy optimal policy acted        over  1 the task ended here, 2 the time limit did
+  counts  a context as sums over each pair (s, a): next states, rewards, their squares, tags
+  target  [.., A] one-hot optimal action, zeros where nothing is asked
+One update; the numbers are in `train` and `update`:
+  1 tasks     draw B tasks; number their states and actions anew
+  2 contexts  play T rows in each: noisy optimal policy, learners, uniform policy, the model itself
+  3 targets   the optimal action, in every row or, for counts, in every state (step-wise supervision)
+  4 model     one pass of minibatches over  - sum target . log p(act | context, state)
+Two models: --memory counts, the default, is ours; --memory transformer is the paper's kind.
 Differences from the paper, tagged [ours: ..] in the code:
-  O1  a graph network on counts: --memory counts (paper: RWKV-7, 43.6 M parameters, one token per observation, tag,
-      action and reward)
-  O2  states and actions are renumbered for every stream: --renumber (paper: once per task)
-  O3  two tags: the noisy optimal policy or not (paper: eight, of which one is "unknown")
-  O4  learners count and plan optimistically; no Q-learner (paper: both); half of the streams play themselves (paper: none)
-  O5  contexts of up to 1,024 rows, 12,000 tasks (paper: 8,000 rows and 128,000 tasks)
-Not here: the recurrent memories of the paper, the next-state loss, worlds of other sizes.
-Ablations: --supervision behavior --own-share 0 --oracle-share 0 (algorithm distillation), --supervision query (DPT: one
-  query per stream), --train-tasks 32 --no-renumber (memorization), --no-tags.
+  O1  counts: a graph network on the counts of a context (paper: RWKV-7 with 43.6 M parameters)
+  O2  transformer: attention, one token per row, and heads that match states and actions, --no-matching (paper: neither)
+  O3  each stream has new numbers of states and actions: --no-renumber (paper: each task has)
+  O4  two tags: the noisy optimal policy, or anyone else (paper: eight); --no-tags
+  O5  learners count and plan (paper: Q-learners too); the model plays in half of the streams: --own-share 0 (paper)
+  O6  the loss has the policy alone, all positions weigh the same (paper: a ramp; code: a world model too)
+Closest to the paper: --memory transformer --no-matching --own-share 0. No flag reaches O4, O6, the paper's sizes.
+Ablations: algorithm distillation, --supervision behavior --oracle-share 0 --own-share 0; one query per context as in
+  DPT, --supervision query; tasks learned by heart, --train-tasks 32 --no-renumber --memory transformer --no-matching.
 """
 
 import math
@@ -68,7 +67,7 @@ class Args:
     # contexts
     streams: int = 128  # streams per update (B)
     context_rows: int | None = None  # rows of a stream (T), a multiple of --every
-    every: int = 64  # rows between two contexts of a stream (counts), and between two plans of a learner
+    every: int = 64  # rows between two contexts of a stream (counts); learners plan twice as often
     oracle_share: float = 0.5  # share of the streams that begin with episodes of the noisy optimal policy
     own_share: float = 0.5  # share of the streams in which the model acts (counts)
     own_after: int = 3  # first updates in which it does not act
@@ -120,7 +119,7 @@ class Tasks:
 
 
 class Worlds:
-    """The tasks of B streams, as one sees them: states and actions have new numbers, by chance or the task's own."""
+    """The tasks of B streams as one sees them: states and actions have random numbers, or the task's own. [ours: O3]"""
 
     def __init__(self, tasks, ids, rng, renumber=True):
         (states, actions), rows = tasks.transitions.shape[1:3], np.arange(len(ids))[:, None]
@@ -143,26 +142,30 @@ class Rows(NamedTuple):
     over: np.ndarray  # [B, T + 1] 0 = the episode goes on, 1 = the task ended it here, 2 = the time limit did
     act: np.ndarray  # [B, T]; A in the last row of an episode, where nobody acts
     rew: np.ndarray  # [B, T]
-    tag: np.ndarray  # [B, T] 1 = the noisy optimal policy acted
+    tag: np.ndarray  # [B, T] 1 = the noisy optimal policy acted [ours: O4]
+
+
+def draw(cumulative, rng):
+    """cumulative probabilities [B, N] -> one draw of each row [B]."""
+    return (rng.random((len(cumulative), 1)) >= cumulative).sum(1).clip(max=cumulative.shape[1] - 1)
 
 
 def roll_out(worlds, policy, steps, rng, episodes=math.inf):
-    """Play on and on, at most until every stream has `episodes` episodes. policy(rows, t), which reads rows up to t, the
-    state of row t included -> actions [B], tags [B]. -> Rows."""
+    """Play on and on -> Rows; stop early when every stream has `episodes` episodes. policy(rows, t) -> actions [B] and
+    tags [B]; it reads the rows before t, and state and over of row t."""
     size, actions, b = len(worlds.ends), worlds.chances.shape[2], np.arange(len(worlds.ends))
-    draw = lambda chances: (rng.random((size, 1)) >= chances).sum(1).clip(max=chances.shape[1] - 1)  # noqa: E731
     state, over, tag = (np.zeros((size, steps + extra), int) for extra in (1, 1, 0))
     rows = Rows(state, over, np.full((size, steps), actions), np.zeros((size, steps), np.float32), tag)
-    state[:, 0], clock = draw(worlds.start), np.zeros(size, int)
+    state[:, 0], clock = draw(worlds.start, rng), np.zeros(size, int)
     for t in range(steps):
         s, acted = state[:, t], over[:, t] == 0
         act, rows.tag[:, t] = policy(rows, t)
-        after = draw(worlds.chances[b, s, act])
+        after = draw(worlds.chances[b, s, act], rng)
         rew = worlds.rewards[b, s, act, after] + worlds.noise[b, s, act, after] * rng.standard_normal(size)
         rows.act[:, t], rows.rew[:, t] = np.where(acted, act, actions), acted * rew
         clock = np.where(acted, clock + 1, 0)
         over[:, t + 1] = acted * np.where(worlds.ends[b, after], 1, 2 * (clock >= LIMIT))
-        state[:, t + 1] = np.where(acted, after, draw(worlds.start))  # after the last row a new episode begins
+        state[:, t + 1] = np.where(acted, after, draw(worlds.start, rng))  # after the last row a new episode begins
         if t % LIMIT == 0 and ((rows.act[:, : t + 1] == actions).sum(1) >= episodes).all():
             break
     return rows
@@ -227,7 +230,7 @@ def plan(counts, value, gamma, bonus, sweeps=30):
 
 class Behavior:
     """The policies of the training streams. The noisy optimal policy plays no, the first one to four, or all episodes;
-    then the model, a uniform policy, or a learner acts, whose random actions become fewer."""
+    then the model, a uniform policy, or a learner acts, whose random actions become fewer. [ours: O5]"""
 
     def __init__(self, worlds, agent, args, rng, own):
         size, (states, actions) = len(worlds.ends), worlds.chances.shape[1:3]
@@ -238,7 +241,7 @@ class Behavior:
         self.own, uniform = rng.random(size) < own, rng.random(size) < 0.15
         self.noise = np.where(uniform, 1.0, rng.random(size))
         self.decay = np.where(uniform, np.inf, rng.uniform(0.2, 1.5, size) * args.context_rows)  # [rows]
-        self.heat = torch.as_tensor(rng.choice([0.5, 1.0], size)).float()[:, None, None]  # temperature of the model
+        self.temperature = torch.as_tensor(rng.choice([0.5, 1.0], size)).float()[:, None, None]  # of the model
         self.gamma = torch.as_tensor(rng.choice([0.8, 0.9, 0.95, 0.99], size)).float()
         self.bonus = torch.as_tensor(rng.exponential(0.5, size) * (rng.random(size) < 0.8)).float()
         self.episode, self.value = np.zeros(size, int), torch.zeros(size, states)
@@ -253,13 +256,13 @@ class Behavior:
             q, self.value = plan(self.counts, self.value, self.gamma, self.bonus)
             self.q = (q + noise).numpy()
             if self.own.any():
-                self.probs[self.own] = self.agent.probs(self.counts, self.own, self.heat)
+                self.probs[self.own] = self.agent.probs(self.counts, self.own, self.temperature)
         if t:
             new = rows.act[:, t - 1] == actions
             self.episode += new
             self.skill = np.where(new, self.rng.random(len(new)), self.skill)
         s, oracle = rows.state[:, t], self.episode < self.oracle_episodes
-        own = (self.rng.random((len(s), 1)) >= self.probs[self.b, s].cumsum(-1)).sum(1).clip(max=actions - 1)
+        own = draw(self.probs[self.b, s].cumsum(-1), self.rng)
         act = np.where(self.own, own, self.q[self.b, s].argmax(-1))
         noise = np.where(self.own, 0.0, self.noise * (1 - t / self.decay).clip(0))
         act = np.where(oracle, self.worlds.optimal[self.b, s], act)
@@ -333,7 +336,7 @@ def scales(x):
 
 
 class CountNet(nn.Module):
-    """A graph network on counts [ours: O1]. States and pairs have features. In every round a pair hears from the states
+    """A graph network on counts. States and pairs have features. [ours: O1] In every round a pair hears from the states
     that it led to, then a state from its pairs, as in value iteration. All states and actions share the weights."""
 
     def __init__(self, width, rounds):
@@ -353,7 +356,8 @@ class CountNet(nn.Module):
         all_std = (counts.rew2.sum((1, 2), keepdim=True) / total - all_mean**2).clamp(min=1e-6).sqrt()
         relative = (mean - all_mean) / all_std * (tried > 0)
         std = (counts.rew2 / n - mean**2).clamp(min=0).sqrt()
-        features = [torch.log1p(tried), (tried + 1).rsqrt(), (tried > 0).float(), torch.log1p(counts.tag), counts.tag / n]
+        features = [torch.log1p(tried), (tried + 1).rsqrt(), (tried > 0).float()]
+        features += [torch.log1p(counts.tag), counts.tag / n]
         features += [torch.asinh(relative), torch.tanh(relative), torch.asinh(mean), torch.asinh(10 * mean) / 3]
         features += [torch.asinh(std), all_std.log().expand_as(n) / 3, torch.log1p(total).expand_as(n) / 5]
         pairs = self.pair(torch.stack(features, -1))  # [B, S, A, W]
@@ -371,7 +375,8 @@ class CountNet(nn.Module):
 
 class Block(nn.Module):
     """Causal attention and a feed-forward layer. With matching, queries and keys also hold one-hot states and actions,
-    times learned numbers: from the first update on head i < A looks up what action i once led to in my state."""
+    times learned numbers: from the first update on head i < A looks up what action i once led to in my state.
+    [ours: O2]"""
 
     def __init__(self, width, heads, matching):
         super().__init__()
@@ -419,7 +424,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.matching = matching
         self.names = nn.Embedding(2 * FAMILY.states, width) if not matching else None  # of a state, of the one before
-        self.act, self.over, self.tag = nn.Embedding(FAMILY.actions + 2, width), nn.Embedding(3, width), nn.Embedding(2, width)
+        self.act, self.over = nn.Embedding(FAMILY.actions + 2, width), nn.Embedding(3, width)
+        self.tag = nn.Embedding(2, width)
         self.rew, self.mix = nn.Linear(4, width), nn.Sequential(nn.LayerNorm(width), mlp(width, 4 * width, width))
         self.blocks = nn.ModuleList([Block(width, heads, matching) for _ in range(layers)])
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, FAMILY.actions))
@@ -469,7 +475,7 @@ class Agent(nn.Module):
 
 
 def cross_entropy(logits, target):
-    """logits, target [.., A]; a target of zeros does not count -> 0-d tensor, of each row [..]."""
+    """logits, target [.., A]; a target of zeros does not count -> 0-d mean, sums over the actions [..]. [ours: O6]"""
     rows = -(target * logits.log_softmax(-1)).sum(-1)
     return rows.sum() / target.sum().clamp(min=1), rows
 
@@ -478,8 +484,8 @@ def cross_entropy(logits, target):
 
 
 def update(agent, context, target, args, generator):
-    """A pass over all contexts: context, a NamedTuple of tensors [N, ..], and target [N, .., A], both on the CPU -> dict
-    of detached 0-d tensors."""
+    """A pass over all contexts. context: Counts or Tokens [N, ..], target [N, .., A], both on the CPU -> dict of
+    detached 0-d tensors."""
     device = next(agent.parameters()).device
     losses, hits, asked = sums = torch.zeros(3, *target.shape[:2])
     for batch in torch.randperm(len(target), generator=generator).split(args.batch_size):
@@ -511,29 +517,29 @@ class CountReader:
 
     def __init__(self, agent, size, states, actions, args, rng):
         self.agent, self.every, self.rng, self.b = agent, args.think_every, rng, np.arange(size)
-        self.counts, self.heat = nothing(size, states, actions), torch.full((size, 1, 1), args.temperature)
+        self.counts, self.temperature = nothing(size, states, actions), torch.full((size, 1, 1), args.temperature)
 
     def __call__(self, rows, t):
         states, actions = self.counts.rew.shape[1:]
         if t % self.every == 0:
             self.counts = self.counts.plus(count(rows, max(0, t - self.every), t, states, actions))
-            self.probs = self.agent.probs(self.counts, self.b, self.heat)
-        chances = self.probs[self.b, rows.state[:, t]].cumsum(-1)
-        return (self.rng.random((len(self.b), 1)) >= chances).sum(1).clip(max=actions - 1), 0
+            self.probs = self.agent.probs(self.counts, self.b, self.temperature)
+        return draw(self.probs[self.b, rows.state[:, t]].cumsum(-1), self.rng), 0
 
 
 class SequenceReader:
     """The transformer acts on all rows so far; it keeps their keys and values."""
 
     def __init__(self, agent, size, steps, args, rng):
-        self.model, self.device, self.heat, self.rng = agent.model, next(agent.parameters()).device, args.temperature, rng
+        self.model, self.temperature, self.rng = agent.model, args.temperature, rng
+        self.device = next(agent.parameters()).device
         self.caches = self.model.empty_caches(size, steps, self.device)
 
     @torch.no_grad()
     def __call__(self, rows, t):
         tokens = Tokens(*(x.to(self.device) for x in tokens_of(rows, t, t + 1)))
-        chances = (self.model(tokens, self.caches, t)[:, 0] / self.heat).softmax(-1).cpu().numpy().cumsum(-1)
-        return (self.rng.random((len(chances), 1)) >= chances).sum(1).clip(max=chances.shape[1] - 1), 0
+        probs = (self.model(tokens, self.caches, t)[:, 0] / self.temperature).softmax(-1)
+        return draw(probs.cpu().numpy().cumsum(-1), self.rng), 0
 
 
 def normalized_returns(rows, tasks, ids, episodes):
@@ -557,7 +563,8 @@ def own_episodes(agent, tasks, ids, episodes, args, name):
     returns = normalized_returns(rows, tasks, ids, episodes)
     mean, error = returns.mean(0), returns.std(0, ddof=1) / len(ids) ** 0.5
     shown = [k for k in (1, 2, 3, 5, 10, 20, 50, 100) if k <= episodes]
-    print(f"  {name}, own episode " + "  ".join(f"{k}: {mean[k - 1]:.0f} ± {error[k - 1]:.0f}" for k in shown), flush=True)
+    cells = [f"{k}: {mean[k - 1]:.0f} ± {error[k - 1]:.0f}" for k in shown]
+    print(f"  {name}, own episode {'  '.join(cells)}", flush=True)
     results = {f"eval/{name}/normalized_ep_{k + 1}": float(mean[k]) for k in range(episodes)}
     return results | {f"eval/{name}/normalized_se_ep_{k}": float(error[k - 1]) for k in shown}
 

@@ -87,7 +87,8 @@ class QLearner:
     """Q-learning with a bonus for seldom taken actions, in standard deviations of the rewards."""
 
     def __init__(self, size, rng, rate, bonus, gamma=0.99):
-        self.q, self.taken, self.b = rng.random((size, STATES, ACTIONS)) * 1e-4, np.zeros((size, STATES, ACTIONS)), np.arange(size)
+        self.q, self.taken = rng.random((size, STATES, ACTIONS)) * 1e-4, np.zeros((size, STATES, ACTIONS))
+        self.b = np.arange(size)
         self.rate, self.bonus, self.gamma, self.sums = rate, bonus, gamma, np.zeros((3, size))
 
     def __call__(self, rows, t):
@@ -133,7 +134,8 @@ def compare_own_episodes(episodes):
             if name == best or group is not learners:
                 returns = own_episodes(make, tasks, test_ids, episodes)
                 cells = [spread(returns[:, k - 1], 0) for k in shown]
-                rows.append([name + (" (chosen)" if name == best and len(group) > 2 else ""), f"{means[name]:.0f}", *cells])
+                mark = " (chosen)" if name == best and len(group) > 2 else ""
+                rows.append([name + mark, f"{means[name]:.0f}", *cells])
     print_table(["own episode", "mean on training tasks", *map(str, shown)], rows)
 
 

@@ -18,7 +18,7 @@ MEMORIES = ["counts", "transformer"]
 
 
 def play(args, seed=3):
-    """-> agent, worlds of six streams on four tasks, tasks, the streams' task numbers, rows of the training policies."""
+    """-> agent, worlds of up to six streams on four tasks, tasks, numbers of the streams' tasks, their rows."""
     torch.manual_seed(seed)
     rng, agent = np.random.default_rng(seed), omnirl.Agent(args)
     ids = np.array([3, 0, 1, 2, 0, 3])[: args.streams]
@@ -61,7 +61,8 @@ def steps_of(rows, b, length):
     for t in range(length):
         if rows.act[b, t] < A:
             after, ended = int(rows.state[b, t + 1]), rows.over[b, t + 1] == 1
-            steps.append((int(rows.state[b, t]), int(rows.act[b, t]), float(rows.rew[b, t]), after, ended, rows.tag[b, t]))
+            pair = int(rows.state[b, t]), int(rows.act[b, t])
+            steps.append((*pair, float(rows.rew[b, t]), after, ended, rows.tag[b, t]))
     return steps
 
 
@@ -102,7 +103,8 @@ def slow_token(net, rows, b, t):
     one = lambda x: torch.tensor(float(x), dtype=torch.float64)  # noqa: E731
     act, rew, tag, before = A + 1, 0.0, 0, None
     if t > 0:
-        act, rew, tag, before = int(rows.act[b, t - 1]), rows.rew[b, t - 1], int(rows.tag[b, t - 1]), int(rows.state[b, t - 1])
+        act, tag, before = int(rows.act[b, t - 1]), int(rows.tag[b, t - 1]), int(rows.state[b, t - 1])
+        rew = rows.rew[b, t - 1]
     rewards = [one(rew).asinh(), one(rew).tanh(), one(10 * rew).asinh() / 3, one(rew / 10).asinh()]
     x = net.act.weight[act] + slow_layers([net.rew], torch.stack(rewards))
     x = x + net.over.weight[int(rows.over[b, t])] + net.tag.weight[tag]
@@ -145,7 +147,7 @@ def slow_transformer(net, rows, b, length):
 
 def slow_loss(agent, rows, worlds, args):
     """Mean of -log p(optimal action), over all states of all contexts or all steps of all streams."""
-    terms = []
+    terms, length = [], args.context_rows
     for b in range(args.streams):
         if args.memory == "counts":
             for length in range(0, args.context_rows, args.every):
@@ -163,7 +165,8 @@ def slow_loss(agent, rows, worlds, args):
 
 @pytest.mark.parametrize(("memory", "matching"), [("counts", True), ("transformer", True), ("transformer", False)])
 def test_update_equals_slow_recomputation(memory, matching):
-    args = omnirl.Args(**SMALL | {"context_rows": 24, "every": 8, "streams": 3}, memory=memory, matching=matching, lr=1e-2)
+    few = SMALL | {"context_rows": 24, "every": 8, "streams": 3, "lr": 1e-2}
+    args = omnirl.Args(**few, memory=memory, matching=matching)
     agent, worlds, _, _, rows = play(args)
     slow = copy.deepcopy(agent).double()
     loss = slow_loss(slow, rows, worlds, args)
@@ -310,7 +313,8 @@ def test_tags_mark_the_noisy_optimal_policy():
 
 def test_plan_follows_rewards_and_bonus():
     """Action 0 leads from 0 to 1, where a reward of 2 waits; action 1 stays in 0 for 1. State 1 ends."""
-    rows = omnirl.Rows(*np.array([[[0, 1, 0, 0, 0]], [[0, 0, 0, 0, 0]], [[0, 2, 1, 1, 2]], [[2, 0, 1, 1, 0]], [[0] * 5]]))
+    state, act, rew = [[0, 1, 0, 0, 0]], [[0, 2, 1, 1, 2]], [[2, 0, 1, 1, 0]]
+    rows = omnirl.Rows(*np.array([state, [[0] * 5], act, rew, [[0] * 5]]))
     rows = rows._replace(act=rows.act[:, :4], rew=rows.rew[:, :4], tag=rows.tag[:, :4])
     counts = omnirl.count(rows, 0, 4, 2, 2)
     assert counts.moves[0, 0].tolist() == [[0, 1], [2, 0]] and counts.rew[0, 0].tolist() == [2, 2]
@@ -377,15 +381,15 @@ def learned(monkeypatch, tmp_path, broken=None):
         return whole(rows, worlds, args, rng)
 
     monkeypatch.setattr(omnirl, "contexts_of_counts", contexts)
-    settings = dict(device="cpu", run_dir=str(tmp_path), streams=32, context_rows=512, batch_size=32, total_updates=8)
+    settings = dict(device="cpu", run_dir=str(tmp_path), streams=32, context_rows=512, batch_size=32, total_updates=12)
     result = omnirl.train(omnirl.Args(**settings, eval_every=99, log_every=99, final_episodes=6, width=16, depth=3))
     return np.mean([result[f"eval/own/normalized_ep_{k}"] for k in (4, 5, 6)])
 
 
 def test_learns_to_act_in_new_tasks(monkeypatch, tmp_path):
-    assert learned(monkeypatch, tmp_path) > 35
+    assert learned(monkeypatch, tmp_path) > 25
 
 
 @pytest.mark.parametrize("broken", ["labels of another task", "no rewards in the context"])
 def test_broken_variants_do_not_learn(broken, monkeypatch, tmp_path):
-    assert learned(monkeypatch, tmp_path, broken) < 25
+    assert learned(monkeypatch, tmp_path, broken) < 10
