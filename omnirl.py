@@ -62,8 +62,9 @@ class Args:
     renumber: bool = True  # number the states and actions of every stream anew
     eval_episodes: int = 10  # own episodes per test task in an evaluation during training
     final_episodes: int = 50  # own episodes per test task in the last evaluation, and with --eval-only
+    final_plays: int = 2  # times that each test task is played in the last evaluation
     temperature: float = 0.5  # of the action distribution in own episodes
-    think_every: int = 4  # own steps between two readings of the context (counts)
+    think_every: int = 8  # own steps between two readings of the context (counts)
     # contexts
     streams: int = 128  # streams per update (B)
     context_rows: int | None = None  # rows of a stream (T), a multiple of --every
@@ -550,17 +551,19 @@ def normalized_returns(rows, tasks, ids, episodes):
     return returns[:, :episodes] - tasks.uniform[ids][:, None]
 
 
-def own_episodes(agent, tasks, ids, episodes, args, name):
-    """Episodes of the model from an empty context -> dict: mean and standard error over tasks of each."""
+def own_episodes(agent, tasks, ids, episodes, plays, args, name):
+    """Episodes of the model from an empty context, `plays` times in each task -> dict: mean and standard error over
+    tasks of every episode."""
     rng = np.random.default_rng(11)  # evaluation leaves training's draws alone
-    worlds = Worlds(tasks, ids, rng, args.renumber)
+    row_ids = np.repeat(ids, plays)
+    worlds = Worlds(tasks, row_ids, rng, args.renumber)
     steps = episodes * (LIMIT + 1)
     if args.memory == "counts":
         policy = CountReader(agent, *worlds.chances.shape[:3], args, rng)
     else:
-        policy = SequenceReader(agent, len(ids), steps, args, rng)
+        policy = SequenceReader(agent, len(row_ids), steps, args, rng)
     rows = roll_out(worlds, policy, steps, rng, episodes)
-    returns = normalized_returns(rows, tasks, ids, episodes)
+    returns = normalized_returns(rows, tasks, row_ids, episodes).reshape(len(ids), plays, episodes).mean(1)
     mean, error = returns.mean(0), returns.std(0, ddof=1) / len(ids) ** 0.5
     shown = [k for k in (1, 2, 3, 5, 10, 20, 50, 100) if k <= episodes]
     cells = [f"{k}: {mean[k - 1]:.0f} ± {error[k - 1]:.0f}" for k in shown]
@@ -569,12 +572,12 @@ def own_episodes(agent, tasks, ids, episodes, args, name):
     return results | {f"eval/{name}/normalized_se_ep_{k}": float(error[k - 1]) for k in shown}
 
 
-def evaluate_all(agent, data, args, episodes):
+def evaluate_all(agent, data, args, episodes, plays):
     """Own episodes in the unseen test tasks and, of fixed training tasks, in those -> dict tag -> float."""
-    results = own_episodes(agent, data.test, data.test_ids, episodes, args, "own")
+    results = own_episodes(agent, data.test, data.test_ids, episodes, plays, args, "own")
     if data.fixed is not None:
         seen = np.resize(np.arange(args.train_tasks), len(data.test_ids))
-        results |= own_episodes(agent, data.fixed, seen, episodes, args, "seen")
+        results |= own_episodes(agent, data.fixed, seen, episodes, plays, args, "seen")
     return results
 
 
@@ -593,7 +596,8 @@ def train(args):
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     agent = Agent(args).to(data.device)
-    with dc.Run(args, data, agent, generator) as run:
+    free = {"final_plays", "temperature", "think_every"}
+    with dc.Run(args, data, agent, generator, free=free) as run:
         for step in run.updates():
             rng = np.random.default_rng([args.seed, step])  # so a resumed run draws the same
             # 1 tasks
@@ -613,8 +617,8 @@ def train(args):
             if step % args.log_every == 0:
                 run.log(step, metrics)
             if step % args.eval_every == 0 and step < args.total_updates:
-                run.log(step, evaluate_all(agent, data, args, args.eval_episodes))
-        return run.finish(evaluate_all(agent, data, args, args.final_episodes))
+                run.log(step, evaluate_all(agent, data, args, args.eval_episodes, 1))
+        return run.finish(evaluate_all(agent, data, args, args.final_episodes, args.final_plays))
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def test_returns_belong_to_their_episode():
 
 def run(tmp_path, **changes):
     settings = SMALL | {"streams": 4, "batch_size": 8, "log_every": 1, "save_every": 1, "total_updates": 3}
-    settings |= {"eval_every": 9, "final_episodes": 1, "run_dir": str(tmp_path)}
+    settings |= {"eval_every": 9, "final_episodes": 1, "final_plays": 1, "run_dir": str(tmp_path)}
     return omnirl.train(omnirl.Args(**settings | changes))
 
 
@@ -382,7 +382,7 @@ def learned(monkeypatch, tmp_path, broken=None):
 
     monkeypatch.setattr(omnirl, "contexts_of_counts", contexts)
     settings = dict(device="cpu", run_dir=str(tmp_path), streams=32, context_rows=512, batch_size=32, total_updates=12)
-    result = omnirl.train(omnirl.Args(**settings, eval_every=99, log_every=99, final_episodes=6, width=16, depth=3))
+    result = omnirl.train(omnirl.Args(**settings, eval_every=99, log_every=99, final_episodes=6, final_plays=1, width=16, depth=3))
     return np.mean([result[f"eval/own/normalized_ep_{k}"] for k in (4, 5, 6)])
 
 
