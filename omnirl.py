@@ -49,7 +49,7 @@ class Args:
     exp_name: str = "omnirl"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization, training tasks and contexts
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model; auto takes the GPU if there is one
-    total_updates: int = 60  # updates, each with new tasks and a pass over their contexts
+    total_updates: int = 40  # updates, each with new tasks and a pass over their contexts
     log_every: int = 5  # updates between two log lines
     eval_every: int = 20  # updates between two evaluations
     save_every: int = 5  # updates between two checkpoints
@@ -90,7 +90,7 @@ class Args:
 
 
 DEFAULTS = {  # for arguments left at None
-    "counts": dict(width=32, depth=4, batch_size=64, context_rows=1024),
+    "counts": dict(width=32, depth=8, batch_size=64, context_rows=1024),
     "transformer": dict(width=64, depth=3, batch_size=16, context_rows=512),
 }
 
