@@ -545,8 +545,8 @@ class SequenceReader:
 
 def normalized_returns(rows, tasks, ids, episodes):
     """-> [B, episodes]: 0 = the uniform policy's mean return, 100 = the optimal policy's."""
-    ended = (rows.act == FAMILY.actions).astype(int)
-    number = (ended.cumsum(1) - ended).clip(max=episodes) + (episodes + 1) * np.arange(len(ids))[:, None]
+    number = (rows.act == FAMILY.actions).cumsum(1).clip(max=episodes)  # of a row's episode; the last row earns nothing
+    number += (episodes + 1) * np.arange(len(ids))[:, None]
     returns = np.bincount(number.ravel(), rows.rew.ravel(), (episodes + 1) * len(ids)).reshape(len(ids), -1)
     return returns[:, :episodes] - tasks.uniform[ids][:, None]
 
