@@ -61,7 +61,7 @@ class Args:
     train_tasks: int | None = None  # number of training tasks; by default new ones in every update
     renumber: bool = True  # number the states and actions of every stream anew
     eval_episodes: int = 10  # own episodes per test task in an evaluation during training
-    final_episodes: int = 50  # own episodes per test task in the last evaluation, and with --eval-only
+    final_episodes: int | None = None  # own episodes per test task in the last evaluation, and with --eval-only
     final_plays: int = 2  # times that each test task is played in the last evaluation
     temperature: float = 0.5  # of the action distribution in own episodes
     think_every: int = 8  # own steps between two readings of the context (counts)
@@ -90,8 +90,8 @@ class Args:
 
 
 DEFAULTS = {  # for arguments left at None
-    "counts": dict(width=32, depth=8, batch_size=64, context_rows=1024),
-    "transformer": dict(width=64, depth=3, batch_size=16, context_rows=512),
+    "counts": dict(width=32, depth=8, batch_size=64, context_rows=1024, final_episodes=50),
+    "transformer": dict(width=64, depth=3, batch_size=16, context_rows=512, final_episodes=20),
 }
 
 # ---- tasks and streams ------------------------------------------------------
@@ -357,6 +357,7 @@ class CountNet(nn.Module):
         all_std = (counts.rew2.sum((1, 2), keepdim=True) / total - all_mean**2).clamp(min=1e-6).sqrt()
         relative = (mean - all_mean) / all_std * (tried > 0)
         std = (counts.rew2 / n - mean**2).clamp(min=0).sqrt()
+        # how often a pair was tried, by whom; its reward, against all rewards and as it is; how sure all that is
         features = [torch.log1p(tried), (tried + 1).rsqrt(), (tried > 0).float()]
         features += [torch.log1p(counts.tag), counts.tag / n]
         features += [torch.asinh(relative), torch.tanh(relative), torch.asinh(mean), torch.asinh(10 * mean) / 3]
