@@ -554,7 +554,7 @@ def normalized_returns(rows, tasks, ids, episodes):
 
 def own_episodes(agent, tasks, ids, episodes, plays, args, name):
     """Episodes of the model from an empty context, `plays` times in each task -> dict: mean and standard error over
-    tasks of every episode."""
+    tasks of single episodes and, "normalized", of the last ten together."""
     rng = np.random.default_rng(11)  # evaluation leaves training's draws alone
     row_ids = np.repeat(ids, plays)
     worlds = Worlds(tasks, row_ids, rng, args.renumber)
@@ -565,12 +565,15 @@ def own_episodes(agent, tasks, ids, episodes, plays, args, name):
         policy = SequenceReader(agent, len(row_ids), steps, args, rng)
     rows = roll_out(worlds, policy, steps, rng, episodes)
     returns = normalized_returns(rows, tasks, row_ids, episodes).reshape(len(ids), plays, episodes).mean(1)
+    returns = np.concatenate([returns, returns[:, -10:].mean(1, keepdims=True)], 1)
     mean, error = returns.mean(0), returns.std(0, ddof=1) / len(ids) ** 0.5
     shown = [k for k in (1, 2, 3, 5, 10, 20, 50, 100) if k <= episodes]
     cells = [f"{k}: {mean[k - 1]:.0f} ± {error[k - 1]:.0f}" for k in shown]
+    cells += [f"last ten: {mean[-1]:.0f} ± {error[-1]:.0f}"]
     print(f"  {name}, own episode {'  '.join(cells)}", flush=True)
     results = {f"eval/{name}/normalized_ep_{k + 1}": float(mean[k]) for k in range(episodes)}
-    return results | {f"eval/{name}/normalized_se_ep_{k}": float(error[k - 1]) for k in shown}
+    results |= {f"eval/{name}/normalized_se_ep_{k}": float(error[k - 1]) for k in shown}
+    return results | {f"eval/{name}/normalized": float(mean[-1]), f"eval/{name}/normalized_se": float(error[-1])}
 
 
 def evaluate_all(agent, data, args, episodes, plays):

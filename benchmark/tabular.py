@@ -106,37 +106,13 @@ class QLearner:
         return (self.q[self.b, s] + bonus).argmax(-1), 0
 
 
-def own_episodes(make, tasks, ids, episodes):
-    """make(worlds, rng) -> policy for `omnirl.roll_out` -> normalized returns [tasks, episodes]."""
-    rng = np.random.default_rng(11)
-    worlds = omnirl.Worlds(tasks, ids, rng)
-    rows = omnirl.roll_out(worlds, make(worlds, rng), episodes * (omnirl.LIMIT + 1), rng, episodes)
-    return omnirl.normalized_returns(rows, tasks, ids, episodes)
+def optimal(worlds, rng):
+    rows = np.arange(len(worlds.ends))
+    return lambda history, t: (worlds.optimal[rows, history.state[:, t]], 0)
 
 
-def compare_own_episodes(episodes):
-    """Print the baselines' own episodes on the test tasks."""
-    tasks, (_, train_ids, test_ids) = omnirl.FAMILY.tables, omnirl.FAMILY.draw()
-    size = len(test_ids)
-    optimal = lambda worlds, rng: lambda rows, t: (worlds.optimal[np.arange(size), rows.state[:, t]], 0)  # noqa: E731
-    uniform = lambda worlds, rng: lambda rows, t: (rng.integers(ACTIONS, size=size), 0)  # noqa: E731
-    planners = {f"count and plan, bonus {bonus:g}": partial(planner, bonus) for bonus in (0.0, 0.1, 0.3, 1.0, 2.0, 4.0)}
-    learners = {
-        f"Q-learning, rate {rate:g}, bonus {bonus:g}": partial(q_learner, rate, bonus)
-        for rate in (0.03, 0.1, 0.3)
-        for bonus in (0.3, 1.0, 3.0)
-    }
-    rows, shown = [], [k for k in (1, 2, 3, 5, 10, 20, 50) if k <= episodes]
-    for group in ({"optimal": optimal, "uniform": uniform}, planners, learners):
-        means = {name: own_episodes(make, tasks, train_ids[:size], episodes).mean() for name, make in group.items()}
-        best = max(means, key=means.get)
-        for name, make in group.items():
-            if name == best or group is not learners:
-                returns = own_episodes(make, tasks, test_ids, episodes)
-                cells = [spread(returns[:, k - 1], 0) for k in shown]
-                mark = " (chosen)" if name == best and len(group) > 2 else ""
-                rows.append([name + mark, f"{means[name]:.0f}", *cells])
-    print_table(["own episode", "mean on training tasks", *map(str, shown)], rows)
+def uniform(worlds, rng):
+    return lambda history, t: (rng.integers(ACTIONS, size=len(worlds.ends)), 0)
 
 
 def planner(bonus, worlds, rng):
@@ -145,6 +121,34 @@ def planner(bonus, worlds, rng):
 
 def q_learner(rate, bonus, worlds, rng):
     return QLearner(len(worlds.ends), rng, rate, bonus)
+
+
+def own_episodes(make, tasks, ids, episodes):
+    """make(worlds, rng) -> policy for `omnirl.roll_out` -> normalized returns [tasks, episodes], of two plays."""
+    rng, row_ids = np.random.default_rng(11), np.repeat(ids, 2)
+    worlds = omnirl.Worlds(tasks, row_ids, rng)
+    rows = omnirl.roll_out(worlds, make(worlds, rng), episodes * (omnirl.LIMIT + 1), rng, episodes)
+    return omnirl.normalized_returns(rows, tasks, row_ids, episodes).reshape(len(ids), 2, episodes).mean(1)
+
+
+def compare_own_episodes(episodes):
+    """Print the baselines' own episodes on the test tasks."""
+    tasks, (_, train_ids, test_ids) = omnirl.FAMILY.tables, omnirl.FAMILY.draw()
+    settings = [(rate, bonus) for rate in (0.1, 0.3, 0.6) for bonus in (0.1, 0.3, 1.0)]
+    planners = {f"count and plan, bonus {bonus:g}": partial(planner, bonus) for bonus in (0.0, 0.1, 0.3, 1.0, 2.0, 4.0)}
+    learners = {f"Q-learning, rate {rate:g}, bonus {bonus:g}": partial(q_learner, rate, bonus) for rate, bonus in settings}
+    rows, shown = [], [k for k in (1, 2, 3, 5, 10, 20, 50) if k <= episodes]
+    for group in ({"optimal": optimal, "uniform": uniform}, planners, learners):
+        means = {name: own_episodes(make, tasks, train_ids[: len(test_ids)], episodes).mean() for name, make in group.items()}
+        best = max(means, key=means.get)
+        for name, make in group.items():
+            if name == best or group is not learners:
+                returns = own_episodes(make, tasks, test_ids, episodes)
+                cells = [spread(returns[:, k - 1], 0) for k in shown]
+                cells += [spread(returns[:, -10:].mean(1), 0)]
+                mark = " (chosen)" if name == best and len(group) > 2 else ""
+                rows.append([name + mark, f"{means[name]:.0f}", *cells])
+    print_table(["own episode", "mean on training tasks", *map(str, shown), "last ten"], rows)
 
 
 def main():
