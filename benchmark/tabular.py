@@ -134,9 +134,9 @@ def own_episodes(make, tasks, ids, episodes):
 def compare_own_episodes(episodes):
     """Print the baselines' own episodes on the test tasks."""
     tasks, (_, train_ids, test_ids) = omnirl.FAMILY.tables, omnirl.FAMILY.draw()
+    planners = {f"count and plan, bonus {x:g}": partial(planner, x) for x in (0.0, 0.1, 0.3, 1.0, 2.0, 4.0)}
     settings = [(rate, bonus) for rate in (0.1, 0.3, 0.6) for bonus in (0.1, 0.3, 1.0)]
-    planners = {f"count and plan, bonus {bonus:g}": partial(planner, bonus) for bonus in (0.0, 0.1, 0.3, 1.0, 2.0, 4.0)}
-    learners = {f"Q-learning, rate {rate:g}, bonus {bonus:g}": partial(q_learner, rate, bonus) for rate, bonus in settings}
+    learners = {f"Q-learning, rate {x:g}, bonus {y:g}": partial(q_learner, x, y) for x, y in settings}
     rows, shown = [], [k for k in (1, 2, 3, 5, 10, 20, 50) if k <= episodes]
     for group in ({"optimal": optimal, "uniform": uniform}, planners, learners):
         means = {name: own_episodes(make, tasks, train_ids[: len(test_ids)], episodes).mean() for name, make in group.items()}
