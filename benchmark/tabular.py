@@ -139,7 +139,8 @@ def compare_own_episodes(episodes):
     learners = {f"Q-learning, rate {x:g}, bonus {y:g}": partial(q_learner, x, y) for x, y in settings}
     rows, shown = [], [k for k in (1, 2, 3, 5, 10, 20, 50) if k <= episodes]
     for group in ({"optimal": optimal, "uniform": uniform}, planners, learners):
-        means = {name: own_episodes(make, tasks, train_ids[: len(test_ids)], episodes).mean() for name, make in group.items()}
+        ids = train_ids[: len(test_ids)]
+        means = {name: own_episodes(make, tasks, ids, episodes).mean() for name, make in group.items()}
         best = max(means, key=means.get)
         for name, make in group.items():
             if name == best or group is not learners:
