@@ -396,9 +396,9 @@ def learned(monkeypatch, tmp_path, broken=None):
 
 
 def test_learns_to_act_in_new_tasks(monkeypatch, tmp_path):
-    assert learned(monkeypatch, tmp_path) > 25
+    assert learned(monkeypatch, tmp_path) > 30
 
 
 @pytest.mark.parametrize("broken", ["labels of another task", "no rewards in the context"])
 def test_broken_variants_do_not_learn(broken, monkeypatch, tmp_path):
-    assert learned(monkeypatch, tmp_path, broken) < 10
+    assert learned(monkeypatch, tmp_path, broken) < 20
