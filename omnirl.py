@@ -573,7 +573,8 @@ def own_episodes(agent, tasks, ids, episodes, plays, args, name):
     print(f"  {name}, own episode {'  '.join(cells)}", flush=True)
     results = {f"eval/{name}/normalized_ep_{k + 1}": float(mean[k]) for k in range(episodes)}
     results |= {f"eval/{name}/normalized_se_ep_{k}": float(error[k - 1]) for k in shown}
-    return results | {f"eval/{name}/normalized": float(mean[-1]), f"eval/{name}/normalized_se": float(error[-1])}
+    results |= {f"eval/{name}/normalized": float(mean[-1]), f"eval/{name}/normalized_se": float(error[-1])}
+    return results | {f"eval/{name}/return": float(mean[-1] + tasks.uniform[ids].mean())}
 
 
 def evaluate_all(agent, data, args, episodes, plays):
