@@ -1284,6 +1284,14 @@ class Dataset:
         self.behavior_return = float(returns.mean())  # mean over the training data
         self.return_std = float(nonzero_std(returns.std(), abs(returns).max()))
 
+    def about(self):
+        """-> lines that a run prints when it begins."""
+        worst, best = self.random_returns[self.test_ids].mean(), self.expert_returns[self.test_ids].mean()
+        returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {self.behavior_return:.1f}"
+        lines = [f"{len(self.train_ids)} training and {len(self.test_ids)} test tasks"]
+        lines += [f"mean return on the test tasks: {returns}"]
+        return lines + [f"{tag} is left out: {reason}" for tag, reason in unmeasurable(self).items()]
+
     def standardize(self, obs):
         """Observations of the simulation [.., obs_dim] -> as the networks see them, within +-OBS_LIMIT."""
         return ((obs - self.obs_mean) / self.obs_std).clamp(-OBS_LIMIT, OBS_LIMIT)
@@ -1987,13 +1995,8 @@ class Run:
             kept = path.read_bytes().splitlines(keepends=True)[: self.rows]
         atomic_save(path, lambda file: file.writelines(kept))
         self.csv, self.rows = self.closing.enter_context(open(path, "a")), len(kept)
-        tasks = f"{len(data.train_ids)} training and {len(data.test_ids)} test tasks"
-        print(f"{self.dir}: {args.env}, {tasks}, device {data.device}")
-        worst, best = data.random_returns[data.test_ids].mean(), data.expert_returns[data.test_ids].mean()
-        returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {data.behavior_return:.1f}"
-        print(f"  mean return on the test tasks: {returns}", flush=True)
-        for tag, reason in unmeasurable(data).items():
-            print(f"  {tag} is left out: {reason}", flush=True)
+        tasks, *more = data.about()
+        print("\n  ".join([f"{self.dir}: {args.env}, {tasks}, device {data.device}", *more]), flush=True)
 
     @property
     def total(self):
