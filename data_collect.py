@@ -2040,7 +2040,7 @@ class Run:
         self.rows += len(values)
         if "eval/iid/return" in values:
             print("  " + eval_line(values), flush=True)
-        else:
+        elif any(tag.startswith("losses/") for tag in values):
             values |= {"charts/updates_per_sec": self.timed[0] / self.timed[1]}
             values |= {"charts/cpu_s": time.process_time() - self.born}
             losses = "  ".join(f"{tag[7:]} {value:.3g}" for tag, value in values.items() if tag.startswith("losses/"))
