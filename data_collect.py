@@ -2096,4 +2096,4 @@ class Run:
 if __name__ == "__main__":
     with one_line_errors():
         check_words(sys.argv[1:], "data_collect.py")
-        collect(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+        collect(tyro.cli(Args, description="Train behavior policies, roll them out and write a dataset file."))
