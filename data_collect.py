@@ -1447,9 +1447,9 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     iid        context = one episode of the test task's own offline data, another one for each episode while they last
     ood        context = an episode on the test task by another training task's policy, each of these policies in turn
     ood_random context = an episode on the test task by the uniform random policy
-    online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES, of which the last is
-               reported; before each, adapt sees all episodes played so far. Then MORE_EPISODES, which tell whether more
-               experience helps
+    online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; the last one is reported.
+               Before each, adapt sees all episodes played so far. Then MORE_EPISODES, which tell whether more experience
+               helps
     online_random_start  as online, without MORE_EPISODES; the first episode has uniform random actions (CSRO calls this
                non-prior collection)
     zero_shot  no context at all
@@ -1978,7 +1978,7 @@ class Run:
         if self.steps["policy"] > total:
             raise SystemExit(f"--total-updates {total}: the run has done {self.steps['policy']}; nothing to do")
         if self.args.lr_decay and self.steps["policy"] > planned / 2 and total != planned:
-            print(f"note: learning rates that fell towards update {planned} are now those of {total}")
+            print(f"note: the learning rates fell towards update {planned}; now they fall towards {total}")
 
     def open_files(self):
         """args.json, TensorBoard events and metrics.csv, of which the rows up to the checkpoint stay."""

@@ -177,7 +177,7 @@ def examine(args, tree):
     limit, kills, survivors = 60 + 3 * (time.time() - start), Counter(), 0
     print(f"{args.script}: {len(seconds)} tests pass in {time.time() - start:.0f} s; {len(edits)} of {possible} edits")
     for done, edit in enumerate(edits, 1):
-        for compiled in path.parent.glob(f"__pycache__/{name}.*"):  # Python may take it for that of the next edit
+        for compiled in path.parent.glob(f"__pycache__/{name}.*"):  # Python may take it for the next edit's
             compiled.unlink()
         path.write_bytes(edit.apply(source).encode("latin-1"))
         green, _, failed = run_tests(tree, tests, {test: seconds[test] / (1 + kills[test]) for test in seconds}, limit)
@@ -194,7 +194,7 @@ if __name__ == "__main__":
     parser.add_argument("-n", type=int, default=100, help="edits to draw; 0 = all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", default="1-1000000", help="draw only among the edits of these lines: 190-220")
-    parser.add_argument("--tests", nargs="+", help="test files, by default those of the script")
+    parser.add_argument("--tests", nargs="+", help="test files, by default the script's own")
     with tempfile.TemporaryDirectory() as folder:
         unwanted = shutil.ignore_patterns(".*", "__pycache__", "runs")
         examine(parser.parse_args(), shutil.copytree(ROOT, Path(folder) / "copy", ignore=unwanted))

@@ -389,7 +389,7 @@ def test_rows_after_the_checkpoint_are_dropped(straight, tiny_path, tmp_path):
 
 def test_finished_run_can_be_continued(copied, capsys):
     result = resume("flora", copied, total_updates=60)
-    assert "fell towards update 40 are now those of 60" in capsys.readouterr().out
+    assert "fell towards update 40; now they fall towards 60" in capsys.readouterr().out
     assert result["step"] == load(copied)["steps"]["policy"] == 60
     assert [step for step, tag, _ in read_rows(copied) if tag == "losses/reward"] == [10, 20, 30, 40, 50, 60]
     assert "has done 60" in stop_message(lambda: resume("flora", copied, total_updates=30))
