@@ -1447,9 +1447,9 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     iid        context = one episode of the test task's own offline data, another one for each episode while they last
     ood        context = an episode on the test task by another training task's policy, each of these policies in turn
     ood_random context = an episode on the test task by the uniform random policy
-    online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; the last one is reported.
-               Before each, adapt sees all episodes played so far. Then MORE_EPISODES, which tell whether more experience
-               helps
+    online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; the last is reported.
+               Before each, adapt sees all episodes played so far. Then MORE_EPISODES, which tell whether more
+               experience helps
     online_random_start  as online, without MORE_EPISODES; the first episode has uniform random actions (CSRO calls this
                non-prior collection)
     zero_shot  no context at all
