@@ -1428,7 +1428,6 @@ def dataset_errors(family, arrays):
 
 EXPLORATION_EPISODES, EXPLOITATION_EPISODES, MORE_EPISODES = 2, 3, 5  # of the online protocols
 PROTOCOLS = ("iid", "ood", "ood_random", "online", "online_random_start", "zero_shot", "train")
-Protocol = Literal[PROTOCOLS]
 
 
 def reset_seeds(tasks, number, k):

@@ -137,7 +137,7 @@ class Worlds:
 
 
 class Rows(NamedTuple):
-    """Steps of B streams. state and over have one more row, that of the next step."""
+    """Steps of B streams. state and over have one more row, for the next step."""
 
     state: np.ndarray  # [B, T + 1]
     over: np.ndarray  # [B, T + 1] 0 = the episode goes on, 1 = the task ended it here, 2 = the time limit did
@@ -283,7 +283,7 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(rows, first, last):
-    """Rows first <= t < last, of which only what is known before acting -> Tokens."""
+    """Rows first <= t < last, only what is known before acting -> Tokens."""
     t = np.arange(first, last)
     earlier = lambda x, none: np.where(t > 0, x[:, t - 1], np.asarray(none, x.dtype))  # noqa: E731
     before, act = earlier(rows.state, 0), earlier(rows.act, FAMILY.actions + 1)

@@ -356,7 +356,7 @@ def test_speed_counts_arithmetic_and_operations():
 
 
 def test_reference_is_told_every_rows_own_task(tiny_path, monkeypatch):
-    """In place of focal.adapt, every row walks to the goal that it is told."""
+    """Instead of focal.adapt: every row walks to the goal that it is told."""
     data, rows = references.known_tasks("point-robot", tiny_path), []
     train = torch.as_tensor(data.task_params[data.train_ids])
 
