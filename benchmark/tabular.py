@@ -236,21 +236,22 @@ def main():
     if args.own_episodes:
         return compare_own_episodes(args.own_episodes, args.world, models)
     data = dc.load_dataset("any-mdp", args.dataset)
-    agents = {"counted model": adapt}
+    agents = {"counted model": (adapt, dc.PROTOCOLS)}
     for agent, settings in models:
-        for tag, name in enumerate((f"omnirl.py, seed {settings.seed}", f"omnirl.py, seed {settings.seed}, tagged")):
-            agents[name] = partial(read, agent, settings, tag)
-    tables = [], []
-    for name, method in agents.items():
-        results = dc.evaluate(data, method, dc.PROTOCOLS, args.episodes)
-        shown = [protocol for protocol in dc.PROTOCOLS if f"eval/{protocol}/return" in results]
-        cells = []
+        name = f"omnirl.py, seed {settings.seed}"
+        agents[name] = partial(read, agent, settings, 0), dc.PROTOCOLS
+        agents[name + ", tagged"] = partial(read, agent, settings, 1), ("iid", "ood", "ood_random", "train")
+    tables, shown = ([], []), []
+    for name, (method, protocols) in agents.items():
+        results, cells = dc.evaluate(data, method, protocols, args.episodes), []
+        shown = shown or [protocol for protocol in protocols if f"eval/{protocol}/return" in results]
         for protocol in shown:
             tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
-            returns = np.array([results[f"eval/{protocol}/return_task_{i:02d}"] for i in tasks])
-            cells.append(spread(dc.normalize(data, tasks, returns), 0))
+            returns = np.array([results.get(f"eval/{protocol}/return_task_{i:02d}", np.nan) for i in tasks])
+            cells.append(spread(dc.normalize(data, tasks, returns), 0) if protocol in protocols else "")
         tables[0].append([name, *cells])
-        tables[1].append([name, *(f"{results[f'eval/online/return_ep_{k}']:.0f}" for k in range(1, 11))])
+        if "online" in protocols:
+            tables[1].append([name, *(f"{results[f'eval/online/return_ep_{k}']:.0f}" for k in range(1, 11))])
     print_table(["normalized", *shown], tables[0])
     print_table(["return, own episodes", *map(str, range(1, 11))], tables[1])
 
