@@ -49,7 +49,7 @@ class Args:
     exp_name: str = "omnirl"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization, training tasks and contexts
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model; auto takes the GPU if there is one
-    total_updates: int = 40  # updates, each with new tasks and a pass over their contexts
+    total_updates: int | None = None  # updates, each with new tasks and a pass over their contexts
     log_every: int = 5  # updates between two log lines
     eval_every: int = 20  # updates between two evaluations
     save_every: int = 5  # updates between two checkpoints
@@ -90,8 +90,8 @@ class Args:
 
 
 DEFAULTS = {  # for arguments left at None
-    "counts": dict(width=32, depth=8, batch_size=64, context_rows=1024, final_episodes=50),
-    "transformer": dict(width=64, depth=3, batch_size=16, context_rows=512, final_episodes=20),
+    "counts": dict(total_updates=40, width=32, depth=8, batch_size=64, context_rows=1024, final_episodes=50),
+    "transformer": dict(total_updates=160, width=64, depth=3, batch_size=16, context_rows=256, final_episodes=20),
 }
 
 # ---- tasks and streams ------------------------------------------------------
