@@ -293,9 +293,9 @@ def tokens_of(rows, first, last):
 
 def contexts_of_tokens(rows, worlds, args, rng):
     """-> Tokens [B, T], targets [B, T, A], 0 where nobody acts."""
-    size, actions, b = len(rows.act), worlds.chances.shape[2], np.arange(len(rows.act))
+    b, actions = np.arange(len(rows.act))[:, None], worlds.chances.shape[2]
     acted = rows.act < actions
-    wanted = rows.act if args.supervision == "behavior" else worlds.optimal[b[:, None], rows.state[:, :-1]]
+    wanted = rows.act if args.supervision == "behavior" else worlds.optimal[b, rows.state[:, :-1]]
     if args.supervision == "query":
         asked = (rng.random(rows.act.shape) * acted).argmax(1)
         acted = np.arange(args.context_rows) == asked[:, None]

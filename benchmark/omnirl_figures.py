@@ -55,12 +55,13 @@ def baseline(make, episodes):
     return tabular.own_episodes(make, tasks, ids, episodes).mean(0)
 
 
-def figure(*axes):
-    """Labels, frames and grids of a row of panels."""
-    for ax in axes:
+def save(fig, name):
+    for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e5e5e5", lw=0.7)
         ax.set_axisbelow(True)
+    fig.tight_layout()
+    fig.savefig(DOCS / name, dpi=130)
 
 
 def draw_episodes(run_dir):
@@ -76,16 +77,15 @@ def draw_episodes(run_dir):
         k = np.arange(1, len(returns) + 1)
         near = [returns[(k >= i / 1.25) & (k <= i * 1.25)].mean() for i in k]  # single episodes scatter
         ax.plot(k, near, color=color, lw=2)
-        ax.text(k[-1] * 1.06, near[-1], name, color=color, va="center", fontsize=9)
+        place = (23, 53) if "transformer" in name else (k[-1] * 1.06, near[-1])  # beside the end, where no curve runs
+        ax.text(*place, name, color=color, va="center", fontsize=9)
     for name, height in (("optimal policy", 100), ("uniform policy", 0)):
         ax.axhline(height, color=GRAY, lw=1, ls="--")
         ax.text(1, height + 2, name, color=GRAY, fontsize=9)
     ax.set(xscale="log", xlim=(0.95, 140), ylim=(-5, 110), xlabel="own episode", ylabel="normalized return")
     ax.set_xticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
     ax.minorticks_off()
-    figure(ax)
-    fig.tight_layout()
-    fig.savefig(DOCS / "omnirl-episodes.png", dpi=130)
+    save(fig, "omnirl-episodes.png")
 
 
 def draw_tasks(run_dir):
@@ -96,19 +96,17 @@ def draw_tasks(run_dir):
             names = [name for name in places if (group, name) != ("seen", "stream")]
             values = [own(runs(run_dir, f"omnirl-{model}-{name}")[0], group)[:10].mean() for name in names]
             ax.plot([places[name] for name in names], values, style, color=color)
-            label = f"{'transformer, fixed numbers' if model == 'plain' else model}: {'un' * (group == 'own')}seen"
-            ax.text(places[names[-1]] + 0.08, values[-1], label, color=color, va="center", fontsize=8)
+    note = partial(ax.text, va="center", fontsize=8)
+    note(0.12, 90, "transformer, fixed numbers: seen tasks", color=ORANGE)
+    note(0.12, -31, "transformer, fixed numbers: unseen tasks", color=ORANGE)
+    note(0.7, 57, "counts: unseen (dashed) and seen tasks", color=BLUE)
     ax.set_xticks(list(places.values()), ["32", "256", "stream"])
-    ax.set(xlim=(-0.1, 3.6), xlabel="training tasks", ylabel="normalized return, episodes 1 to 10")
-    for name, color in (("omnirl", BLUE), ("omnirl-transformer", ORANGE)):
-        lengths, values = by_length(runs(run_dir, name)[0])
-        right.plot(lengths, values, color=color)
-        label = "counts" if name == "omnirl" else "transformer"
-        right.text(lengths[-1] + 15, values[-1], label, color=color, va="center", fontsize=8)
-    right.set(xlim=(0, 1250), ylim=(0, 1.7), xlabel="rows of the context", ylabel="cross-entropy")
-    figure(ax, right)
-    fig.tight_layout()
-    fig.savefig(DOCS / "omnirl-tasks.png", dpi=130)
+    ax.set(xlim=(-0.1, 2.3), xlabel="training tasks", ylabel="normalized return, episodes 1 to 10")
+    for name, color, place in (("omnirl", BLUE, (500, 0.63)), ("omnirl-transformer", ORANGE, (20, 0.55))):
+        right.plot(*by_length(runs(run_dir, name)[0]), color=color)
+        right.text(*place, name, color=color, fontsize=8)
+    right.set(xlim=(0, 1024), ylim=(0, 1.7), xlabel="rows of the context", ylabel="cross-entropy")
+    save(fig, "omnirl-tasks.png")
 
 
 if __name__ == "__main__":
