@@ -319,6 +319,21 @@ def test_tags_mark_the_noisy_optimal_policy():
     assert not play(omnirl.Args(**SMALL, oracle_share=0.0))[-1].tag.any()
 
 
+def test_learners_act_at_random_less_and_less():
+    args, size = omnirl.Args(**SMALL, oracle_share=0.0), 400
+    tasks, ids = omnirl.FAMILY.draw_tasks(1, np.random.default_rng(0)), np.zeros(size, int)
+    worlds = omnirl.Worlds(tasks, ids, np.random.default_rng(1))
+    behavior = omnirl.Behavior(worlds, None, args, np.random.default_rng(2), 0.0)
+    uniform = np.isinf(behavior.decay)
+    assert 0.05 < uniform.mean() < 0.3 and (behavior.noise[uniform] == 1).all()
+    shares = behavior.decay[~uniform] / args.context_rows
+    assert 0.2 <= shares.min() < 0.4 and 1.2 < shares.max() <= 1.5
+    rows = omnirl.Rows(*(np.zeros((size, 70), int) for _ in range(5)))
+    behavior.noise[:], behavior.decay[:] = 1, 64
+    greedy = [(behavior(rows, t)[0] == behavior.q[:, 0].argmax(-1)).mean() for t in (1, 33, 63)]
+    assert 0.1 < greedy[0] < 0.35 and 0.5 < greedy[1] < 0.75 and greedy[2] > 0.9
+
+
 def test_plan_follows_rewards_and_bonus():
     """Action 0 leads from 0 to 1, where a reward of 2 waits; action 1 stays in 0 for 1. State 1 ends."""
     state, act, rew = [[0, 1, 0, 0, 0]], [[0, 2, 1, 1, 2]], [[2, 0, 1, 1, 0]]
@@ -391,7 +406,8 @@ def learned(monkeypatch, tmp_path, broken=None):
 
     monkeypatch.setattr(omnirl, "contexts_of_counts", contexts)
     settings = dict(device="cpu", run_dir=str(tmp_path), streams=32, context_rows=512, batch_size=32, total_updates=12)
-    result = omnirl.train(omnirl.Args(**settings, eval_every=99, log_every=99, final_episodes=6, final_plays=1, width=16, depth=3))
+    settings |= dict(eval_every=99, log_every=99, final_episodes=6, final_plays=1, width=16, depth=3)
+    result = omnirl.train(omnirl.Args(**settings))
     return np.mean([result[f"eval/own/normalized_ep_{k}"] for k in (4, 5, 6)])
 
 
