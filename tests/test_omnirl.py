@@ -354,6 +354,17 @@ def test_plan_follows_rewards_and_bonus():
 # ---- own episodes and runs --------------------------------------------------------------
 
 
+def test_reader_counts_every_row_once():
+    args = omnirl.Args(**SMALL)
+    agent, _, _, _, rows = play(args)
+    reader = omnirl.CountReader(agent, args.streams, S, A, args, np.random.default_rng(0))
+    for t in range(2 * args.think_every + 1):
+        reader(rows, t)
+    whole = omnirl.count(rows, 0, 2 * args.think_every, S, A)
+    assert all(torch.equal(x, y) for x, y in zip(reader.counts[:1] + reader.counts[3:], whole[:1] + whole[3:]))
+    assert torch.allclose(reader.counts.rew, whole.rew) and torch.allclose(reader.counts.rew2, whole.rew2)
+
+
 def test_returns_belong_to_their_episode():
     act = np.array([[1, 1, A, 0, A, 2, A], [A, 0, 0, 0, A, A, A]])
     rew = np.array([[5, 3, 0, 2, 0, 7, 0], [0, 1, 1, 1, 0, 0, 0]], np.float32)
