@@ -144,15 +144,20 @@ def test_tables_show_means_errors_and_diverged_episodes(tmp_path, capsys):
 def test_gains_are_paired_by_seed(tmp_path, capsys):
     rows = [("focal", 0, "iid", 50), ("focal", 1, "iid", 80), ("focal", 0, "online", 10), ("focal", 1, "online", 20)]
     rows += [("idaq", 0, "iid", 50), ("idaq", 1, "iid", 84), ("idaq", 2, "iid", -999)]  # no reference of seed 2
-    rows += [("idaq", 0, "online", 9), ("idaq", 0, "idaq", 40), ("idaq", 1, "idaq", 80), ("csro", 1, "iid", 79.8)]
+    rows += [("idaq", 0, "online", 9), ("csro", 1, "iid", 79.8)]
     columns = dict.fromkeys(report.RESULTS, "") | {"env": "point-robot", "quality": "mixed"}
     kept = [columns | dict(zip(("name", "seed", "protocol", "normalized"), map(str, row))) for row in rows]
     report.merge(tmp_path / "results.csv", report.RESULTS, kept)
     report.print_gains(tmp_path / "results.csv", "focal", ["point-robot"], None)
     header, csro, idaq = cells(capsys.readouterr().out)
-    assert header[3:] == ["iid", "ood", "ood_random", "online", "online_random_start", "idaq"]
-    assert csro == ["point-robot", "csro", "1", "0", "", "", "", "", ""]  # -0.2 is no minus
-    assert idaq == ["point-robot", "idaq", "2", "2 ± 2", "", "", "-1", "", "45 ± 15"]  # 0, 4; -1; 40 - 10, 80 - 20
+    assert header[3:] == ["iid", "ood", "ood_random", "online", "online_random_start"]
+    assert csro == ["point-robot", "csro", "1", "0", "", "", "", ""]  # -0.2 is no minus
+    assert idaq == ["point-robot", "idaq", "2", "2 ± 2", "", "", "-1", ""]  # of 0 and 4; -1
+
+
+def test_tenth_episode_is_of_idaqs_adaptation():
+    rows = [{"protocol": protocol} for protocol in ("ep_9", "ep_10", "idaq")]
+    assert report.of({0: rows[:2]}, "tenth") == rows[1:2] and report.of({0: rows}, "tenth") == rows[2:]
 
 
 def test_interquartile_mean_of_hand_made_vectors():
@@ -286,6 +291,14 @@ def test_parts_of_contexts_come_from_another_task(tiny):
         assert torch.equal(its_mask, mask)
         assert torch.equal(context[..., theirs], own[other][..., theirs])
         assert torch.equal(context[..., mine], own[..., mine])
+
+
+def test_missing_runs_and_functions_have_remedies(tmp_path, monkeypatch):
+    run_dir = write_run(tmp_path, "mine", 0, [0.0, 0.0])
+    change(run_dir / "args.json", None, script="json")  # a module without evaluate_all
+    assert "evaluate in a function evaluate_all" in stop_message(report.revisit, run_dir, None)
+    monkeypatch.setattr("sys.argv", ["claims.py", "drift", "--env", "ant-dir", "--only", "focal", "--runs", "none"])
+    assert "make one: python focal.py --env ant-dir --run-dir none" in stop_message(claims.main)
 
 
 @pytest.mark.parametrize("own", [True, False])
