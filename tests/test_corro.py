@@ -5,8 +5,6 @@ parameters."""
 
 import copy
 import math
-import re
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -396,27 +394,13 @@ def test_learning_rates_fall_in_the_last_phase(numbered_path, tmp_path, monkeypa
     assert rates["cvae"] == rates["encoder"] == [0.02] * 4
 
 
-def test_defaults_follow_the_family(monkeypatch):
-    monkeypatch.setattr(dc, "load_dataset", lambda *_: sys.exit())  # the arguments are complete by then
-    for env, given, expected in (
-        ("ant-dir", {}, ("reward", 10, 5)),
-        ("point-robot-wind", {}, ("generative", 40, 5)),
-        ("ant-dir", {"negatives": "none", "encoder_updates": 2, "cvae_updates": 3}, ("none", 2, 3)),
-    ):
-        args = corro.Args(env=env, total_updates=10, **given)
-        with pytest.raises(SystemExit):
-            corro.train(args)
-        assert (args.negatives, args.encoder_updates, args.cvae_updates) == expected
-
-
-def test_command_comes_closest_to_the_paper():
-    command = re.search(r"Closest to the paper, ant-dir: (.*?)\.( |$)", corro.__doc__, re.DOTALL)[1]
-    args = dc.command_line(corro.Args, lambda args: args, corro.__doc__, corro.ENV_DEFAULTS, command.split())
-    assert (args.num_negatives, args.num_queries, args.temperature, args.cvae_kl_weight) == (16, 64, 0.1, 0.2)
-    assert (args.gamma, args.reward_scale, args.lr, args.lr_decay, args.n_step) == (0.99, 1, 3e-4, False, 1)
-    assert (args.encoder_lr, args.encoder_width, args.z_dim, args.batch_size) == (3e-4, 64, 5, 256)
-    assert (args.total_updates, args.context_size, args.reward_noise, args.tau) == (200_000, 200, 0.34, 0.005)
-    assert (args.target_noise, args.bc_top_fraction, args.bc_weight_decay, args.meta_batch) == (1, 1, 0, 16)
+@pytest.mark.parametrize("env, defaults", [("ant-dir", ("reward", 10, 5)), ("point-robot-wind", ("generative", 40, 5))])
+def test_defaults_follow_the_family(env, defaults, monkeypatch):
+    monkeypatch.setattr(dc, "load_dataset", lambda *_: 1 / 0)  # the arguments are complete by then
+    args = corro.Args(env=env, total_updates=10)
+    with pytest.raises(ZeroDivisionError):
+        corro.train(args)
+    assert (args.negatives, args.encoder_updates, args.cvae_updates) == defaults
 
 
 # ---- a GPU without a GPU ----------------------------------------------------------------
