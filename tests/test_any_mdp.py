@@ -221,42 +221,35 @@ def as_action(choice, rng):
     return act
 
 
-def test_simulation_follows_the_tables():
-    """Frequencies of starts, next states and ends, and mean and spread of the rewards, of two tasks."""
-    noisy, with_pits = FAMILY.tables.noise.max((1, 2, 3)) > 0.1, FAMILY.tables.ends[:, :-1].any(1)
-    pick = [np.flatnonzero(noisy & with_pits)[0], np.flatnonzero(noisy & ~with_pits)[0]]
-    rng, counts, starts = np.random.default_rng(0), np.zeros((2, S, A, S)), np.zeros((2, S))
-    rewards = np.zeros((2, S, A, S, 2))
-    env = make_env(np.repeat(pick, 1500))
-    which, names = np.repeat([0, 1], 1500), [FAMILY.tables.names[n].tolist() for n in pick]
-    inner = lambda obs: np.array([names[w].index(k) for w, k in zip(which, obs.argmax(1))])  # noqa: E731
+@pytest.mark.parametrize("pits", [True, False])
+def test_simulation_follows_the_tables(pits):
+    """Frequencies of starts and next states, mean and spread of the rewards, of a task with and one without pits."""
+    tables, rng = FAMILY.tables, np.random.default_rng(0)
+    number = np.flatnonzero((tables.noise.max((1, 2, 3)) > 0.1) & (tables.ends[:, :-1].any(1) == pits))[0]
+    t, env = task(number), make_env([number] * 1500)
+    inner = lambda obs: np.argsort(t.names)[obs.argmax(1)]  # noqa: E731
     obs, _ = env.reset(seed=0)
     assert (obs.sum(1) == 1).all() and ((obs == 0) | (obs == 1)).all()
-    np.add.at(starts, (which, inner(obs)), 1)
+    state, (count, total, squares) = inner(obs), np.zeros((3, S, A, S))
+    np.testing.assert_allclose(np.bincount(state, minlength=S) / 1500, t.start, atol=0.04)
     for step in range(H):
-        live, choice, before = env.live.copy(), rng.integers(A, size=3000), inner(obs)
+        live, choice = env.live.copy(), rng.integers(A, size=1500)
         obs, rew, terminated, truncated, _ = env.step(as_action(choice, rng))
         after = inner(obs)
-        assert (terminated[live] == FAMILY.tables.ends[np.array(pick)[which[live]], after[live]]).all()
-        assert not terminated[~live].any() and (rew[~live] == 0).all()
+        assert (terminated == live & t.ends[after]).all() and (rew[~live] == 0).all()
         assert (truncated == (live & ~terminated & (step == H - 1))).all()
-        index = which[live], before[live], choice[live], after[live]
-        np.add.at(counts, index, 1)
-        np.add.at(rewards, index, np.stack([rew[live], rew[live] ** 2], 1))
-    for w, number in enumerate(pick):
-        t = task(number)
-        np.testing.assert_allclose(starts[w] / 1500, t.start, atol=0.04)
-        assert not counts[w][t.transitions == 0].any()
-        visits = counts[w].sum(-1, keepdims=True)
-        error = abs(counts[w] - visits * t.transitions) - 5 * np.sqrt(visits * t.transitions * (1 - t.transitions)) - 2
-        assert error.max() <= 0 and (visits > 500).sum() > 3
-        seen = counts[w] > 300
-        mean = rewards[w][seen][:, 0] / counts[w][seen]
-        spread = np.sqrt((rewards[w][seen][:, 1] / counts[w][seen] - mean**2).clip(0))
-        noise = t.noise[seen]
-        assert (abs(mean - t.rewards[seen]) < 5 * noise / counts[w][seen] ** 0.5 + 1e-6).all()
-        np.testing.assert_allclose(spread, noise, rtol=0.2, atol=1e-3)
-        assert noise.max() > 0
+        for sums, value in ((count, 1), (total, rew[live]), (squares, rew[live] ** 2)):
+            np.add.at(sums, (state[live], choice[live], after[live]), value)
+        state = after
+    visits = count.sum(-1, keepdims=True)
+    error = abs(count - visits * t.transitions) - 5 * np.sqrt(visits * t.transitions * (1 - t.transitions)) - 2
+    assert not count[t.transitions == 0].any() and error.max() <= 0 and (visits > 500).sum() > 3
+    often = count > 300
+    mean, noise = total[often] / count[often], t.noise[often]
+    assert (abs(mean - t.rewards[often]) < 5 * noise / count[often] ** 0.5 + 1e-6).all()
+    spread = np.sqrt((squares[often] / count[often] - mean**2).clip(0))
+    np.testing.assert_allclose(spread, noise, rtol=0.2, atol=1e-3)
+    assert noise.max() > 0
 
 
 def test_episodes_follow_their_seed_and_can_continue():
