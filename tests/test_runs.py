@@ -209,8 +209,8 @@ def test_evaluation_in_one_line():
 
 @every_script
 def test_seed_decides_the_run(case, straight, tiny_path, tmp_path):
-    """That equal seeds give equal runs is seen where runs are resumed."""
-    other = run(case, tiny_path, tmp_path, seed=1, total_updates=10, final_episodes=1)["run_dir"]
+    """Before learning rates fall. That equal seeds give equal runs is seen where runs are resumed."""
+    other = run(case, tiny_path, tmp_path, seed=1, total_updates=20, final_episodes=1)["run_dir"]
     one, two = (dict(((step, tag), v) for step, tag, v in read_rows(d)) for d in (straight(case).run_dir, other))
     losses = {key for key in one.keys() & two.keys() if key[0] == 10 and key[1].startswith("losses/")}
     assert losses and all(one[key] != two[key] for key in losses)
