@@ -440,20 +440,6 @@ def test_runs_are_missing_running_begun_or_finished(finished, tmp_path):
     assert state()[0] == "missing"
 
 
-def test_runs_with_rows_are_not_missing(finished, tmp_path, capsys, monkeypatch):
-    others = ("--exp-name other", "--seed 4", "--seed 5", "--total-updates 50")
-    lines = [finished[0], *(f"{finished[0]} {flag}" for flag in others)]
-    (tmp_path / "list.txt").write_text("\n".join(lines))
-    rows = ["env,quality,name,seed,updates,cpu_s", "point-robot,mixed,focal,3,40,7.5", "point-robot,mixed,focal,4,40,"]
-    rows += ["point-robot,medium,other,3,40,7.5", "ant-dir,mixed,focal,5,40,7.5"]
-    (tmp_path / "results.csv").write_text("\n".join(rows))
-    words = ["missing.py", str(tmp_path / "list.txt"), "--results", str(tmp_path / "results.csv"), "--run-dir", "none"]
-    for more, left in (([], [1, 3, 4]), (["--line", "4"], [3]), (["--line", "1"], [])):
-        monkeypatch.setattr("sys.argv", [*words, *more])
-        missing.main()
-        assert capsys.readouterr().out.splitlines() == [f"{lines[k]} --run-dir none" for k in left]
-
-
 @pytest.mark.parametrize("name", ["report", "claims", "look", "missing", "ood", "speed", "tabular", "weights"])
 def test_every_program_starts(name, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [name, "--help"])
