@@ -298,42 +298,28 @@ def print_brief(groups, columns):
     print_table(["normalized", "seeds", *columns], rows)
 
 
-def places(groups):
-    """Decimal places of returns."""
+def print_tables(groups, columns=None):
+    """Returns per protocol, of `columns` alone. Without `columns` of all protocols, with the critic's error, quality of z
+    and cost; then what happens over inner steps, own episodes, and with the distance of the policy that acted."""
     sizes = [abs(float(row["return"])) for seeds in groups.values() for row in of(seeds, "iid")]
-    return 2 if max(sizes) < 50 else 0
-
-
-def print_returns(groups, columns):
-    """Returns of these protocols alone."""
-    digits, table = places(groups), []
-    for name, seeds in groups.items():
-        cells = [cell(of(seeds, p), "return", p != TENTH, digits) for p in columns]
-        table.append([name, str(len(seeds)), *cells])
-    print_table(["method", "seeds", *columns], table)
-
-
-def print_tables(groups):
-    """Returns per protocol with the critic's error, quality of z and cost; then what happens over inner steps, own
-    episodes, and with the distance of the policy that acted in the context."""
-
-    digits, table = places(groups), []
+    digits, table = 2 if max(sizes) < 50 else 0, []
     for name, seeds in groups.items():
         iid = of(seeds, "iid")
-        quality = [cell(iid, column, digits=2) for column in ("q_relative", "nearest_task_acc", "probe_r2")]
-        minutes = [float(row["cpu_s"]) / 60 for row in iid if row["cpu_s"]]
-        cost = [
-            "/".join(sorted({row["updates"] for row in iid}, key=int)),
-            f"{np.mean(minutes):.0f}" if minutes else "",
-        ]
-        returns = [cell(of(seeds, protocol), "return", True, digits) for protocol in PROTOCOLS]
-        table.append([name, str(len(iid)), *returns, *quality, *cost])
+        cells = [name, str(len(iid)), *(cell(of(seeds, p), "return", p != TENTH, digits) for p in columns or PROTOCOLS)]
+        if not columns:
+            cells += [cell(iid, column, digits=2) for column in ("q_relative", "nearest_task_acc", "probe_r2")]
+            minutes = [float(row["cpu_s"]) / 60 for row in iid if row["cpu_s"]]
+            cells.append("/".join(sorted({row["updates"] for row in iid}, key=int)))
+            cells.append(f"{np.mean(minutes):.0f}" if minutes else "")
+        table.append(cells)
+    if columns:
+        return print_table(["method", "seeds", *columns], table)
     print_table(["method", "seeds", *PROTOCOLS, "Q error", "z acc", "z R2", "updates", "CPU minutes"], table)
     for what, protocols in PARTS.items():
         column = "normalized" if "normalized" in what else "return"
-        decimals = digits if column == "return" else 0
+        places = digits if column == "return" else 0
         table = [
-            [name, *(cell(of(seeds, protocol), column, digits=decimals) for protocol in protocols)]
+            [name, *(cell(of(seeds, protocol), column, digits=places) for protocol in protocols)]
             for name, seeds in groups.items()
             if of(seeds, protocols[0])
         ]
@@ -638,12 +624,7 @@ def main():
         if not groups:
             kept = args.files / "results.csv"
             raise SystemExit(f"no row of {env}, {args.quality} data, in {kept}; make runs: see benchmark/README.md")
-        if args.brief:
-            print_brief(groups, args.columns or BRIEF)
-        elif args.columns:
-            print_returns(groups, args.columns)
-        else:
-            print_tables(groups)
+        print_brief(groups, args.columns or BRIEF) if args.brief else print_tables(groups, args.columns)
         if args.adaptation:
             draw_episodes(groups, env, args.adaptation)
         if args.figure:
