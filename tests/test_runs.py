@@ -300,7 +300,7 @@ def test_ctrl_c_loses_no_update(case, after, straight, tiny_path, tmp_path):
 
 
 def test_terminated_program_resumes_bit_for_bit(tiny_path, tmp_path):
-    settings = {"total_updates": 250, "eval_every": 100, "save_every": 50}
+    settings = {"total_updates": 250, "eval_every": 1000, "save_every": 50, "final_episodes": 1}
     words = flags(SMALL | CASES["flora"][1] | settings | {"dataset": str(tiny_path), "run_dir": "my runs"})
     process, stdout = start_script(tmp_path, "flora.py", *words), ""
     for line in process.stdout:
