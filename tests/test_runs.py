@@ -285,6 +285,8 @@ CUTS = [(case, 25) for case in FIRST] + [("corro-generative", 33), ("corro-gener
 def test_killed_run_resumes_bit_for_bit(case, after, straight, tiny_path, tmp_path):
     run_dir = cut_run(case, tiny_path, tmp_path, after)
     assert sum(load(run_dir)["steps"].values()) == after // 10 * 10
+    with open(run_dir / "metrics.csv", "a", newline="") as file:
+        file.write("30,losses/reward,123.0\n3")  # since the checkpoint, and cut off
     resume(case, run_dir)
     assert_same_run(run_dir, straight(case).run_dir)
 
@@ -347,14 +349,6 @@ def test_eval_only_repeats_the_last_evaluation(case, straight, tmp_path):
         assert (run_dir / name).read_bytes() == (done.run_dir / name).read_bytes()
 
 
-def test_rows_after_the_checkpoint_are_dropped(straight, tiny_path, tmp_path):
-    run_dir = cut_run("flora", tiny_path, tmp_path, 25)
-    with open(run_dir / "metrics.csv", "a", newline="") as file:
-        file.write("30,losses/reward,123.0\n3")
-    resume("flora", run_dir)
-    assert_same_run(run_dir, straight("flora").run_dir)
-
-
 def test_finished_run_can_be_continued(copied, capsys):
     result = resume("flora", copied, total_updates=60)
     assert "fell towards update 40; now they fall towards 60" in capsys.readouterr().out
@@ -373,11 +367,10 @@ def test_evaluation_settings_may_change(straight, tmp_path):
     assert result["eval/zero_shot/return"] != straight("meta_dt").result["eval/zero_shot/return"]
 
 
-def test_second_process_is_refused(tiny_path, tmp_path):
-    run_dir = cut_run("flora", tiny_path, tmp_path, 25)
-    with open(run_dir / "lock") as file:
+def test_second_process_is_refused(copied):
+    with open(copied / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another process" in stop_message(lambda: resume("flora", run_dir))
+        assert "another process" in stop_message(lambda: resume("flora", copied))
 
 
 def test_command_line_wins_over_stored_values(copied, monkeypatch):
