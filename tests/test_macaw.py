@@ -454,23 +454,17 @@ def test_exploration_adds_the_noise_of_the_policy(data):
     assert expected.abs().max() > 1 > expected.abs().min()
 
 
-def test_last_evaluation_adds_steps_and_tuning(numbered, monkeypatch):
-    agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_steps=5, online_ft=4)
-
-    def evaluate(data, adapt, protocols, episodes):
-        assert data is numbered and adapt.func is macaw.adapt and adapt.args == (agent,) and episodes == 3
-        assert protocols == ("iid",) or "steps" not in adapt.keywords
-        steps = adapt.keywords.get("steps", 5)
-        return {f"eval/{protocol}/return": 100.0 * (protocol == "zero_shot") + steps for protocol in protocols}
-
-    monkeypatch.setattr(dc, "evaluate", evaluate)
-    monkeypatch.setattr(dc, "embedding_quality", lambda data, embed: {"z": (embed.func, embed.args)})
-    monkeypatch.setattr(macaw, "fine_tune", lambda *given: {"tuned": given})
-    found = macaw.evaluate_all(agent, numbered, args, ("iid", "train"), 3)
-    assert found == {"eval/iid/return": 5, "eval/train/return": 5, "z": (macaw.embed, (agent,))}
-    found = macaw.evaluate_all(agent, numbered, args, dc.PROTOCOLS, 3)
-    assert [found[f"adapt/return_{k}_steps"] for k in (0, 1, 5, 20)] == [105, 1, 5, 20]
-    assert found["tuned"] == (agent, numbered, args)
+def test_last_evaluation_compares_inner_steps(numbered):
+    data = copy.copy(numbered)
+    data.context_dim = data.ctx_dim + 1  # with the end, as in a training
+    agent, args = make_agent(numbered, torch.float32, env="point-robot")
+    macaw.label_data(agent, data)
+    assert not any("steps" in tag for tag in macaw.evaluate_all(agent, data, args, ("iid", "train"), 1))
+    found = macaw.evaluate_all(agent, data, args, dc.PROTOCOLS, 1)
+    for steps in (0, 1, 5, 20):
+        alone = dc.evaluate(data, partial(macaw.adapt, agent, steps=steps), ("iid",), 1)
+        assert found[f"adapt/return_{steps}_steps"] == alone["eval/iid/return"]
+    assert len({value for tag, value in found.items() if "steps" in tag}) == 4
 
 
 # ---- online fine-tuning -----------------------------------------------------------------
