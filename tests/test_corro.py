@@ -183,18 +183,19 @@ class TestCORRO(ActorCriticSuite):
         check_evaluation(corro, agent, args, numbered, infer, torch.zeros(3))
 
     def test_learning_rates_fall_in_the_second_half(self, numbered_path, tmp_path, monkeypatch):
-        rates = {"cvae": [], "encoder": [], "policy": []}
+        rates = {"cvae_opt": [], "encoder_opt": [], "opt": [], "behavior_opt": []}
 
-        def rate(phase, opt):
-            return lambda agent, *_: rates[phase].append(float(getattr(agent, opt).param_groups[0]["lr"]))
+        def note(*opts):
+            return lambda agent, *_: [rates[opt].append(getattr(agent, opt).param_groups[0]["lr"]) for opt in opts]
 
-        spy(monkeypatch, "update_cvae", rate("cvae", "cvae_opt"), {})
-        spy(monkeypatch, "update_encoder", rate("encoder", "encoder_opt"))
-        spy(monkeypatch, "update", rate("policy", "opt"))
+        spy(monkeypatch, "update_cvae", note("cvae_opt"), {})
+        spy(monkeypatch, "update_encoder", note("encoder_opt"))
+        spy(monkeypatch, "update", note("opt", "behavior_opt"))
         lengths = {"cvae_updates": 4, "encoder_updates": 4, "total_updates": 8}
         train(numbered_path, tmp_path, negatives="generative", lr=0.01, encoder_lr=0.02, **lengths)
-        assert rates["policy"] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025])
-        assert rates["cvae"] == rates["encoder"] == [0.02] * 4
+        for opt in ("opt", "behavior_opt"):
+            assert rates[opt] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025])
+        assert rates["cvae_opt"] == rates["encoder_opt"] == [0.02] * 4
 
     @pytest.mark.parametrize("kind", ["generative", "reward", "none"])
     def test_update_stays_on_the_device(self, kind, numbered):
@@ -373,10 +374,14 @@ def test_a_collapsed_encoder_leaves_finite_embeddings(numbered):
 # ---- schedules and switches -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env, defaults", [("ant-dir", ("reward", 10, 5)), ("point-robot-wind", ("generative", 40, 5))])
-def test_defaults_follow_the_family(env, defaults, monkeypatch):
+DEFAULTS = [("ant-dir", 11, ("reward", 11, 5)), ("point-robot-wind", 11, ("generative", 44, 5))]
+DEFAULTS += [("point-robot-wind", 1, ("generative", 4, 1))]
+
+
+@pytest.mark.parametrize("env, updates, defaults", DEFAULTS)
+def test_defaults_follow_family_and_length(env, updates, defaults, monkeypatch):
     monkeypatch.setattr(dc, "load_dataset", lambda *_: 1 / 0)  # the arguments are complete by then
-    args = corro.Args(env=env, total_updates=10)
+    args = corro.Args(env=env, total_updates=updates)
     with pytest.raises(ZeroDivisionError):
         corro.train(args)
     assert (args.negatives, args.encoder_updates, args.cvae_updates) == defaults
