@@ -566,11 +566,11 @@ DEFAULTS |= {"hopper-rand-params": ("state", 8, 3, 500, 1e-4), "cheetah-vel": ("
 @pytest.mark.parametrize("env", DEFAULTS)
 def test_defaults_follow_the_family(env, monkeypatch):
     monkeypatch.setattr(dc, "load_dataset", lambda *_: 1 / 0)  # the arguments are complete by then
-    args = meta_dt.Args(env=env, device="cpu", total_updates=100)
+    args = meta_dt.Args(env=env, device="cpu", total_updates=105)
     with pytest.raises(ZeroDivisionError):
         meta_dt.train(args)
     found = args.world_model_loss, args.window, args.prompt_length, args.return_scale, args.weight_decay
-    assert found == DEFAULTS[env] and (args.world_model_updates, args.warmup_updates) == (100, 10)
+    assert found == DEFAULTS[env] and (args.world_model_updates, args.warmup_updates) == (105, 10)
 
 
 def test_bad_sizes_are_refused(numbered, monkeypatch):
