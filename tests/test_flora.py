@@ -105,7 +105,8 @@ def slow_metrics(agent, context, segment, bc_batch, args):
             end_act = torch.tanh(end_pi.mean + args.target_noise * end_pi.stddev * noise_act[m, b])
             end_psi = [psi.detach() for psi in slow_twin(agent.psi_target, end, end_act, fixed_z)]
             discount = args.gamma**steps if segment.bootstrap[m, b] > 0 else 0.0
-            features = [slow_net(agent.phi, *move, z) for move in path]
+            seen = [z] if args.phi_sees_z else []
+            features = [slow_net(agent.phi, *move, *seen) for move in path]
             psi = slow_twin(agent.psi, obs, act, z)
             prediction, q_target = 0.0, sum(args.gamma**k * rewards[k] for k in range(steps))
             for d in range(dim):
@@ -173,6 +174,7 @@ VARIANTS = {
     "no correction": {"alpha_min": 0.0, "num_arms": 2, "reward_scale": 0.5, "n_step": 2},
     "targets of the paper": {"n_step": 1, "target_noise": 1.0},
     "metric loss": {"metric_weight": 3.0},
+    "features without z": {"phi_sees_z": False, "n_step": 3},
     "weights of zero": {"likelihood_weight": 0.0, "feature_weight": 0.0, "kl_coef_lr": 0.0},
 }
 MASK = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]]).double()  # rows with all, some, no transitions
@@ -259,6 +261,30 @@ class TestFlora(ActorCriticSuite):
         assert not z.requires_grad
         for row in range(3):
             torch.testing.assert_close(z[row], slow_infer(agent, context[row][MASK[row] == 1])[0])
+
+    @pytest.mark.parametrize("sees", [True, False])
+    def test_likelihood_takes_the_task_that_explains_rewards(self, sees):
+        """A training task's z, only where it at least halves the squared error of the encoder's z."""
+        agent, args = self.make_agent(phi_sees_z=sees)
+        agent.requires_grad_(False)
+        context, task_z = make_context(0), pattern((5, 3)) * torch.tensor([3.0, 1.0, 5.0, -2.0, 0.5])[:, None]
+        sees_z = lambda z: [z] if sees else []  # noqa: E731
+        predict = lambda x, z: torch.dot(  # noqa: E731
+            slow_net(agent.phi, x[:3], x[3:5], x[6:], *sees_z(z)), slow_weights(agent, z, args)
+        )
+        for row, (task, offset) in enumerate([(2, 0.0), (1, 0.05), (4, 9.0)]):  # no latent explains the last row
+            for x in context[row]:
+                x[5] = predict(x, task_z[task]) / args.reward_scale + offset
+        own = [slow_infer(agent, context[row][MASK[row] == 1])[0] for row in range(3)]
+        wanted = []
+        for row in range(3):
+            real = context[row][MASK[row] == 1]
+            errors = [sum((args.reward_scale * x[5] - predict(x, z)) ** 2 for x in real) for z in [*task_z, own[row]]]
+            least = min(errors[:-1])
+            wanted.append(task_z[errors.index(least)] if least < errors[-1] / 2 else own[row])
+        assert [bool((z == own[row]).all()) for row, z in enumerate(wanted)] == [False, False, True]
+        found = flora.embed(agent, context[:3], MASK[:3], task_z=task_z)
+        torch.testing.assert_close(found, torch.stack(wanted))
 
     def test_exploration_leaves_the_training_noise_alone(self):
         """And repeats itself; the prior has mean 0 and deviation 1."""
