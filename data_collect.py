@@ -622,7 +622,8 @@ class GymFamily(Family):
             raise SystemExit(f"GymFamily: no setting {unknown[0]}")
         self.worlds, self.keys, self.free = [], [], {}  # environments; their tasks; numbers of unused ones, by task
         world = self.worlds[self.take(self.params[0])]
-        self.act_dim, self.obs_dim = (math.prod(s.shape) for s in (world.action_space, world.observation_space))
+        self.space, self.obs_dim = world.action_space, math.prod(world.observation_space.shape)
+        self.act_dim = math.prod(self.space.shape)
         self.horizon = settings.get("horizon") or getattr(world.spec, "max_episode_steps", None)
         if not self.horizon:
             raise SystemExit("GymFamily: the environment has no time limit; give horizon=")
@@ -659,12 +660,10 @@ class GymFamily(Family):
         return state
 
     def step(self, state, act, params):
-        next_state = state.copy()
-        for row, a in zip(next_state, act):
-            world = self.worlds[int(row[0])]
-            space = world.action_space
-            a = space.low + (a.reshape(space.shape) + 1) / 2 * (space.high - space.low)
-            obs, row[1], row[2], row[3], _ = world.step(a.astype(space.dtype))
+        next_state, space = state.copy(), self.space
+        act = space.low + (act.reshape(-1, *space.shape) + 1) / 2 * (space.high - space.low)
+        for row, number, a in zip(next_state, state[:, 0].astype(int), act.astype(space.dtype)):
+            obs, row[1], row[2], row[3], _ = self.worlds[number].step(a)
             row[4:] = np.ravel(obs)
         return next_state
 
@@ -1157,14 +1156,14 @@ def own_episode(episode):
     if not isinstance(episode, dict):
         episode = dict(zip(("observations", "actions", "rewards", "terminated"), episode))
     obs, act, rew = (np.asarray(episode[key], np.float32) for key in ("observations", "actions", "rewards"))
+    if not len(rew):
+        raise ValueError("it is empty")
     rew, ends = rew.reshape(len(rew), -1), np.ravel(episode.get("terminated", episode.get("terminals", False)))
     if "next_observations" in episode:
         after = np.asarray(episode["next_observations"], np.float32)
         if after.shape != obs.shape or not np.allclose(after[:-1], obs[1:], atol=1e-4):
             raise ValueError("next_observations do not lead to the next observation; is it more than one episode?")
         obs = np.concatenate([obs, after[-1:]])
-    if not len(rew):
-        raise ValueError("it is empty")
     if obs.ndim != 2 or act.ndim != 2 or not len(obs) - 1 == len(act) == rew.size:
         raise ValueError(f"shapes {obs.shape}, {act.shape}, {rew.shape}, expected [n + 1, obs_dim], [n, act_dim], [n]")
     if not all(np.isfinite(x).all() for x in (obs, act, rew)):
@@ -1185,7 +1184,8 @@ def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), quality=
     observations are [n, obs_dim]. foreign: for each test task a list of episodes by policies of other tasks, equally
     many. optional: further arrays of FILE_LAYOUT, such as task_params [T, P], random_returns [T], expert_returns [T].
     What is left out leaves out the figures that need it."""
-    problems, arrays, family = [], dict(optional), family_of(env)
+    problems = [f"there is no array {key} in FILE_LAYOUT" for key in optional if key not in FILE_LAYOUT]
+    arrays, family = {}, family_of(env)
     for prefix, table in (("", episodes), ("ood_", foreign)):
         read = {}
         for task, number in ((t, n) for t in range(len(table)) for n in range(len(table[t]))):
@@ -1212,7 +1212,7 @@ def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), quality=
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise SystemExit(f"{path} is not written: {'; '.join(problems[:3])}{more}")
-    arrays |= {"train_ids": np.array(train_ids, int), "test_ids": np.array(test_ids, int)}
+    arrays |= optional | {"train_ids": np.array(train_ids, int), "test_ids": np.array(test_ids, int)}
     return save_dataset(Path(path), env, arrays, {"settings": {"quality": quality}})
 
 
@@ -1637,14 +1637,15 @@ def load_dataset(env, path=None, device="cpu"):
 
 def check_arrays(family, arrays):
     """Convert the arrays of a file to their types and add the optional ones, in place -> what is wrong, as phrases.
-    Unknown returns are NaN, other unknown numbers 0; there may be no foreign contexts (C = 0). Sizes of `Offline` are taken from the arrays."""
+    Unknown returns are NaN, other unknown numbers 0; there may be no foreign contexts (C = 0). Sizes of `Offline` are
+    taken from the arrays."""
     problems = [f"array {key} is missing" for key in REQUIRED if key not in arrays]
     sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
     sizes = sizes if family.simulated else {}
     for key, (dtype, letters) in FILE_LAYOUT.items():
         if key not in arrays:
             continue
-        array = arrays[key]
+        array = np.asarray(arrays[key])
         if not np.can_cast(array.dtype, dtype, "same_kind"):
             problems.append(f"{key} has type {array.dtype}, expected {dtype}")
         elif array.ndim != len(letters) or any(sizes.setdefault(n, s) != s for n, s in zip(letters, array.shape)):
