@@ -687,7 +687,7 @@ class Offline(Family):
     """Recorded data without a simulator. `load_dataset` sets the sizes."""
 
     dynamics_vary, simulated = None, False
-    obs_dim = act_dim = 0
+    obs_dim = act_dim = horizon = 0
 
 
 FAMILIES = {
@@ -1185,33 +1185,30 @@ def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), quality=
     many. optional: further arrays of FILE_LAYOUT, such as task_params [T, P], random_returns [T], expert_returns [T].
     What is left out leaves out the figures that need it."""
     problems = [f"there is no array {key} in FILE_LAYOUT" for key in optional if key not in FILE_LAYOUT]
-    arrays, family = {}, family_of(env)
-    for prefix, table in (("", episodes), ("ood_", foreign)):
-        read = {}
-        for task, number in ((t, n) for t in range(len(table)) for n in range(len(table[t]))):
-            try:
-                read[task, number] = own_episode(table[task][number])
-            except (ValueError, TypeError, KeyError) as error:
-                problems.append(f"{prefix}task {task}, episode {number}: {error}")
-        if not read or problems:
-            continue
-        if not family.simulated and not prefix:  # the data tell the sizes
-            longest = max(len(act) for _, act, _, _ in read.values())
-            family.obs_dim, family.act_dim, family.horizon = *(x.shape[1] for x in read[min(read)][:2]), longest
-        out = empty_episodes(family, (len(table), max(map(len, table))))
-        for where, (obs, act, rew, ended) in read.items():
-            n, expected = len(act), (family.obs_dim, family.act_dim)
-            if n > family.horizon or (obs.shape[1], act.shape[1]) != expected:
-                what = f"{n} steps with sizes {(obs.shape[1], act.shape[1])}"
-                what += f" of observations and actions, expected up to {family.horizon} and {expected}"
-                problems.append(f"{prefix}task {where[0]}, episode {where[1]}: {what}")
-                continue
-            out["observations"][where][: n + 1], out["actions"][where][:n], out["rewards"][where][:n] = obs, act, rew
-            out["lengths"][where], out["terminated"][where] = n, ended
-        arrays |= {prefix + key: array for key, array in out.items()}
+    arrays, family, tables, read = {}, family_of(env), {"": episodes, "ood_": foreign}, {}
+    for prefix, task, number in ((p, t, n) for p in tables for t, own in enumerate(tables[p]) for n in range(len(own))):
+        try:
+            obs, act, rew, ended = own_episode(tables[prefix][task][number])
+            found, n = (obs.shape[1], act.shape[1]), len(act)
+            if not family.simulated:  # the data tell the sizes
+                family.obs_dim, family.act_dim = (family.obs_dim or found[0], family.act_dim or found[1])
+                family.horizon = max(n, family.horizon)
+            if found != (family.obs_dim, family.act_dim) or n > family.horizon:
+                most = f"expected {(family.obs_dim, family.act_dim)} and at most {family.horizon} steps"
+                raise ValueError(f"observations and actions have sizes {found}, {n} steps; {most}")
+            read[prefix, task, number] = obs, act, rew, ended
+        except (ValueError, TypeError, KeyError) as error:
+            problems.append(f"{'context of ' * bool(prefix)}task {task}, episode {number}: {error}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise SystemExit(f"{path} is not written: {'; '.join(problems[:3])}{more}")
+    for prefix, table in tables.items():
+        shape = len(table), max(map(len, table), default=0)
+        arrays |= {prefix + key: array for key, array in empty_episodes(family, shape).items() if len(table)}
+    for (prefix, *place), parts in read.items():
+        for key, part in zip(("observations", "actions", "rewards"), parts):
+            arrays[prefix + key][*place, : len(part)] = part
+        arrays[prefix + "lengths"][*place], arrays[prefix + "terminated"][*place] = len(parts[1]), parts[3]
     arrays |= optional | {"train_ids": np.array(train_ids, int), "test_ids": np.array(test_ids, int)}
     return save_dataset(Path(path), env, arrays, {"settings": {"quality": quality}})
 
@@ -1240,6 +1237,8 @@ def collect(args):
         raise SystemExit(f"--out {path}: the name must end in .npz")
     params, train_ids, test_ids = given_tasks(args.tasks, family) if args.tasks else family.draw()
     for name, ids in (("train_tasks", train_ids), ("test_tasks", test_ids)):
+        if not len(ids) or not np.isin(ids, range(len(params))).all():
+            raise SystemExit(f"{args.tasks or args.env}: {name} must be numbers from 0 to {len(params) - 1}")
         if (getattr(args, name) or 0) > len(ids):
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.env} has {len(ids)}")
     train_ids, test_ids = train_ids[: args.train_tasks], test_ids[: args.test_tasks]
@@ -1648,12 +1647,14 @@ def check_arrays(family, arrays):
         array = np.asarray(arrays[key])
         if not np.can_cast(array.dtype, dtype, "same_kind"):
             problems.append(f"{key} has type {array.dtype}, expected {dtype}")
-        elif array.ndim != len(letters) or any(sizes.setdefault(n, s) != s for n, s in zip(letters, array.shape)):
+            continue
+        arrays[key] = array = array.astype(dtype, copy=False)
+        if array.ndim != len(letters) or any(sizes.setdefault(n, s) != s for n, s in zip(letters, array.shape)):
             problems.append(f"{key} has shape {array.shape}, expected {tuple(sizes.get(n, n) for n in letters)}")
         elif array.dtype.kind == "f" and not np.isfinite(array).all():
             problems.append(f"{key} has values that are not finite")
-        else:
-            arrays[key] = array.astype(dtype, copy=False)
+    if not problems and sizes["H+1"] != sizes["H"] + 1:
+        problems.append("observations must have one more step than actions")
     if problems:
         return problems
     if not family.simulated:
