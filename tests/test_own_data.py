@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -23,7 +24,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dc, "FAMILIES", dict(dc.FAMILIES))
     monkeypatch.setattr(dc, "DATASETS", tmp_path)
-    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    monkeypatch.setattr(sys, "path", [*sys.path])
     return tmp_path
 
 
@@ -119,6 +120,7 @@ def test_all_problems_come_in_one_line(folder):
     message = stop_message(lambda: write("own.npz", [[episode(5)]] * 3, test=(7,), expert_returns=[1.0]))
     assert "expert_returns has shape (1,)" in message
     assert "test_ids must be distinct" in stop_message(lambda: write("own.npz", [[episode(5)]] * 3, test=(7,)))
+    assert not (folder / "own.npz").exists()
 
 
 def test_plain_arrays_are_enough(folder):
