@@ -620,10 +620,11 @@ class GymFamily(Family):
         self.make, self.params, self.test_ids = make, np.array(params, np.float64), np.array(test_ids)
         if unknown := [name for name in settings if not hasattr(Family, name)]:
             raise SystemExit(f"GymFamily: no setting {unknown[0]}")
+        mujoco.set_mju_user_warning(lambda _: None)  # or each environment repeats those of its model
         self.worlds, self.keys, self.free = [], [], {}  # environments; their tasks; numbers of unused ones, by task
         world = self.worlds[self.take(self.params[0])]
         self.space, self.obs_dim = world.action_space, math.prod(world.observation_space.shape)
-        self.act_dim = math.prod(self.space.shape)
+        self.act_dim, self.param_scale = math.prod(self.space.shape), abs(self.params).max(0).clip(1e-8)
         self.horizon = settings.get("horizon") or getattr(world.spec, "max_episode_steps", None)
         if not self.horizon:
             raise SystemExit("GymFamily: the environment has no time limit; give horizon=")
@@ -633,6 +634,9 @@ class GymFamily(Family):
     def draw(self):
         return self.params, np.setdiff1d(np.arange(len(self.params)), self.test_ids), self.test_ids
 
+    def distance(self, params, others):
+        return super().distance(params / self.param_scale, others / self.param_scale)  # units may differ
+
     def take(self, params):
         """-> number of an environment of the task that no row uses."""
         key = params.tobytes()
@@ -640,7 +644,7 @@ class GymFamily(Family):
             world = self.make(params)
             for name, space in (("observations", world.observation_space), ("actions", world.action_space)):
                 if not isinstance(space, gym.spaces.Box):
-                    remedy = "a wrapper such as FlattenObservation makes one" if name == "observations" else "wrap it"
+                    remedy = "use a wrapper (for observations: FlattenObservation)"
                     raise SystemExit(f"GymFamily: {name} are {str(space)[:60]}, not a Box; {remedy}")
             if not world.action_space.is_bounded():
                 raise SystemExit("GymFamily: the bounds of the actions must be finite")

@@ -1,5 +1,6 @@
 """A user's own data, data without a simulator, and families in a user's file."""
 
+import importlib
 import json
 import math
 import re
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, stop_message
+from test_smoke import NAMES
+from test_smoke import SHORT as FEW
 
 import data_collect as dc
 import focal
@@ -173,6 +176,17 @@ def test_action_error_equals_a_plain_loop(folder, protocol):
     assert len(seen) == 6
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_script_trains_without_a_simulator(folder, name):
+    write("own.npz", [[episode(n) for n in (24, 27, 25)] for _ in range(4)], test=(2, 3))
+    script = importlib.import_module(name)
+    few = {key: value for key, value in (SHORT | FEW.get(name, {})).items() if hasattr(script.Args, key)}
+    few.pop("width")
+    result = script.train(script.Args(env="offline", dataset="own.npz", **few))
+    assert 0.3 < result["eval/iid/action_error"] < 1.2 and 0.3 < result["eval/zero_shot/action_error"] < 1.2
+    assert not any("return" in tag for tag in result) and result["step"] == 2
+
+
 # ---- families of a user ---------------------------------------------------------
 
 
@@ -222,17 +236,30 @@ def test_gym_row_follows_its_environment():
 
 
 def test_gym_environments_are_used_again():
-    family, before = slopes(), Slope.made
+    before, family = Slope.made + 1, slopes()
     for _ in range(3):
         env = dc.TaskEnv(family, family.params, [0, 0, 1])
         env.reset(seed=0)
         env.reset(options={"reset_mask": np.array([True, False, False]), "task_ids": [2, 0, 1]})
         env.close()
-    assert Slope.made == before + 3  # one of task 0 was there; one more of task 0, one of task 1, one of task 2
+    assert Slope.made == before + 3  # the first is of task 0; one more of it, one of each other task
+    scaled = dc.GymFamily(lambda params: Slope(1), [[100.0, 1], [0, 0.5]], [0], horizon=5)
+    assert scaled.param_scale.tolist() == [100, 1] and scaled.distance(*scaled.params) == math.hypot(1, 0.5)
+
+
+def test_interrupted_gym_rows_begin_anew():
+    family = slopes()
+    one, other = (dc.TaskEnv(family, family.params, ids) for ids in ([0, 1], [2, 2]))
+    one.reset(seed=0)
+    one.step(np.ones((2, 2)))
+    other.set_state(one.get_state())
+    assert other.task_ids.tolist() == [0, 1] and other.live.all() and not other.steps.any()
+    assert other.step(np.zeros((2, 2)))[0][:, 1].tolist() == [1.0, -1.0]  # the slopes of these tasks
+    assert set(one.state[:, 0]).isdisjoint(other.state[:, 0])  # no environment serves two rows
 
 
 REFUSED = {
-    "Dict": ({"observation_space": gym.spaces.Dict(x=Slope.observation_space)}, "not a Box; a wrapper such as Flatten"),
+    "Dict": ({"observation_space": gym.spaces.Dict(x=Slope.observation_space)}, "observations are Dict('x'"),
     "Discrete": ({"action_space": gym.spaces.Discrete(3)}, "actions are Discrete(3), not a Box"),
     "no bounds": ({"action_space": gym.spaces.Box(-np.inf, 1, (2,))}, "bounds of the actions must be finite"),
 }
