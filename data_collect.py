@@ -1169,7 +1169,8 @@ def own_episode(episode):
             raise ValueError("next_observations do not lead to the next observation; is it more than one episode?")
         obs = np.concatenate([obs, after[-1:]])
     if obs.ndim != 2 or act.ndim != 2 or not len(obs) - 1 == len(act) == rew.size:
-        raise ValueError(f"shapes {obs.shape}, {act.shape}, {rew.shape}, expected [n + 1, obs_dim], [n, act_dim], [n]")
+        shapes = ", ".join(str(np.shape(x)) for x in (obs, act, episode["rewards"]))
+        raise ValueError(f"shapes {shapes}, expected [n + 1, obs_dim], [n, act_dim], [n]")
     if not all(np.isfinite(x).all() for x in (obs, act, rew)):
         raise ValueError("a number is not finite")
     if abs(act).max() > 1:
@@ -1223,9 +1224,9 @@ def save_dataset(path, env, arrays, about):
         raise SystemExit(f"{path} is not written: {'; '.join(problems)}")
     header = {"format_version": FORMAT_VERSION, "env": env, "versions": versions()} | about
     content = arrays | {"header": np.array(json.dumps(header))}
+    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_save(path, lambda file: np.savez_compressed(file, **content))
     return load_dataset(env, path)
-
 
 
 def collect(args):
