@@ -1168,15 +1168,16 @@ def own_episode(episode):
         if after.shape != obs.shape or not np.allclose(after[:-1], obs[1:], atol=1e-4):
             raise ValueError("next_observations do not lead to the next observation; is it more than one episode?")
         obs = np.concatenate([obs, after[-1:]])
-    if obs.ndim != 2 or act.ndim != 2 or not len(obs) - 1 == len(act) == rew.size:
-        shapes = ", ".join(str(np.shape(x)) for x in (obs, act, episode["rewards"]))
-        raise ValueError(f"shapes {shapes}, expected [n + 1, obs_dim], [n, act_dim], [n]")
-    if not all(np.isfinite(x).all() for x in (obs, act, rew)):
-        raise ValueError("a number is not finite")
-    if abs(act).max() > 1:
-        raise ValueError(f"actions reach {abs(act).max():.3g}; rescale them to [-1, 1]")
-    if ends[:-1].any():
-        raise ValueError("it terminates before its last step; split it")
+    shapes = ", ".join(str(np.shape(x)) for x in (obs, act, episode["rewards"]))
+    fits = obs.ndim == act.ndim == 2 and len(obs) - 1 == len(act) == rew.size
+    complaints = {
+        f"shapes {shapes}, expected [n + 1, obs_dim], [n, act_dim], [n]": not fits,
+        "a number is not finite": not all(np.isfinite(x).all() for x in (obs, act, rew)),
+        f"actions reach {abs(act).max(initial=0):.3g}; rescale them to [-1, 1]": abs(act).max(initial=0) > 1,
+        "it terminates before its last step; split it": ends[:-1].any(),
+    }
+    if any(complaints.values()):
+        raise ValueError(", ".join(text for text, holds in complaints.items() if holds))
     return obs, act, rew[:, 0], bool(ends[-1])
 
 

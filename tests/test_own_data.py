@@ -94,6 +94,7 @@ def test_written_file_holds_the_episodes(folder):
 
 BROKEN = {  # what becomes of (observations, actions, rewards) -> the complaint
     "rewards too short": (lambda o, a, r: (o, a, r[1:]), "expected [n + 1, obs_dim], [n, act_dim], [n]"),
+    "two at once": (lambda o, a, r: (o[1:], 9 * a, r), "(5, 2), (5,), expected [n + 1, obs_dim], [n, act_dim], [n], act"),
     "not finite": (lambda o, a, r: (o * np.nan, a, r), "not finite"),
     "empty": (lambda o, a, r: (o[:1], a[:0], r[:0]), "it is empty"),
     "action above 1": (lambda o, a, r: (o, 9 * a, r), "rescale them to [-1, 1]"),
