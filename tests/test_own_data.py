@@ -94,7 +94,7 @@ def test_written_file_holds_the_episodes(folder):
 
 BROKEN = {  # what becomes of (observations, actions, rewards) -> the complaint
     "rewards too short": (lambda o, a, r: (o, a, r[1:]), "expected [n + 1, obs_dim], [n, act_dim], [n]"),
-    "two at once": (lambda o, a, r: (o[1:], 9 * a, r), "(5, 2), (5,), expected [n + 1, obs_dim], [n, act_dim], [n], act"),
+    "two at once": (lambda o, a, r: (o[1:], 9 * a, r), "[n + 1, obs_dim], [n, act_dim], [n], actions"),
     "not finite": (lambda o, a, r: (o * np.nan, a, r), "not finite"),
     "empty": (lambda o, a, r: (o[:1], a[:0], r[:0]), "it is empty"),
     "action above 1": (lambda o, a, r: (o, 9 * a, r), "rescale them to [-1, 1]"),
@@ -130,7 +130,8 @@ def test_all_problems_come_in_one_line(folder):
 def test_plain_arrays_are_enough(folder):
     """A file of np.savez, without a header, in types of its own."""
     arrays = {"observations": np.ones((3, 2, 6, 3)), "actions": np.zeros((3, 2, 5, 1)), "rewards": np.ones((3, 2, 5))}
-    arrays |= {"lengths": np.full((3, 2), 5), "terminated": np.zeros((3, 2), bool), "train_ids": [0, 1], "test_ids": [2]}
+    arrays |= {"lengths": np.full((3, 2), 5), "terminated": np.zeros((3, 2), bool)}
+    arrays |= {"train_ids": [0, 1], "test_ids": [2]}
     np.savez("own.npz", **arrays)
     assert dc.load_dataset("offline", "own.npz").behavior_return == 5
     np.savez("own.npz", **arrays | {"rewards": np.ones((3, 2, 4)), "actions": np.full((3, 2, 5, 1), np.inf)})
