@@ -69,6 +69,15 @@ def test_document_brings_own_environment(folder):
     assert result["run_dir"].startswith("runs/pendulum-Pendulum/focal/")
 
 
+def test_readme_brings_own_family(folder):
+    code = re.search(r"```python\n(class Cart.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+    (folder / "cart.py").write_text("import numpy as np\nfrom data_collect import Family\n" + code)
+    tiny = {"train_tasks": 3, "test_tasks": 2, "total_updates": 20, "rows": 4, "episodes": 3, "test_episodes": 2}
+    dc.collect(dc.Args(env="cart:Cart", ood_contexts=1, width=8, **tiny))
+    data = dc.load_dataset("cart:Cart")
+    assert data.train_ids.size == 3 and data.behavior_return < 0
+
+
 # ---- write_dataset ------------------------------------------------------------
 
 
