@@ -713,7 +713,7 @@ EnvName = Annotated[str, tyro.conf.arg(help=HELP, metavar="FAMILY")]
 
 
 def family_of(env):
-    """"offline", a name of FAMILIES, or MODULE:NAME, a Family or a class of one in the working directory -> Family."""
+    """Name in FAMILIES, or "offline", or MODULE:NAME of a Family, or its class, in the working directory -> Family."""
     module, _, name = env.partition(":")
     if env == "offline":
         return Offline()
@@ -726,19 +726,12 @@ def family_of(env):
         try:
             found = getattr(importlib.import_module(module), name, None)
         except ModuleNotFoundError as error:
-            if error.name != module:
-                raise
-            raise SystemExit(f"--env {env}: there is no {module}.py in {os.getcwd()}") from None
-        found = found() if isinstance(found, type) else found
-        if not isinstance(found, Family):
-            raise SystemExit(f"--env {env}: {name} of {module}.py must be a Family of data_collect.py")
-        FAMILIES[env] = found
+            raise SystemExit(f"--env {env}: {error}") from None
+        FAMILIES[env] = found() if isinstance(found, type) else found
+    if not isinstance(FAMILIES[env], Family):
+        raise SystemExit(f"--env {env}: {name} of {module}.py must be a Family of data_collect.py")
     return FAMILIES[env]
 
-
-def file_name(env):
-    """The name of a family as a part of paths."""
-    return env.replace(":", "-")
 
 # ---- batched simulation -----------------------------------------------------
 
@@ -1109,7 +1102,8 @@ MAY_BE_HALF = ("observations", "actions", "ood_observations", "ood_actions")  # 
 
 
 def default_path(env, quality="mixed"):
-    return DATASETS / f"{file_name(env)}{'' if quality == 'mixed' else '-' + quality}.npz"
+    name = env.replace(":", "-")  # of a family in a user's file
+    return DATASETS / (f"{name}.npz" if quality == "mixed" else f"{name}-{quality}.npz")
 
 
 def shown(path):
@@ -1263,7 +1257,7 @@ def collect(args):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     start, device = time.time(), resolve_device(args.device)
-    policies_path = path.with_name(f"{file_name(args.env)}.policies.pt")
+    policies_path = path.with_name(args.env.replace(":", "-") + ".policies.pt")
     again = f"progress is in {policies_path}, the same command continues"
     with open(policies_path.with_suffix(".lock"), "w") as file, Signals(again) as signals:
         if not lock(file):  # other qualities share the policies
@@ -1786,13 +1780,13 @@ def retrace(data, policy, tasks, context):
     """Let a policy choose an action at every step of a recorded episode, which goes on with the recorded ones: the best
     of each of the tasks [R], the second best where the best is the row's context [R, K, ..] -> these episodes as of
     `rollout`, root mean square difference between the chosen and the recorded actions, per dimension."""
-    best = np.where(data.lengths.cpu() > 0, data.episode_returns, -np.inf).argsort(1)[:, ::-1][tasks]  # [R, N]
-    episodes = data.episodes[tasks, best[:, 0].copy()]
+    returns = np.where(data.lengths.cpu() > 0, data.episode_returns, -np.inf)
+    best = (-returns).argsort(1)[tasks]  # [R, N]
+    pick = best[:, 0]
     if context.shape[1]:
-        known = (episodes == context).flatten(1).all(1).cpu().numpy() & (data.present[tasks] > 1)
-        best[known, 0] = best[known, 1]
-        episodes = data.episodes[tasks, best[:, 0].copy()]
-    lengths, (obs, act, rew, next_obs, term) = data.lengths[tasks, best[:, 0].copy()], data.unpack(episodes)
+        known = (data.episodes[tasks, pick] == context).flatten(1).all(1).cpu().numpy() & (data.present[tasks] > 1)
+        pick = best[np.arange(len(best)), known.astype(int)]
+    lengths, (obs, act, rew, next_obs, term) = data.lengths[tasks, pick], data.unpack(data.episodes[tasks, pick])
     before = torch.cat([torch.zeros_like(rew[:, :1]), rew[:, :-1]], 1)
     with torch.no_grad():
         chosen = torch.stack([policy(obs[:, t], before[:, t]) for t in range(obs.shape[1])], 1).clamp(-1, 1)
@@ -2246,7 +2240,7 @@ class Run:
             self.restore(load_checkpoint(self.dir, type(args)), FREE | free)
         else:
             name = f"seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-            self.dir = Path(args.run_dir).expanduser() / file_name(args.env) / args.exp_name / name
+            self.dir = Path(args.run_dir).expanduser() / args.env.replace(":", "-") / args.exp_name / name
             self.dir.mkdir(parents=True)
         again = shlex.join(["python", script_path(type(args)), "--resume", str(self.dir)])
         self.signals, self.closing = Signals(f"continue with: {again}"), contextlib.ExitStack()

@@ -288,7 +288,7 @@ def test_family_of_a_file_is_found_or_named(folder):
     (folder / "mine.py").write_text("import data_collect as dc\nclass Far(dc.PointRobot): horizon = 7\nx = 3\n")
     assert dc.family_of("mine:Far").horizon == 7 and dc.family_of("mine:Far") is dc.family_of("mine:Far")
     assert "x of mine.py must be a Family" in stop_message(dc.family_of, "mine:x")
-    assert "there is no yours.py in" in stop_message(dc.family_of, "yours:Far")
+    assert "--env yours:Far: No module named 'yours'" in stop_message(dc.family_of, "yours:Far")
     assert "did you mean point-robot" in stop_message(dc.family_of, "point-robo")
     assert "nothing to collect" in stop_message(dc.collect, dc.Args(env="offline"))
 
