@@ -474,7 +474,7 @@ def evaluate_all(agent, data, args, protocols, episodes):
 def train(args):
     """Train and evaluate -> dict of the last evaluation, see `dc.Run.finish`."""
     if args.negatives is None:
-        args.negatives = "generative" if dc.FAMILIES[args.env].dynamics_vary else "reward"
+        args.negatives = "reward" if dc.family_of(args.env).dynamics_vary is False else "generative"
     if args.encoder_updates is None:
         args.encoder_updates = args.total_updates * (4 if "point" in args.env else 1)
     if args.cvae_updates is None:

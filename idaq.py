@@ -394,7 +394,7 @@ def evaluate_all(agent, data, args, protocols, episodes):
     agent.z_mean.copy_(dc.label_contexts(data, partial(embed, agent), data.train_ids)[0].mean(0))
     q, bc = partial(value, agent, args), partial(adapt, agent, bc=True)
     results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, bc)
-    if "online" in protocols:
+    if "eval/online/return" in results:
         results |= explore_and_adapt(agent, data, args, episodes)
     return results | dc.embedding_quality(data, partial(embed, agent))
 
