@@ -107,7 +107,6 @@ class Args:
 ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for families whose name holds the key
     "": dict(
         gamma=0.97,
-        reward_scale=0.05,
         encoder_lr=1.2e-3,
         n_step=5,
         z_dim=20,
@@ -117,6 +116,8 @@ ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for f
         kl_target=0.2,
     ),
     # encoder_lr and kl_coef_lr: [ours: D5]
+    "ant-dir": dict(reward_scale=0.05),
+    "cheetah-vel": dict(reward_scale=0.05),
     "point": dict(gamma=0.9, reward_scale=0.5, encoder_lr=3e-4, n_step=1, z_dim=5, kl_coef=0.15, kl_coef_lr=0.0),
 }
 
@@ -565,6 +566,8 @@ def train(args):
     """Train and evaluate -> dict of the last evaluation, see `dc.Run.finish`."""
     args = dc.resolve(args, ENV_DEFAULTS)
     data = dc.load_dataset(args.env, args.dataset, args.device)
+    if args.reward_scale is None:
+        args.reward_scale = 0.8 / data.value_std(args.gamma)  # discounted returns get a deviation of 0.8
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)
     agent = Agent(data, args).to(data.device)
