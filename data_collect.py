@@ -1788,8 +1788,9 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
 
 def retrace(data, policy, tasks, context):
     """Let a policy choose an action at every step of a recorded episode, which goes on with the recorded ones: the best
-    of each of the tasks [R], the second best where the best is the row's context [R, K, ..] -> these episodes as of
-    `rollout`, root mean square difference between the chosen and the recorded actions, per dimension."""
+    of each of the tasks [R], the second best where the best is the row's context [R, K, ..]. A policy with a history
+    sees its own actions there. -> these episodes as of `rollout`, root mean square difference between the chosen and
+    the recorded actions, per dimension."""
     returns = np.where(data.lengths.cpu() > 0, data.episode_returns, -np.inf)
     best = (-returns).argsort(1)[tasks]  # [R, N]
     pick = best[:, 0]
