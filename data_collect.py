@@ -1527,7 +1527,7 @@ class Dataset:
             later = rew[..., t] + gamma * later
             returns[..., t] = later
         returns = returns[self.recorded(self.lengths[self.train_tasks])]
-        return float(nonzero_std(returns.std().cpu().numpy(), abs(returns).max().cpu().numpy()))
+        return float(nonzero_std(returns.std(correction=0).cpu().numpy(), abs(returns).max().cpu().numpy()))
 
     def about(self):
         """-> lines that a run prints when it begins."""
