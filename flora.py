@@ -52,7 +52,7 @@ class Args:
     exp_name: str = "flora"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization and batches (tasks and data are fixed by the dataset file)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    total_updates: int = 8_000  # updates of the policy [gradient steps]
+    total_updates: int = 8_000  # length of the training [updates of the policy]
     log_every: int = 100  # updates between two log lines [gradient steps]
     eval_every: int = 1_000  # updates between two evaluations [gradient steps]
     save_every: int = 1_000  # updates between two checkpoints [gradient steps]

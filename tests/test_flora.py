@@ -53,6 +53,21 @@ def slow_weights(agent, z, args):
     return logits.exp() / logits.exp().sum() if args.weight_activation == "softmax" else logits
 
 
+def slow_reward(agent, x, z, args):
+    """The reward that z predicts for a transition x of (s, a, r, s')."""
+    obs, act, next_obs = x[: agent.columns[0]], x[agent.columns[0] :][: agent.columns[1]], x[-agent.columns[0] :]
+    phi = slow_net(agent.phi, obs, act, next_obs, *([z] if args.phi_sees_z else []))
+    return torch.dot(phi, slow_weights(agent, z, args))
+
+
+def slow_choice(agent, context, z, task_z, args):
+    """z, or the z of task_z with the least squared error of the rewards in context [K, ctx_dim], if it halves z's."""
+    place = sum(agent.columns[:2])
+    errors = [sum((args.reward_scale * x[place] - slow_reward(agent, x, c, args)) ** 2 for x in context) for c in task_z]
+    own = sum((args.reward_scale * x[place] - slow_reward(agent, x, z, args)) ** 2 for x in context)
+    return task_z[errors.index(min(errors))] if min(errors) < own / 2 else z
+
+
 def slow_q(agent, obs, act, z, args):
     """-> the values of both networks at one row."""
     w = slow_weights(agent, z, args)
@@ -181,7 +196,7 @@ MASK = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]]).double()  # ro
 
 
 class TestFlora(ActorCriticSuite):
-    script, critic = flora, "psi"
+    script, critic, value_std = flora, "psi", 0.8
     own = {"encoder_opt": ("encoder flows", "encoder_lr"), "critic_opt": ("phi weights psi", "lr")}
     own |= {"policy_opt": ("residual", "lr")}
     # no value is a default of the script, and none is 0 or 1, so that a flag without effect shows
@@ -268,23 +283,14 @@ class TestFlora(ActorCriticSuite):
         agent, args = self.make_agent(phi_sees_z=sees)
         agent.requires_grad_(False)
         context, task_z = make_context(0), pattern((5, 3)) * torch.tensor([3.0, 1.0, 5.0, -2.0, 0.5])[:, None]
-        sees_z = lambda z: [z] if sees else []  # noqa: E731
-        predict = lambda x, z: torch.dot(  # noqa: E731
-            slow_net(agent.phi, x[:3], x[3:5], x[6:], *sees_z(z)), slow_weights(agent, z, args)
-        )
         for row, (task, offset) in enumerate([(2, 0.0), (1, 0.05), (4, 9.0)]):  # no latent explains the last row
             for x in context[row]:
-                x[5] = predict(x, task_z[task]) / args.reward_scale + offset
-        own = [slow_infer(agent, context[row][MASK[row] == 1])[0] for row in range(3)]
-        wanted = []
-        for row in range(3):
-            real = context[row][MASK[row] == 1]
-            errors = [sum((args.reward_scale * x[5] - predict(x, z)) ** 2 for x in real) for z in [*task_z, own[row]]]
-            least = min(errors[:-1])
-            wanted.append(task_z[errors.index(least)] if least < errors[-1] / 2 else own[row])
-        assert [bool((z == own[row]).all()) for row, z in enumerate(wanted)] == [False, False, True]
-        found = flora.embed(agent, context[:3], MASK[:3], task_z=task_z)
-        torch.testing.assert_close(found, torch.stack(wanted))
+                x[5] = slow_reward(agent, x, task_z[task], args) / args.reward_scale + offset
+        real = [context[row][MASK[row] == 1] for row in range(3)]
+        own = [slow_infer(agent, rows)[0] for rows in real]
+        wanted = [slow_choice(agent, rows, z, task_z, args) for rows, z in zip(real, own)]
+        assert [torch.equal(*pair) for pair in zip(wanted, own)] == [False, False, True]
+        torch.testing.assert_close(flora.embed(agent, context[:3], MASK[:3], task_z=task_z), torch.stack(wanted))
 
     def test_exploration_leaves_the_training_noise_alone(self):
         """And repeats itself; the prior has mean 0 and deviation 1."""
@@ -297,10 +303,23 @@ class TestFlora(ActorCriticSuite):
         assert torch.equal(before, torch.get_rng_state()) and torch.equal(*used)
         assert used[0].mean(0).abs().max() < 0.1 and (used[0].std(0) - 1).abs().max() < 0.1
 
-    def test_evaluation_equals_a_slow_recomputation(self, numbered):
-        agent, args = self.make_agent(numbered)
-        infer = lambda rows: slow_infer(agent, rows)[0].detach()  # noqa: E731
+    @pytest.mark.parametrize("inference", ["encoder", "likelihood"])
+    def test_evaluation_equals_a_slow_recomputation(self, inference, numbered):
+        agent, args = self.make_agent(numbered, inference=inference)
+        agent.phi.net[-1].weight.data *= 1e5  # as large as the rewards of `numbered`
+        agent, taken = agent.float(), []
+        encoded = lambda rows: slow_infer(agent, rows)[0].detach()  # noqa: E731
+        episodes = lambda t: zip(numbered.episodes[t, ..., :-1], numbered.lengths[t])  # noqa: E731
+        task_z = [torch.stack([encoded(rows[:n]) for rows, n in episodes(t)]).mean(0) for t in numbered.train_ids]
+
+        def infer(rows):
+            z = encoded(rows)
+            taken.append(slow_choice(agent, rows, z, task_z, args) if inference == "likelihood" else z)
+            return taken[-1]
+
         check_evaluation(flora, agent, args, numbered, infer, torch.zeros(3), slow_q)
+        chosen = {any(torch.equal(z, c) for c in task_z) for z in taken}
+        assert chosen == ({True, False} if inference == "likelihood" else {False})
 
     def test_every_bandit_episode_draws_an_arm(self, numbered_path, tmp_path, monkeypatch):
         """It credits the last one, and the updates in between keep to it."""
