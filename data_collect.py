@@ -2235,6 +2235,18 @@ def eval_line(results):
     return "  ".join(["eval", *cells])
 
 
+def advice(results):
+    """Lines for a run whose policy ends more than two standard errors below behavior cloning."""
+    if "eval/bc/return_se" not in results:
+        return []
+    policy, bc = (results[f"eval/{name}/return"] for name in ("iid", "bc"))
+    error = math.hypot(results["eval/iid/return_se"], results["eval/bc/return_se"])
+    if policy >= bc - 2 * error:
+        return []
+    note = f"note: the policy ({policy:.1f}) returns less than behavior cloning ({bc:.1f}) with iid contexts;"
+    return [note, "  a smaller --reward-scale or a larger --kl-coef keeps it closer to the data"]
+
+
 class Run:
     """The run directory of one training: args.json, metrics.csv, TensorBoard events, checkpoint.pt, result.json.
 
@@ -2404,12 +2416,8 @@ class Run:
         results |= {"updates_per_sec": self.timed[0] / self.timed[1], "cpu_s": time.process_time() - self.born}
         write_json(self.dir / "result.json", results)
         print(f"results: {self.dir / 'result.json'}; curves: tensorboard --logdir {self.dir}")
-        if "eval/bc/return_se" in results:
-            policy, bc = (results[f"eval/{name}/return"] for name in ("iid", "bc"))
-            error = math.hypot(results["eval/iid/return_se"], results["eval/bc/return_se"])
-            if policy < bc - 2 * error:
-                print(f"note: the policy ({policy:.1f}) returns less than behavior cloning ({bc:.1f}) on iid contexts; try a")
-                print("  smaller --reward-scale or a larger --kl-coef: both keep the policy closer to the data")
+        for line in advice(results):
+            print(line)
         return results
 
 
