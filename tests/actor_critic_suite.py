@@ -373,8 +373,8 @@ class ActorCriticSuite:
         """What an update is given between contexts and args: segment, bc_batch, and what a script may add."""
         return make_segment(100 + seed, args), make_batch(200 + seed)
 
-    def update(self, agent, contexts, rest, args):
-        return self.script.update(agent, TASK_IDS, *contexts, *rest, args)
+    def update(self, agent, contexts, rest, args, task_ids=TASK_IDS):
+        return self.script.update(agent, task_ids, *contexts, *rest, args)
 
     def slow_update(self, agent, opts, contexts, segment, bc_batch, args):
         """One update of a copy of the agent by optimizers of its own -> metrics."""
@@ -418,6 +418,13 @@ class ActorCriticSuite:
     @pytest.mark.parametrize("case", [{}, {"target_noise": 1.0, "n_step": 1}])
     def test_updates_equal_a_slow_recomputation(self, case, known_noise):
         self.check_updates(**case)
+
+    def test_a_single_task_gives_finite_numbers(self):
+        """--meta-batch 1: nothing to deviate from."""
+        agent, args = self.make_agent()
+        contexts, rest = tree_map(lambda x: x[:1], (self.make_contexts(0), self.make_rest(0, args)))
+        metrics = self.update(agent, contexts, rest, args, TASK_IDS[:1])
+        assert all(value.isfinite() for value in (*metrics.values(), *(p.sum() for p in agent.parameters())))
 
     @pytest.mark.parametrize("target, expected", [(1e6, 0.0), (0.0, 3.0)])
     def test_kl_coef_keeps_to_its_bounds(self, target, expected):

@@ -215,6 +215,12 @@ def test_policy_below_its_clone_gets_advice():
     assert "(1.0)" in text and "(2.0)" in text and "--reward-scale" in text and "--kl-coef" in text
 
 
+@pytest.mark.parametrize("case", ["macaw", "meta_dt"])  # the others: actor_critic_suite.py
+def test_smallest_batches_train(case, tiny_path, tmp_path):
+    smallest = {"meta_batch": 1, "batch_size": 1, "context_size": 1, "total_updates": 2, "log_every": 1}
+    assert run(case, tiny_path, tmp_path, **smallest)["step"] == 2
+
+
 @every_script
 def test_seed_decides_the_run(case, straight, tiny_path, tmp_path):
     """Before learning rates fall. That equal seeds give equal runs is seen where runs are resumed."""
