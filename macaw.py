@@ -409,7 +409,7 @@ def evaluate_all(agent, data, args, protocols, episodes):
     of the protocol iid, and the online fine-tuning -> dict tag -> float."""
     results = dc.evaluate(data, partial(adapt, agent), protocols, episodes)
     results |= dc.embedding_quality(data, partial(embed, agent))
-    if "zero_shot" in protocols:
+    if "eval/zero_shot/return" in results:
         known = {0: results["eval/zero_shot/return"], args.inner_steps: results["eval/iid/return"]}
         for steps in (0, 1, 5, 20):
             if steps not in known:

@@ -552,7 +552,7 @@ def train(args):
     if args.warmup_updates is None:
         args.warmup_updates = max(1, args.total_updates // 10)
     if args.world_model_loss is None:
-        args.world_model_loss = "state" if dc.FAMILIES[args.env].dynamics_vary else "reward"
+        args.world_model_loss = {True: "state", False: "reward", None: "both"}[dc.family_of(args.env).dynamics_vary]
     args = dc.resolve(args, ENV_DEFAULTS)
     data = dc.load_dataset(args.env, args.dataset, args.device)
     check_sizes(args, data)

@@ -49,7 +49,7 @@ class Args:
     exp_name: str = "omnirl"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization, training tasks and contexts
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the model; auto takes the GPU if there is one
-    total_updates: int = 40  # updates, each with new tasks and a pass over their contexts
+    total_updates: int | None = None  # updates, each with new tasks and a pass over their contexts
     log_every: int = 5  # updates between two log lines
     eval_every: int = 20  # updates between two evaluations
     save_every: int = 5  # updates between two checkpoints
@@ -90,8 +90,8 @@ class Args:
 
 
 DEFAULTS = {  # for arguments left at None
-    "counts": dict(width=32, depth=8, batch_size=64, context_rows=1024, final_episodes=50),
-    "transformer": dict(width=64, depth=3, batch_size=16, context_rows=512, final_episodes=20),
+    "counts": dict(total_updates=40, width=32, depth=8, batch_size=64, context_rows=1024, final_episodes=50),
+    "transformer": dict(total_updates=160, width=64, depth=3, batch_size=16, context_rows=256, final_episodes=20),
 }
 
 # ---- tasks and streams ------------------------------------------------------
@@ -293,9 +293,9 @@ def tokens_of(rows, first, last):
 
 def contexts_of_tokens(rows, worlds, args, rng):
     """-> Tokens [B, T], targets [B, T, A], 0 where nobody acts."""
-    size, actions, b = len(rows.act), worlds.chances.shape[2], np.arange(len(rows.act))
+    b, actions = np.arange(len(rows.act))[:, None], worlds.chances.shape[2]
     acted = rows.act < actions
-    wanted = rows.act if args.supervision == "behavior" else worlds.optimal[b[:, None], rows.state[:, :-1]]
+    wanted = rows.act if args.supervision == "behavior" else worlds.optimal[b, rows.state[:, :-1]]
     if args.supervision == "query":
         asked = (rng.random(rows.act.shape) * acted).argmax(1)
         acted = np.arange(args.context_rows) == asked[:, None]

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import data_collect as dc
 import focal
+import omnirl
 
 sys.path.append(str(ROOT / "benchmark"))
 SCRIPTS = ("report", "claims", "look", "missing", "references", "speed", "tabular")
@@ -413,6 +414,49 @@ def test_counted_model_weighs_what_contexts_show():
         untried = {2, 3, 4} if state == 0 else set(range(5)) - {act}
         for own in zip(*(explore(obs, None).argmax(-1).tolist() for _ in untried)):  # of each row
             assert set(own) == untried
+
+
+@pytest.mark.parametrize("name", ["dark-room", "bandit", "any-mdp-32"])
+def test_worlds_pay_100_above_chance(name):
+    tasks, choose, test = tabular.world(name, np.random.default_rng(0))
+    assert not set(choose) & set(test) and len(tasks.start) == len(choose) + len(test)
+    assert np.allclose(tasks.transitions.sum(-1)[~tasks.ends], 1) and np.allclose(tasks.start.sum(-1), 1)
+    if name == "any-mdp-32":
+        assert tasks.ends.shape[1] == 32
+        return
+    if name == "dark-room":  # 1 in every step after the way to the goal
+        goal = tasks.rewards[:, 0, 0].argmax(-1)
+        raw = 101 - abs(goal // 9 - 4) - abs(goal % 9 - 4)
+        scale = tasks.rewards.max((1, 2, 3))
+    else:
+        raw, scale = tasks.rewards.max((1, 2, 3)), 100
+    assert np.allclose(raw * scale - tasks.uniform, 100)
+    for make, wanted in ((tabular.optimal, 100), (tabular.uniform, 0)):
+        returns = tabular.own_episodes(make, tasks, test, 2)
+        assert abs(returns.mean() - wanted) < 4
+
+
+def test_model_reads_context_and_own_steps():
+    rows = [transition(0, 1, 1.0, 1), transition(1, 2, -3.0, 0), transition(0, 1, 4.0, 1), transition(9, 0, 8.0, 9)]
+    context, mask = torch.tensor(np.stack([rows] * 2), dtype=torch.float32), torch.tensor([[1.0, 1, 1, 0]] * 2)
+    seen = []
+
+    class Agent:
+        def probs(self, counts, streams, temperature):
+            seen.append(omnirl.Counts(*(x.clone() for x in counts)))
+            return np.eye(5)[np.full((2, 16), 3)]
+
+    policy = tabular.read(Agent(), omnirl.Args(), 1, context, mask)
+    for state, rew in ((5, 0.0), (6, 2.0), (5, -7.0)):
+        assert policy(torch.eye(16)[[state, state]], torch.tensor([rew, rew])).argmax(-1).tolist() == [3, 3]
+    steps = [(0, 1, 1, 1, 1), (1, 2, 0, -3, 1), (0, 1, 1, 4, 1), (5, 3, 6, 2, 0), (6, 3, 5, -7, 0)]
+    for counts, number in zip(seen, (3, 4, 5)):
+        moves, sums = np.zeros((16, 5, 16)), np.zeros((3, 16, 5))
+        for s, a, after, rew, tag in steps[:number]:
+            moves[s, a, after] += 1
+            sums[:, s, a] += rew, rew**2, tag
+        assert np.array_equal(counts.moves[1], moves) and not counts.ends.any()
+        assert all(np.allclose(x[1], y) for x, y in zip(counts[1:4], sums))
 
 
 # ---- lists of runs, and programs ----------------------------------------------------------
