@@ -177,6 +177,15 @@ class TestCORRO(ActorCriticSuite):
         assert set(sum(chosen, ())) == TRAIN_TASKS
         check_best([bc_batch.rew for _, _, bc_batch in calls], torch.tensor(chosen), numbered, 0.4)
 
+    def test_reward_scale_follows_the_data(self, numbered, numbered_path, tmp_path, monkeypatch):
+        """Where neither a flag nor the family's entry gives one."""
+        monkeypatch.setattr(corro, "ENV_DEFAULTS", {"": corro.ENV_DEFAULTS[""]})
+        scales = []
+        spy(monkeypatch, "update_encoder", lambda *_: None, {})
+        spy(monkeypatch, "update", lambda *call: scales.append(call[-1].reward_scale))
+        train(numbered_path, tmp_path, gamma=0.5)
+        assert scales == [pytest.approx(self.value_std / numbered.value_std(0.5))]
+
     def test_evaluation_equals_a_slow_recomputation(self, numbered):
         agent, args = make_agent(numbered)
         infer = lambda rows: slow_z(agent, [slow_embedding(agent, row) for row in rows])  # noqa: E731
