@@ -15,6 +15,7 @@ import contextlib
 import copy
 import difflib
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -32,7 +33,7 @@ import zipfile
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 try:
     import fcntl
@@ -54,7 +55,7 @@ DATASETS = Path(__file__).resolve().parent / "datasets"  # beside the scripts, w
 
 # ---- task families ----------------------------------------------------------
 #
-# To add a family, write a class and add its name to FAMILIES.
+# To add a family, write a class: in your own file (`family_of`), or here with its name in FAMILIES.
 
 
 class Family:
@@ -73,12 +74,13 @@ class Family:
     horizon = 200  # environment steps per episode (a time limit, never a termination)
     counts = (20, 20)  # training tasks, test tasks
     param_scale = 1.0  # params / param_scale is what the task-conditioned SAC sees, about [-1, 1]
-    dynamics_vary = False  # True where the transition depends on the task, so no relabelling
+    dynamics_vary = False  # True where the transition depends on the task, None = unknown; then no relabelling
     outcome_dim = 1
     sac_total_updates, sac_width = 120_000, 256  # defaults of the behavior policies
     storage_dtype = np.float32  # of observations and actions in a file
     scripted = False  # True where `behave` acts instead of trained policies
     measured = True  # False where the parameters are names, not quantities
+    simulated = True  # False where there are only recorded data
 
     def draw(self):
         """-> params [T, P], ids of training tasks, ids of test tasks; the same on every call."""
@@ -104,6 +106,13 @@ class Family:
     def terminated(self, state):
         """-> [B] bool: the task itself ended, for example by a fall; a time limit is no termination."""
         return np.zeros(len(state), bool)
+
+    def truncated(self, state):
+        """-> [B] bool: the episode stops early for another reason."""
+        return np.zeros(len(state), bool)
+
+    def release(self, state):
+        """These states are not continued."""
 
     def training_reward(self, outcome, act, params):
         """What the behavior policies are trained on: the recorded reward, unless it is too sparse."""
@@ -149,6 +158,15 @@ class PointRobot(Point):
 
     def reward(self, outcome, act, params):
         return -(((outcome - params) ** 2).sum(-1) ** 0.5)
+
+
+class PointRobotSquare(PointRobot):
+    """Reach a hidden goal in the square [-1, 1]^2, as in Meta-DT and T2DA."""
+
+    counts = (45, 5)
+
+    def draw(self):
+        return self.split_first(np.random.RandomState(1337).uniform(-1, 1, (sum(self.counts), 2)))
 
 
 class SparsePointRobot(PointRobot):
@@ -589,8 +607,96 @@ class AnyMDP(Family):
         return rng.random((len(obs), self.actions)) - (np.arange(self.actions) != choice[:, None])
 
 
+class GymFamily(Family):
+    """Any gymnasium environment with Box spaces: make(params [P]) -> gym.Env. params [T, P]; test_ids: which are test
+    tasks; settings: attributes of Family, such as horizon (by default the environment's time limit).
+
+    state = [number of the row's environment, reward, terminated, truncated, observation]. The environment itself keeps
+    the rest, so a row is stepped alone, and an interrupted collection begins its episodes anew."""
+
+    dynamics_vary = None  # the reward is known only for the task that was played
+
+    def __init__(self, make, params, test_ids, **settings):
+        self.make, self.params, self.test_ids = make, np.array(params, np.float64), np.array(test_ids)
+        if unknown := [name for name in settings if not hasattr(Family, name)]:
+            raise SystemExit(f"GymFamily: no setting {unknown[0]}")
+        mujoco.set_mju_user_warning(lambda _: None)  # or each environment repeats those of its model
+        self.worlds, self.keys, self.free = [], [], {}  # environments; their tasks; numbers of unused ones, by task
+        world = self.worlds[self.take(self.params[0])]
+        self.space, self.obs_dim = world.action_space, math.prod(world.observation_space.shape)
+        self.act_dim, self.param_scale = math.prod(self.space.shape), abs(self.params).max(0).clip(1e-8)
+        self.horizon = settings.get("horizon") or getattr(world.spec, "max_episode_steps", None)
+        if not self.horizon:
+            raise SystemExit("GymFamily: the environment has no time limit; give horizon=")
+        vars(self).update(settings)
+        self.release(np.zeros((1, 1)))
+
+    def draw(self):
+        return self.params, np.setdiff1d(np.arange(len(self.params)), self.test_ids), self.test_ids
+
+    def distance(self, params, others):
+        return super().distance(params / self.param_scale, others / self.param_scale)  # units may differ
+
+    def take(self, params):
+        """-> number of an environment of the task that no row uses."""
+        key = params.tobytes()
+        if not self.free.setdefault(key, []):
+            world = self.make(params)
+            for name, space in (("observations", world.observation_space), ("actions", world.action_space)):
+                if not isinstance(space, gym.spaces.Box):
+                    remedy = "use a wrapper (for observations: FlattenObservation)"
+                    raise SystemExit(f"GymFamily: {name} are {str(space)[:60]}, not a Box; {remedy}")
+            if not world.action_space.is_bounded():
+                raise SystemExit("GymFamily: the bounds of the actions must be finite")
+            self.free[key].append(len(self.worlds))
+            self.worlds.append(world), self.keys.append(key)
+        return self.free[key].pop()
+
+    def release(self, state):
+        for number in state[:, 0].astype(int):
+            self.free[self.keys[number]].append(number)
+
+    def reset(self, rng, params):
+        state = np.zeros((len(params), 4 + self.obs_dim))
+        for row, own in zip(state, params):
+            row[0] = self.take(own)
+            row[4:] = np.ravel(self.worlds[int(row[0])].reset(seed=int(rng.integers(2**31)))[0])
+        return state
+
+    def step(self, state, act, params):
+        next_state, space = state.copy(), self.space
+        act = space.low + (act.reshape(-1, *space.shape) + 1) / 2 * (space.high - space.low)
+        for row, number, a in zip(next_state, state[:, 0].astype(int), act.astype(space.dtype)):
+            obs, row[1], row[2], row[3], _ = self.worlds[number].step(a)
+            row[4:] = np.ravel(obs)
+        return next_state
+
+    def observe(self, state):
+        return state[:, 4:]
+
+    def outcome(self, state, next_state):
+        return next_state[:, 1:2]
+
+    def reward(self, outcome, act, params):
+        return outcome[..., 0]
+
+    def terminated(self, state):
+        return state[:, 2] > 0
+
+    def truncated(self, state):
+        return state[:, 3] > 0
+
+
+class Offline(Family):
+    """Recorded data without a simulator. `load_dataset` sets the sizes."""
+
+    dynamics_vary, simulated = None, False
+    obs_dim = act_dim = horizon = 0
+
+
 FAMILIES = {
     "point-robot": PointRobot(),
+    "point-robot-square": PointRobotSquare(),
     "sparse-point-robot": SparsePointRobot(),
     "point-robot-wind": PointRobotWind(),
     "cheetah-vel": CheetahVel(),
@@ -602,7 +708,30 @@ FAMILIES = {
     "walker-rand-params": WalkerRandParams(),
     "any-mdp": AnyMDP(),
 }
-EnvName = Literal[tuple(FAMILIES)]
+HELP = f"task family: {', '.join(FAMILIES)}; my_file:MyFamily of a file of yours; offline = data without a simulator"
+EnvName = Annotated[str, tyro.conf.arg(help=HELP, metavar="FAMILY")]
+
+
+def family_of(env):
+    """Name in FAMILIES, or "offline", or MODULE:NAME of a Family, or its class, in the working directory -> Family."""
+    module, _, name = env.partition(":")
+    if env == "offline":
+        return Offline()
+    if env not in FAMILIES and not name:
+        guess = difflib.get_close_matches(env, FAMILIES, 1)
+        hint = f"did you mean {guess[0]}?" if guess else f"choose from {', '.join(FAMILIES)}, offline, my_file:MyFamily"
+        raise SystemExit(f"--env {env}: no such family; {hint}")
+    if env not in FAMILIES:
+        sys.path.append(os.getcwd())
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except ModuleNotFoundError as error:
+            raise SystemExit(f"--env {env}: {error}") from None
+        FAMILIES[env] = found() if isinstance(found, type) else found
+    if not isinstance(FAMILIES[env], Family):
+        raise SystemExit(f"--env {env}: {name} of {module}.py must be a Family of data_collect.py")
+    return FAMILIES[env]
+
 
 # ---- batched simulation -----------------------------------------------------
 
@@ -648,6 +777,7 @@ class TaskEnv(gym.vector.VectorEnv):
         mask = options.get("reset_mask", np.ones(self.num_envs, bool))
         if "task_ids" in options:
             self.task_ids[mask] = np.asarray(options["task_ids"])[mask]
+        self.family.release(self.state[mask])
         if isinstance(seed, (int, np.integer)):
             super().reset(seed=int(seed))  # the generator that later resets continue
             seed = seed + np.arange(self.num_envs)
@@ -675,23 +805,25 @@ class TaskEnv(gym.vector.VectorEnv):
         rew = np.where(moved, self.family.reward(outcome, act, params), 0.0)
         self.state, self.steps = next_state, self.steps + moved
         terminated = moved & self.family.terminated(next_state)
-        truncated = moved & ~terminated & (self.steps >= self.family.horizon)
+        stopped = (self.steps >= self.family.horizon) | self.family.truncated(next_state)
+        truncated = moved & ~terminated & stopped
         self.live = moved & ~terminated & ~truncated
         info = {"outcome": outcome.copy(), "diverged": diverged}  # for points a view of the state
         return self.family.observe(next_state).astype(np.float32), rew, terminated, truncated, info
 
     def _simulate(self, state, act, live):
         """One environment step of the live rows -> next state, diverged. A row that diverges keeps its state."""
-        if not isinstance(self.family, Mujoco):
-            return self.family.step(state, act, self.params[self.task_ids[live]]), np.zeros(len(state), bool)
-        skip = self.family.frame_skip
-        control = np.repeat(act[:, None], skip, 1)
-        models = [self.models[i] for i in self.task_ids[live]]
-        states, _ = self.pool.rollout(models, self.scratch, state, control, chunk_size=self.chunk)
-        next_state = states[:, -1].copy()
-        # MuJoCo silently resets a broken row instead of returning NaN; only its clock shows it
-        clock = state[:, 0] + skip * self.family.timestep
-        diverged = (abs(next_state[:, 0] - clock) > 1e-9) | ~np.isfinite(next_state).all(1)
+        if isinstance(self.family, Mujoco):
+            skip = self.family.frame_skip
+            control = np.repeat(act[:, None], skip, 1)
+            models = [self.models[i] for i in self.task_ids[live]]
+            states, _ = self.pool.rollout(models, self.scratch, state, control, chunk_size=self.chunk)
+            next_state = states[:, -1].copy()
+            # MuJoCo silently resets a broken row instead of returning NaN; only its clock shows it
+            diverged = abs(next_state[:, 0] - state[:, 0] - skip * self.family.timestep) > 1e-9
+        else:
+            next_state, diverged = self.family.step(state, act, self.params[self.task_ids[live]]), False
+        diverged = diverged | ~np.isfinite(next_state).all(1)
         next_state[diverged] = state[diverged]
         return next_state, diverged
 
@@ -701,10 +833,15 @@ class TaskEnv(gym.vector.VectorEnv):
         return {"arrays": arrays, "rng": self.np_random.bit_generator.state}
 
     def set_state(self, saved):
-        vars(self).update({name: array.numpy().copy() for name, array in saved["arrays"].items()})
+        arrays = {name: array.numpy().copy() for name, array in saved["arrays"].items()}
         self.np_random.bit_generator.state = saved["rng"]
+        if isinstance(self.family, GymFamily):  # its environments cannot be saved
+            self.reset(options={"task_ids": arrays["task_ids"]})
+        else:
+            vars(self).update(arrays)
 
     def close_extras(self, **kwargs):
+        self.family.release(self.state)
         if isinstance(self.family, Mujoco):
             self.pool.close()
 
@@ -904,7 +1041,7 @@ def train_behavior(family, params, task_ids, args, device, saved, save, signals,
             continue
         for _ in range(min(args.updates_per_step, args.total_updates - progress["step"])):
             b_obs, b_act, b_outcome, b_next_obs, b_term, b_tasks = replay.sample(args.batch_size)
-            if not family.dynamics_vary:
+            if family.dynamics_vary is False:
                 # The reward is a known function, so any transition can teach any task. Half of the batch keeps its
                 # own task, for which it is closer to on-policy.
                 half = args.batch_size // 2
@@ -936,7 +1073,8 @@ def train_behavior(family, params, task_ids, args, device, saved, save, signals,
 
 NO_EPISODE, RANDOM = -1, -2  # in tables of policies: no episode, or one of the random policy
 # key -> dtype, shape; letters: T tasks, N episodes, H horizon, O obs_dim, A act_dim, P parameters, U training tasks,
-# V test tasks, C foreign contexts per test task
+# V test tasks, C foreign contexts per test task. Other floats and integers are converted; what is not needed to train
+# may be absent, see `check_arrays`.
 FILE_LAYOUT = {
     "observations": ("float32", ("T", "N", "H+1", "O")),
     "actions": ("float32", ("T", "N", "H", "A")),
@@ -958,12 +1096,14 @@ FILE_LAYOUT = {
     "ood_behavior_task": ("int32", ("V", "C")),
     "ood_distance": ("float64", ("V", "C")),
 }
+REQUIRED = ("observations", "actions", "rewards", "lengths", "terminated", "train_ids", "test_ids")
 QUALITIES = ("mixed", "medium", "expert", "medium-expert", "random")
-MAY_BE_HALF = ("observations", "actions", "ood_observations", "ood_actions")  # float16 in some files, read as float32
+MAY_BE_HALF = ("observations", "actions", "ood_observations", "ood_actions")  # float16 in some files
 
 
 def default_path(env, quality="mixed"):
-    return DATASETS / (f"{env}.npz" if quality == "mixed" else f"{env}-{quality}.npz")
+    name = env.replace(":", "-")  # of a family in a user's file
+    return DATASETS / (f"{name}.npz" if quality == "mixed" else f"{name}-{quality}.npz")
 
 
 def shown(path):
@@ -990,6 +1130,8 @@ class Args:
     training (one more comes from the random policy)"""
     train_tasks: int | None = None  # use only the first n training tasks of the family
     test_tasks: int | None = None  # use only the first n test tasks of the family
+    tasks: str | None = None
+    """.npz file with other tasks: task_params [T, P], train_ids and test_ids, for example a dataset of the family"""
     # behavior policies
     behavior: Literal["shared", "per-task"] = "shared"
     """shared: one task-conditioned SAC for all tasks; per-task: an independent SAC for each (the papers' way)"""
@@ -1002,22 +1144,101 @@ class Args:
 
 
 # settings that decide the behavior policies: two files that agree on them share the policies
-POLICY_SETTINGS = ("env", "seed", "train_tasks", "test_tasks", "behavior", "total_updates")
+POLICY_SETTINGS = ("env", "seed", "train_tasks", "test_tasks", "tasks", "behavior", "total_updates")
 POLICY_SETTINGS += ("rows", "updates_per_step", "batch_size", "width", "lr")
 
+
+def own_episode(episode):
+    """An episode as `write_dataset` takes it -> observations [n + 1, O], actions [n, A], rewards [n], terminated bool;
+    a ValueError says what is wrong."""
+    if not isinstance(episode, dict):
+        episode = dict(zip(("observations", "actions", "rewards", "terminated"), episode))
+    obs, act, rew = (np.asarray(episode[key], np.float32) for key in ("observations", "actions", "rewards"))
+    if not len(rew):
+        raise ValueError("it is empty")
+    rew, ends = rew.reshape(len(rew), -1), np.ravel(episode.get("terminated", episode.get("terminals", False)))
+    if "next_observations" in episode:
+        after = np.asarray(episode["next_observations"], np.float32)
+        if after.shape != obs.shape or not np.allclose(after[:-1], obs[1:], atol=1e-4):
+            raise ValueError("next_observations do not lead to the next observation; is it more than one episode?")
+        obs = np.concatenate([obs, after[-1:]])
+    shapes = ", ".join(str(np.shape(x)) for x in (obs, act, episode["rewards"]))
+    fits = obs.ndim == act.ndim == 2 and len(obs) - 1 == len(act) == rew.size
+    complaints = {
+        f"shapes {shapes}, expected [n + 1, obs_dim], [n, act_dim], [n]": not fits,
+        "a number is not finite": not all(np.isfinite(x).all() for x in (obs, act, rew)),
+        f"actions reach {abs(act).max(initial=0):.3g}; rescale them to [-1, 1]": abs(act).max(initial=0) > 1,
+        "it terminates before its last step; split it": ends[:-1].any(),
+    }
+    if any(complaints.values()):
+        raise ValueError(", ".join(text for text, holds in complaints.items() if holds))
+    return obs, act, rew[:, 0], bool(ends[-1])
+
+
+def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), quality="own", **optional):
+    """Check own data and write them to a dataset file -> Dataset.
+
+    env: "offline" for data without a simulator, else as of `family_of`. episodes: for each task a list of episodes of
+    any lengths n >= 1. An episode is a tuple (observations [n + 1, obs_dim], actions [n, act_dim] in [-1, 1],
+    rewards [n], terminated: bool, or left out) or a dict with these keys; with next_observations [n, obs_dim], its
+    observations are [n, obs_dim]. foreign: for each test task a list of episodes by policies of other tasks, equally
+    many. optional: further arrays of FILE_LAYOUT, such as task_params [T, P], random_returns [T], expert_returns [T].
+    What is left out leaves out the figures that need it."""
+    problems = [f"there is no array {key} in FILE_LAYOUT" for key in optional if key not in FILE_LAYOUT]
+    arrays, family, tables, read = {}, family_of(env), {"": episodes, "ood_": foreign}, {}
+    for prefix, task, number in ((p, t, n) for p in tables for t, own in enumerate(tables[p]) for n in range(len(own))):
+        try:
+            obs, act, rew, ended = own_episode(tables[prefix][task][number])
+            found, n = (obs.shape[1], act.shape[1]), len(act)
+            if not family.simulated:  # the data tell the sizes
+                family.obs_dim, family.act_dim = (family.obs_dim or found[0], family.act_dim or found[1])
+                family.horizon = max(n, family.horizon)
+            if found != (family.obs_dim, family.act_dim) or n > family.horizon:
+                most = f"expected {(family.obs_dim, family.act_dim)} and at most {family.horizon} steps"
+                raise ValueError(f"observations and actions have sizes {found}, {n} steps; {most}")
+            read[prefix, task, number] = obs, act, rew, ended
+        except (ValueError, TypeError, KeyError) as error:
+            problems.append(f"{'context of ' * bool(prefix)}task {task}, episode {number}: {error}")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise SystemExit(f"{path} is not written: {'; '.join(problems[:3])}{more}")
+    for prefix, table in tables.items():
+        shape = len(table), max(map(len, table), default=0)
+        arrays |= {prefix + key: array for key, array in empty_episodes(family, shape).items() if len(table)}
+    for (prefix, *place), parts in read.items():
+        for key, part in zip(("observations", "actions", "rewards"), parts):
+            arrays[prefix + key][*place, : len(part)] = part
+        arrays[prefix + "lengths"][*place], arrays[prefix + "terminated"][*place] = len(parts[1]), parts[3]
+    arrays |= optional | {"train_ids": np.array(train_ids, int), "test_ids": np.array(test_ids, int)}
+    return save_dataset(Path(path), env, arrays, {"settings": {"quality": quality}})
+
+
+def save_dataset(path, env, arrays, about):
+    """Check the arrays of a file, write it and read it -> Dataset. about: further entries of the header."""
+    if problems := check_arrays(family_of(env), dict(arrays)):
+        raise SystemExit(f"{path} is not written: {'; '.join(problems)}")
+    header = {"format_version": FORMAT_VERSION, "env": env, "versions": versions()} | about
+    content = arrays | {"header": np.array(json.dumps(header))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_save(path, lambda file: np.savez_compressed(file, **content))
+    return load_dataset(env, path)
 
 
 def collect(args):
     """Train the behavior policies, roll them out and write the dataset file. An interrupted collection goes on, and
     nothing is done if the file is already there with the same settings."""
-    family = FAMILIES[args.env]
+    family = family_of(args.env)
+    if not family.simulated:
+        raise SystemExit("--env offline: nothing to collect; data_collect.write_dataset writes your own data")
     fill_in(args, {"": {"total_updates": family.sac_total_updates, "width": family.sac_width}})
     check_numbers(args)
     path = shown(Path(args.out or default_path(args.env, args.quality)).expanduser())
     if path.suffix != ".npz":
         raise SystemExit(f"--out {path}: the name must end in .npz")
-    params, train_ids, test_ids = family.draw()
+    params, train_ids, test_ids = given_tasks(args.tasks, family) if args.tasks else family.draw()
     for name, ids in (("train_tasks", train_ids), ("test_tasks", test_ids)):
+        if not len(ids) or not np.isin(ids, range(len(params))).all():
+            raise SystemExit(f"{args.tasks or args.env}: {name} must be numbers from 0 to {len(params) - 1}")
         if (getattr(args, name) or 0) > len(ids):
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.env} has {len(ids)}")
     train_ids, test_ids = train_ids[: args.train_tasks], test_ids[: args.test_tasks]
@@ -1035,7 +1256,8 @@ def collect(args):
         print(f"{path} is complete; nothing to do")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    start, device, policies_path = time.time(), resolve_device(args.device), path.with_name(f"{args.env}.policies.pt")
+    start, device = time.time(), resolve_device(args.device)
+    policies_path = path.with_name(args.env.replace(":", "-") + ".policies.pt")
     again = f"progress is in {policies_path}, the same command continues"
     with open(policies_path.with_suffix(".lock"), "w") as file, Signals(again) as signals:
         if not lock(file):  # other qualities share the policies
@@ -1043,11 +1265,8 @@ def collect(args):
         policies = train_policies(family, params, args, policies_path, device, signals)
         print(f"behavior policies ready after {duration(time.time() - start)}; rolling out", flush=True)
         arrays, note = roll_out_dataset(family, params, train_ids, test_ids, policies, args, device)
-        header = {"format_version": FORMAT_VERSION, "env": args.env, "settings": settings, "versions": versions()}
-        header |= {"command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | note
-        arrays["header"] = np.array(json.dumps(header))
-        atomic_save(path, lambda file: np.savez_compressed(file, **arrays))
-    load_dataset(args.env, path)
+        command = "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        save_dataset(path, args.env, arrays, {"settings": settings, "command": command} | note)
     worst, data, best = arrays["random_returns"], note["behavior_return"], arrays["expert_returns"]
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) after {duration(time.time() - start)}")
     print(f"  mean return random {worst.mean():.1f}, data {data:.1f}, expert {best.mean():.1f}")
@@ -1058,11 +1277,25 @@ def collect(args):
         print(f"{policies_path} holds the policies for other --quality files; remove it when you need none")
 
 
+def given_tasks(path, family):
+    """The tasks of --tasks -> as of `Family.draw`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            params, train_ids, test_ids = (file[key] for key in ("task_params", "train_ids", "test_ids"))
+    except Exception:  # numpy and zipfile raise a dozen kinds
+        raise SystemExit(f"--tasks {path}: no .npz file with task_params, train_ids and test_ids") from None
+    expected = family.draw()[0].shape[1]
+    if params.ndim != 2 or params.shape[1] != expected or not np.isfinite(params).all():
+        raise SystemExit(f"--tasks {path}: task_params must be [tasks, {expected}] numbers")
+    return params.astype(np.float64), train_ids, test_ids
+
+
 def train_policies(family, params, args, path, device, signals):
     """The behavior policies, continued from the file `path` if it is there -> for each SAC agent (one, or one per task)
     a list of PHASES actor state dicts."""
     groups = [np.arange(len(params))] if args.behavior == "shared" else [np.array([i]) for i in range(len(params))]
     wanted = {k: getattr(args, k) for k in POLICY_SETTINGS}
+    wanted["tasks"] = params.tolist() if args.tasks else None
     policies = {"version": RUN_VERSION, "settings": wanted, "finished": [], "training": None}
     if path.exists():
         remedy = "move it away, or write to another folder with --out"
@@ -1249,13 +1482,15 @@ class Dataset:
     +-OBS_LIMIT. A transition is one row [obs, act, rew, next_obs, term] of width ctx_dim + 1. A context has the first
     context_dim columns: all except term, unless a method needs it and sets context_dim to ctx_dim + 1."""
 
-    def __init__(self, env, header, arrays, device, path=None):
-        self.env, self.family, self.header, self.device, self.path = env, FAMILIES[env], header, device, path
+    def __init__(self, env, family, header, arrays, device, path=None):
+        self.env, self.family, self.header, self.device, self.path = env, family, header, device, path
         self.obs_dim, self.act_dim = self.family.obs_dim, self.family.act_dim
         self.ctx_dim = self.context_dim = 2 * self.obs_dim + self.act_dim + 1
         self.task_params = arrays["task_params"]  # [T, P] float64
         self.train_ids, self.test_ids = arrays["train_ids"], arrays["test_ids"]
-        self.random_returns, self.expert_returns = arrays["random_returns"], arrays["expert_returns"]  # [T]
+        # [T], NaN where they are unknown
+        self.random_returns, self.expert_returns = arrays["random_returns"], arrays["expert_returns"]
+        self.has_scale = bool(np.isfinite(self.random_returns + self.expert_returns).all())  # for normalized returns
         self.ood_behavior_task = arrays["ood_behavior_task"]  # [V, C], RANDOM where the random policy acted
         self.ood_distance = arrays["ood_distance"]  # [V, C] from the test task to that task, -1 for the random policy
         self.train_tasks = torch.as_tensor(self.train_ids, device=device)  # [U]
@@ -1284,13 +1519,26 @@ class Dataset:
         self.behavior_return = float(returns.mean())  # mean over the training data
         self.return_std = float(nonzero_std(returns.std(), abs(returns).max()))
 
+    def value_std(self, gamma):
+        """Standard deviation of the discounted returns that follow the training tasks' transitions -> float > 0."""
+        rew = self.episodes[..., self.obs_dim + self.act_dim][self.train_tasks]  # [U, N, H], 0 after an episode's end
+        returns, later = torch.zeros_like(rew), 0.0
+        for t in reversed(range(rew.shape[-1])):
+            later = rew[..., t] + gamma * later
+            returns[..., t] = later
+        returns = returns[self.recorded(self.lengths[self.train_tasks])]
+        return float(nonzero_std(returns.std(correction=0).cpu().numpy(), abs(returns).max().cpu().numpy()))
+
     def about(self):
         """-> lines that a run prints when it begins."""
-        worst, best = self.random_returns[self.test_ids].mean(), self.expert_returns[self.test_ids].mean()
-        returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {self.behavior_return:.1f}"
         lines = [f"{len(self.train_ids)} training and {len(self.test_ids)} test tasks"]
-        lines += [f"mean return on the test tasks: {returns}"]
-        return lines + [f"{tag} is left out: {reason}" for tag, reason in unmeasurable(self).items()]
+        if self.has_scale:
+            worst, best = self.random_returns[self.test_ids].mean(), self.expert_returns[self.test_ids].mean()
+            returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {self.behavior_return:.1f}"
+            lines += [f"mean return on the test tasks: {returns}"]
+        else:
+            lines += [f"mean return of the training data: {self.behavior_return:.1f}"]
+        return lines + [f"{tag} left out: {reason}" for tag, reason in unmeasurable(self).items()]
 
     def standardize(self, obs):
         """Observations of the simulation [.., obs_dim] -> as the networks see them, within +-OBS_LIMIT."""
@@ -1366,62 +1614,84 @@ def transitions(arrays, prefix="", device="cpu"):
 
 def load_dataset(env, path=None, device="cpu"):
     """Read and check {env}.npz in DATASETS (or path) -> Dataset on the device, also "auto". One line says what is wrong
-    with a file, and the command that makes a new one, before any training."""
-    device, path = resolve_device(device), Path(path or default_path(env)).expanduser()
+    with a file, and what to do, before any training."""
+    family, device, path = family_of(env), resolve_device(device), Path(path or default_path(env)).expanduser()
     quality = next((q for q in QUALITIES[1:] if path.stem == f"{env}-{q}"), "mixed")
     make = f"python {shown(DATASETS.parent / 'data_collect.py')} --env {env}"
     make += f" --quality {quality}" if quality != "mixed" else ""
-    make += f" --out {shown(path)}" if path.resolve() != default_path(env, quality) else ""
+    ours = path.resolve() == default_path(env, quality)
+    make += "" if ours else f" --out {shown(path)}"
+    own = "docs/OWN_DATA.md tells how to write your data"
     if not path.is_file():
-        raise SystemExit(f"{shown(path)} not found. Make it: {make}")
+        what = f"Make it: {make}" if family.simulated else f"--env offline needs --dataset FILE; {own}"
+        raise SystemExit(f"{shown(path)} not found. {what}")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-        header = json.loads(str(arrays.pop("header")))
-        made_for = header["format_version"], header["env"]
+        header = {"env": env, "format_version": FORMAT_VERSION} | json.loads(str(arrays.pop("header", "{}")))
     except Exception:  # zipfile, numpy and json raise a dozen kinds on damaged bytes
-        raise SystemExit(f"{shown(path)}: damaged, or not a dataset of this repository. Move it away and run: {make}")
-    if made_for[1] != env:
-        raise SystemExit(f"{shown(path)} holds {made_for[1]}, not {env}. Choose another --env or --dataset")
-    if made_for[0] != FORMAT_VERSION:
-        what = f"has format {made_for[0]}, this code reads {FORMAT_VERSION}"
-        raise SystemExit(f"{shown(path)} {what}. Move it away and run: {make}")
-    for key in MAY_BE_HALF:
-        if key in arrays and arrays[key].dtype == np.float16:
-            arrays[key] = arrays[key].astype(np.float32)
-    for error in dataset_errors(FAMILIES[env], arrays):
-        raise SystemExit(f"{shown(path)}: {error}. Move it away and run: {make}")
-    return Dataset(env, header, arrays, device, shown(path))
+        remedy = f"Move it away and run: {make}" if ours else f"Choose another --dataset; {own}"
+        raise SystemExit(f"{shown(path)}: damaged, or not a dataset. {remedy}")
+    remedy = f"Move it away and run: {make}" if ours or "command" in header else own
+    header["settings"] = {"quality": "own"} | header.get("settings", {})
+    if family.simulated and header["env"] != env:
+        raise SystemExit(f"{shown(path)} holds {header['env']}, not {env}. Choose another --env or --dataset")
+    if header["format_version"] != FORMAT_VERSION:
+        what = f"has format {header['format_version']}, this code reads {FORMAT_VERSION}"
+        raise SystemExit(f"{shown(path)} {what}. {remedy}")
+    if problems := check_arrays(family, arrays):
+        raise SystemExit(f"{shown(path)}: {'; '.join(problems)}. {remedy}")
+    return Dataset(env, family, header, arrays, device, shown(path))
 
 
-def dataset_errors(family, arrays):
-    """Yield what is wrong with the arrays of a file, as phrases; later checks rely on the earlier ones."""
+def check_arrays(family, arrays):
+    """Convert the arrays of a file to their types and add the optional ones, in place -> what is wrong, as phrases.
+    Unknown returns are NaN, other unknown numbers 0; there may be no foreign contexts (C = 0). Sizes of `Offline` are
+    taken from the arrays."""
+    problems = [f"array {key} is missing" for key in REQUIRED if key not in arrays]
     sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
+    sizes = sizes if family.simulated else {}
     for key, (dtype, letters) in FILE_LAYOUT.items():
         if key not in arrays:
-            yield f"array {key} is missing"
-        array = arrays[key]
-        if array.dtype != dtype:
-            yield f"{key} has type {array.dtype}, expected {dtype}"
+            continue
+        array = np.asarray(arrays[key])
+        if not np.can_cast(array.dtype, dtype, "same_kind"):
+            problems.append(f"{key} has type {array.dtype}, expected {dtype}")
+            continue
+        arrays[key] = array = array.astype(dtype, copy=False)
         if array.ndim != len(letters) or any(sizes.setdefault(n, s) != s for n, s in zip(letters, array.shape)):
-            yield f"{key} has shape {array.shape}, expected {tuple(sizes.get(n, n) for n in letters)}"
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            yield f"{key} has values that are not finite"
+            problems.append(f"{key} has shape {array.shape}, expected {tuple(sizes.get(n, n) for n in letters)}")
+        elif array.dtype.kind == "f" and not np.isfinite(array).all():
+            problems.append(f"{key} has values that are not finite")
+    if not problems and sizes["H+1"] != sizes["H"] + 1:
+        problems.append("observations must have one more step than actions")
+    if problems:
+        return problems
+    if not family.simulated:
+        family.obs_dim, family.act_dim, family.horizon = sizes["O"], sizes["A"], sizes["H"]
+    elif "task_params" not in arrays:
+        return ["array task_params is missing; the simulator needs it"]
+    sizes = {"P": 1, "C": 0} | sizes
+    for key, (dtype, letters) in FILE_LAYOUT.items():
+        unknown = np.nan if key.endswith("_returns") else 0
+        arrays.setdefault(key, np.full([sizes[n] for n in letters], unknown, dtype))
+    lengths = arrays["lengths"]
     for key in ("train_ids", "test_ids"):
         ids = arrays[key]
         if not len(ids) or len(set(ids)) < len(ids) or not np.isin(ids, range(sizes["T"])).all():
-            yield f"{key} must be distinct task numbers from 0 to {sizes['T'] - 1}, at least one"
-        if not (arrays["lengths"][ids] > 0).any(1).all():
-            yield f"a task of {key} has no episode"
+            problems.append(f"{key} must be distinct task numbers from 0 to {sizes['T'] - 1}, at least one")
+        elif not (lengths[ids] > 0).any(1).all():
+            problems.append(f"a task of {key} has no episode")
     for prefix in ("", "ood_"):
-        if not np.isin(arrays[prefix + "lengths"], range(family.horizon + 1)).all():
-            yield f"{prefix}lengths must lie between 0 and the horizon {family.horizon}"
+        if not np.isin(arrays[prefix + "lengths"], range(bool(prefix), family.horizon + 1)).all():
+            problems.append(f"{prefix}lengths must lie between {int(bool(prefix))} and the horizon {family.horizon}")
         if abs(arrays[prefix + "actions"]).max(initial=0) > 1:
-            yield f"{prefix}actions must lie in [-1, 1]"
-    if (np.diff(arrays["lengths"] > 0, axis=1) & (arrays["lengths"][:, 1:] > 0)).any():
-        yield "lengths has an empty episode before a recorded one"
+            problems.append(f"{prefix}actions must lie in [-1, 1]")
+    if (np.diff(lengths > 0, axis=1) & (lengths[:, 1:] > 0)).any():
+        problems.append("lengths has an empty episode before a recorded one")
     if family.scripted and not np.allclose(arrays["random_returns"], family.exact_returns(arrays["task_params"])[0]):
-        yield "its tasks are of another version of the generator"
+        problems.append("its tasks are of another version of the generator")
+    return problems
 
 
 # ---- evaluation -------------------------------------------------------------
@@ -1460,7 +1730,9 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     "eval/iid/normalized": 0 = random, 100 = expert, per task, then averaged, "eval/iid/return_task_07": ...,
     "eval/online/return_ep_1": ..., "eval/ood/normalized_near", "_middle", "_far": thirds of the rows by the distance of
     the acting policy's task, "eval/iid/diverged": number of episodes whose physics broke, if any; see
-    `returns_of`}. An action that is not finite ends the program."""
+    `returns_of`}. An action that is not finite ends the program.
+
+    Data without a simulator give "eval/iid/action_error" instead, see `retrace`, and no protocol with own episodes."""
     results = {}
     for protocol in protocols:
         tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
@@ -1469,6 +1741,14 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         if context is None:
             continue  # a dataset collected with --ood-contexts 0
         mask = data.recorded(lengths)[:, : context.shape[1]].float()
+        if not data.family.simulated:
+            if "online" not in protocol:
+                seen = context[..., : data.context_dim]
+                last, error = retrace(data, adapt(seen, mask, False), row_tasks, context)
+                results[f"eval/{protocol}/action_error"] = error
+                if trace is not None:
+                    trace.append(last | {"context": seen, "mask": mask})
+            continue
         env = TaskEnv(data.family, data.task_params, row_tasks)
         own = protocol in ("online", "online_random_start")  # contexts are the agent's own episodes
         reported, diverged = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1, 0
@@ -1494,7 +1774,7 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
             trace.append(last)
         returns = returns_of(data, row_tasks, last)
         results |= summary(data, protocol, row_tasks, returns)
-        if distance is not None:
+        if distance is not None and data.has_scale and distance.any():
             normalized = normalize(data, row_tasks, returns)
             third = np.searchsorted(np.quantile(distance, (1 / 3, 2 / 3)), distance)
             for k in np.unique(third):
@@ -1504,6 +1784,26 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         if diverged:
             results[f"eval/{protocol}/diverged"] = diverged
     return {tag: float(value) for tag, value in results.items()}
+
+
+def retrace(data, policy, tasks, context):
+    """Let a policy choose an action at every step of a recorded episode, which goes on with the recorded ones: the best
+    of each of the tasks [R], the second best where the best is the row's context [R, K, ..]. A policy with a history
+    sees its own actions there. -> these episodes as of `rollout`, root mean square difference between the chosen and
+    the recorded actions, per dimension."""
+    returns = np.where(data.lengths.cpu() > 0, data.episode_returns, -np.inf)
+    best = (-returns).argsort(1)[tasks]  # [R, N]
+    pick = best[:, 0]
+    if context.shape[1]:
+        known = (data.episodes[tasks, pick] == context).flatten(1).all(1).cpu().numpy() & (data.present[tasks] > 1)
+        pick = best[np.arange(len(best)), known.astype(int)]
+    lengths, (obs, act, rew, next_obs, term) = data.lengths[tasks, pick], data.unpack(data.episodes[tasks, pick])
+    before = torch.cat([torch.zeros_like(rew[:, :1]), rew[:, :-1]], 1)
+    with torch.no_grad():
+        chosen = torch.stack([policy(obs[:, t], before[:, t]) for t in range(obs.shape[1])], 1).clamp(-1, 1)
+    error = (chosen - act)[data.recorded(lengths)].pow(2).mean().sqrt()
+    played = {"observations": torch.cat([obs[:, :1], next_obs], 1), "actions": act, "rewards": rew}
+    return played | {"lengths": lengths, "terminated": term.any(1)}, error
 
 
 def random_policy(rng, act_dim, obs, rew):
@@ -1535,18 +1835,21 @@ def initial_context(data, protocol, tasks, episodes):
 
 def returns_of(data, tasks, played):
     """Returns [R] of `rollout`'s episodes on tasks [R]. An episode whose physics broke counts as the random policy's:
-    a policy must not gain by breaking off where rewards are negative."""
-    returns = played["rewards"].sum(1, dtype=np.float64)
-    return np.where(played["diverged"], data.random_returns[tasks], returns)
+    a policy must not gain by breaking off where rewards are negative. (If that is unknown: as the worst recorded.)"""
+    returns, worst = played["rewards"].sum(1, dtype=np.float64), data.random_returns[tasks]
+    worst = np.where(np.isnan(worst), data.episode_returns.min(1)[tasks], worst)
+    return np.where(played["diverged"], worst, returns)
 
 
 def summary(data, name, tasks, returns):
     """Returns [R] of rows on tasks [R] -> {"eval/{name}/return": mean, "return_se": its standard error, if any,
-    "normalized": mean on the tasks' own scales}."""
+    "normalized": mean on the tasks' own scales, if they are known}."""
     results = {f"eval/{name}/return": float(returns.mean())}
     if len(returns) > 1:
         results[f"eval/{name}/return_se"] = float(returns.std(ddof=1) / len(returns) ** 0.5)
-    return results | {f"eval/{name}/normalized": float(normalize(data, tasks, returns).mean())}
+    if data.has_scale:
+        results[f"eval/{name}/normalized"] = float(normalize(data, tasks, returns).mean())
+    return results
 
 
 def normalize(data, tasks, returns):
@@ -1562,8 +1865,8 @@ def q_error(played, value, gamma):
 
     value(context [R, K, context_dim], mask [R, K], obs [R, 2, obs_dim]) -> Q(s, pi(s)) [R, 2] in units of the reward.
     The critic bootstraps across the time limit, so its value of the last state continues the return, except after a
-    termination. -> {"eval/iid/q_error": mean over rows, "eval/iid/q_relative": the same divided by the size of the mean
-    return}"""
+    termination. -> {"eval/iid/value": mean Q(s_0, pi(s_0)), "eval/iid/q_error": mean over rows, "eval/iid/q_relative":
+    the same divided by the size of the mean return}"""
     context, mask = played["context"], played["mask"]
     obs, rew, length, terminated = (
         torch.as_tensor(played[key], device=mask.device) for key in ("observations", "rewards", "lengths", "terminated")
@@ -1574,16 +1877,20 @@ def q_error(played, value, gamma):
     discounts = gamma ** torch.arange(rew.shape[1], device=mask.device)
     monte_carlo = (discounts * rew).sum(1) + gamma**length * ~terminated * last_q
     error, size = (first_q - monte_carlo).mean().item(), abs(monte_carlo.mean().item())
-    return {"eval/iid/q_error": error, "eval/iid/q_relative": error / max(size, 1e-8)}
+    results = {"eval/iid/value": first_q.mean().item(), "eval/iid/q_error": error}
+    return results | {"eval/iid/q_relative": error / max(size, 1e-8)}
 
 
 def evaluate_actor_critic(data, adapt, value, gamma, protocols, episodes, bc=None):
     """`evaluate`, with the critic's error on iid by `q_error` (value, gamma), and with the returns of bc, an adapt like
     the other, on the contexts of iid ("eval/bc/return" ..): behavior cloning, which the actor is kept close to
-    -> dict tag -> float."""
+    -> dict tag -> float. Without a simulator the critic is compared with the recorded episodes of `retrace`."""
     traced = []
     results = evaluate(data, adapt, protocols, episodes, traced)
-    results |= q_error(traced[protocols.index("iid")], value, gamma)
+    critic = q_error(traced[protocols.index("iid")], value, gamma)
+    if not data.family.simulated:
+        critic = {"eval/iid/value": critic["eval/iid/value"], "eval/iid/value_above_best": critic["eval/iid/q_error"]}
+    results |= critic
     if bc is not None:
         alone = evaluate(data, bc, ("iid",), episodes)
         results |= {tag.replace("iid", "bc"): found for tag, found in alone.items()}
@@ -1626,12 +1933,18 @@ def embedding_quality(data, embed):
 
 
 def unmeasurable(data):
-    """Figures of `embedding_quality` that these data do not give -> dict tag -> reason."""
+    """Figures that these data do not give -> dict tag -> reason."""
     reasons, center = {}, data.task_params[data.train_ids].mean(0)
+    if not data.family.simulated:
+        reasons["returns"] = "there is no simulator; action_error compares with each test task's best recorded episode"
+    elif not data.has_scale:
+        reasons["normalized"] = "the file has no random_returns or expert_returns"
+    if not data.ood_lengths.numel():
+        reasons["ood"] = "the file has no foreign contexts"
     if data.min_episodes < 2:
         reasons["z/nearest_task_acc"] = "a training task has a single episode"
-    if not data.family.measured:
-        reasons["z/probe_r2"] = "the tasks' parameters are names, or without effect"
+    if not data.family.measured or not data.task_params.any():
+        reasons["z/probe_r2"] = "the tasks' parameters are unknown, names, or without effect"
     elif (data.task_params[data.test_ids] == center).all():
         reasons["z/probe_r2"] = "the test tasks do not differ from the training tasks' mean"
     return reasons
@@ -1673,18 +1986,14 @@ def describe(env_defaults):
     texts = []
     for name in sorted({name for values in env_defaults.values() for name in values}):
         others = [f"{values[name]} for {part}" for part, values in env_defaults.items() if part and name in values]
-        texts.append(f"--{name.replace('_', '-')} " + ", ".join([str(base.get(name)), *others]))
+        texts.append(f"--{name.replace('_', '-')} " + ", ".join([str(base.get(name, "from the data")), *others]))
     return "\n\nDefaults that depend on the family, by a part of its name: " + "; ".join(texts) + "." if texts else ""
 
 
 def check_words(words, script):
-    """One line for two frequent slips of the command line, a misspelt family and several seeds."""
+    """One line for a frequent slip of the command line, several seeds."""
     words = [part for word in words for part in word.split("=", 1)]
     for i, (flag, value, after) in enumerate(zip(words, words[1:], [*words[2:], ""])):
-        if flag == "--env" and value not in FAMILIES and not value.startswith("-"):
-            guess = difflib.get_close_matches(value, FAMILIES, 1)
-            hint = f"did you mean {guess[0]}?" if guess else f"choose from {', '.join(FAMILIES)}"
-            raise SystemExit(f"--env {value}: no such family; {hint}")
         if flag == "--seed" and value.isdigit() and after.isdigit():
             rest = itertools.dropwhile(str.isdigit, words[i + 1 :])
             seeds = itertools.takewhile(str.isdigit, words[i + 1 :])
@@ -1709,7 +2018,7 @@ def resolve(args, env_defaults):
 def fill_in(args, env_defaults):
     """Give the arguments left at None, in place, what `resolve` says."""
     for part, values in reversed(env_defaults.items()):
-        for name, value in values.items() if part in args.env else ():
+        for name, value in values.items() if part in args.env.split(":")[-1] else ():
             if getattr(args, name) is None:
                 setattr(args, name, value)
 
@@ -1912,12 +2221,30 @@ def eval_line(results):
     cells = []
     for p in [tag.split("/")[1] for tag in results if tag.startswith("eval/") and tag.endswith("/return")]:
         error = f" ± {results[f'eval/{p}/return_se']:.1f}" if f"eval/{p}/return_se" in results else ""
-        cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error} ({results[f'eval/{p}/normalized']:.0f})")
+        scaled = f" ({results[f'eval/{p}/normalized']:.0f})" if f"eval/{p}/normalized" in results else ""
+        cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error}{scaled}")
+    errors = [f"{tag.split('/')[1]} {value:.3f}" for tag, value in results.items() if tag.endswith("/action_error")]
+    cells += ["action error: " + "  ".join(errors)] if errors else []
+    if "eval/iid/value_above_best" in results:
+        above = results["eval/iid/value_above_best"]
+        cells.append(f"value {results['eval/iid/value']:.2f}, {above:+.2f} above the best episodes")
     diverged = sum(value for tag, value in results.items() if tag.endswith("/diverged"))
     cells += [f"{diverged:.0f} episodes diverged, counted as the random policy's"] if diverged else []
     quality = {"acc": "z/nearest_task_acc", "R2": "z/probe_r2"}
     cells += [f"z {name} {results[tag]:.2f}" for name, tag in quality.items() if tag in results]
     return "  ".join(["eval", *cells])
+
+
+def advice(results):
+    """Lines for a run whose policy ends more than two standard errors below behavior cloning."""
+    if "eval/bc/return_se" not in results:
+        return []
+    policy, bc = (results[f"eval/{name}/return"] for name in ("iid", "bc"))
+    error = math.hypot(results["eval/iid/return_se"], results["eval/bc/return_se"])
+    if policy >= bc - 2 * error:
+        return []
+    note = f"note: the policy ({policy:.1f}) returns less than behavior cloning ({bc:.1f}) with iid contexts;"
+    return [note, "  a smaller --reward-scale or a larger --kl-coef keeps it closer to the data"]
 
 
 class Run:
@@ -1936,7 +2263,7 @@ class Run:
             self.restore(load_checkpoint(self.dir, type(args)), FREE | free)
         else:
             name = f"seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-            self.dir = Path(args.run_dir).expanduser() / args.env / args.exp_name / name
+            self.dir = Path(args.run_dir).expanduser() / args.env.replace(":", "-") / args.exp_name / name
             self.dir.mkdir(parents=True)
         again = shlex.join(["python", script_path(type(args)), "--resume", str(self.dir)])
         self.signals, self.closing = Signals(f"continue with: {again}"), contextlib.ExitStack()
@@ -2037,7 +2364,7 @@ class Run:
             self.csv.write(f"{step},{tag},{value!r}\n")
         self.csv.flush()
         self.rows += len(values)
-        if "eval/iid/return" in values:
+        if any(tag.startswith("eval/iid/") for tag in values):
             print("  " + eval_line(values), flush=True)
         elif any(tag.startswith("losses/") for tag in values):
             values |= {"charts/updates_per_sec": self.timed[0] / self.timed[1]}
@@ -2089,10 +2416,13 @@ class Run:
         results |= {"updates_per_sec": self.timed[0] / self.timed[1], "cpu_s": time.process_time() - self.born}
         write_json(self.dir / "result.json", results)
         print(f"results: {self.dir / 'result.json'}; curves: tensorboard --logdir {self.dir}")
+        for line in advice(results):
+            print(line)
         return results
 
 
 if __name__ == "__main__":
+    sys.modules["data_collect"] = sys.modules["__main__"]  # for families in other files
     with one_line_errors():
         check_words(sys.argv[1:], "data_collect.py")
         collect(tyro.cli(Args, description="Train behavior policies, roll them out and write a dataset file."))

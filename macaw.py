@@ -49,7 +49,7 @@ class Args:
     exp_name: str = "macaw"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization and batches (tasks and data are fixed by the dataset file)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    total_updates: int = 8_000  # updates of the initial parameters [gradient steps]
+    total_updates: int = 8_000  # length of the training [updates of the policy]
     log_every: int = 100  # updates between two log lines [gradient steps]
     eval_every: int = 1_000  # updates between two evaluations [gradient steps]
     save_every: int = 1_000  # updates between two checkpoints [gradient steps]
@@ -409,7 +409,7 @@ def evaluate_all(agent, data, args, protocols, episodes):
     of the protocol iid, and the online fine-tuning -> dict tag -> float."""
     results = dc.evaluate(data, partial(adapt, agent), protocols, episodes)
     results |= dc.embedding_quality(data, partial(embed, agent))
-    if "zero_shot" in protocols:
+    if "eval/zero_shot/return" in results:
         known = {0: results["eval/zero_shot/return"], args.inner_steps: results["eval/iid/return"]}
         for steps in (0, 1, 5, 20):
             if steps not in known:

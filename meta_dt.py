@@ -52,7 +52,7 @@ class Args:
     exp_name: str = "meta_dt"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization and batches (tasks and data are fixed by the dataset file)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    total_updates: int = 8_000  # updates of the transformer [gradient steps]
+    total_updates: int = 8_000  # length of the training [updates of the policy]
     log_every: int = 100  # updates between two log lines [gradient steps]
     eval_every: int = 1_000  # updates between two evaluations [gradient steps]
     save_every: int = 1_000  # updates between two checkpoints [gradient steps]
@@ -552,7 +552,7 @@ def train(args):
     if args.warmup_updates is None:
         args.warmup_updates = max(1, args.total_updates // 10)
     if args.world_model_loss is None:
-        args.world_model_loss = "state" if dc.FAMILIES[args.env].dynamics_vary else "reward"
+        args.world_model_loss = {True: "state", False: "reward", None: "both"}[dc.family_of(args.env).dynamics_vary]
     args = dc.resolve(args, ENV_DEFAULTS)
     data = dc.load_dataset(args.env, args.dataset, args.device)
     check_sizes(args, data)

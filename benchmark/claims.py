@@ -53,8 +53,8 @@ def spread(values, digits=2):
 
 def figure1(files, env, figure):
     """Error of the critic and distance of the policy from the data, per quality of the data and variant of FLORA.
-    Paired by seed: what the policy's return has more than behavior cloning's, and a variant's return and critic's error more
-    than the full method's."""
+    Paired by seed: what the policy's return has more than behavior cloning's, and a variant's return and critic's error
+    more than the full method's."""
     curves, final = defaultdict(lambda: defaultdict(list)), defaultdict(dict)  # experiment -> seed ->
     for row in read(files / "curves.csv"):
         if row["env"] == env and of_data(row):
@@ -90,7 +90,8 @@ def figure1(files, env, figure):
     print_table([*header, "iid - bc's", "iid - full's", "Q error - full's"], table)
     if figure:
         fig.suptitle(f"{env}: FLORA and its variants", weight="bold")
-        fig.legend(*grid[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3 + len(groups) // 2)
+        style = {"frameon": False, "loc": "outside lower center", "ncols": 3 + len(groups) // 2}
+        fig.legend(*grid[0, 0].get_legend_handles_labels(), **style)
         for axis in grid[-1]:
             axis.set_xlabel("updates")
         fig.savefig(figure, dpi=140)
@@ -113,7 +114,7 @@ def directions(script, agent, data, args):
     batch = data.sample_batch(data.train_tasks, 256, generator)
     z, move = script.embed(agent, context, torch.ones_like(context[..., 0])), torch.cat([batch.obs, batch.act], -1)
     with torch.no_grad():
-        phi, psi = agent.phi(torch.cat([move, batch.next_obs], -1), z), agent.psi(move, z)[0]
+        phi, psi = agent.features(torch.cat([move, batch.next_obs], -1), z), agent.psi(move, z)[0]
     return np.concatenate([shares(phi), shares(psi)])
 
 
@@ -292,7 +293,9 @@ def main():
     passed = ("figure1-", "bandit-", "known-task", "meta_dt")  # no context, or hardly one beside the own history
     runs = {n: seeds for n, seeds in runs.items() if (n in args.only if args.only else not n.startswith(passed))}
     if not runs:
-        raise SystemExit(f"no finished run for this in {args.runs / args.env}; make them: see benchmark/README.md")
+        script = next((name for name in args.only or () if (HERE.parent / f"{name}.py").is_file()), "flora")
+        command = f"python {script}.py --env {args.env} --run-dir {args.runs}"
+        raise SystemExit(f"no finished run for this in {args.runs / args.env}; make one: {command}")
     if args.claim == "features":
         features(runs)
     elif args.claim == "length":

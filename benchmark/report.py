@@ -2,6 +2,7 @@
 
 Run:  python benchmark/report.py --add runs         # copy what is finished below runs/ into results.csv and curves.csv
       python benchmark/report.py --env ant-dir      # tables of results.csv: mean and its standard error over seeds
+      python benchmark/report.py --env ant-dir --columns iid ood tenth   # some columns alone
       python benchmark/report.py --compare flora --env ant-dir point-robot   # over families, with 95 % intervals
       python benchmark/report.py --story docs/story.png              # the README's picture
       python benchmark/report.py --write docs/RESULTS.md README.md   # the tables in these files anew
@@ -38,6 +39,9 @@ RESULTS += ("by_task", "arms")  # returns of the tasks; last probabilities of FL
 RESULTS += ("diverged", "args")  # episodes whose physics diverged; arguments of the run as JSON, in its row "iid"
 CURVES = (*KEY, "updates", "cpu_s", "iid", "train", "q_error", "divergence")
 PROTOCOLS = ("iid", "bc", "ood", "ood_random", "online", "online_random_start", "idaq", "zero_shot", "train")
+BRIEF = ("iid", "bc", "ood", "online", "train")
+GAINS = ("iid", "ood", "ood_random", "online", "online_random_start")
+TENTH = "tenth"  # column of the tenth own episode: of IDAQ's adaptation if a run has it, else of the protocol online
 UNCOMPARED = dc.FREE - {"total_updates", "final_episodes"} | {"env", "exp_name", "seed"}  # may differ among seeds
 DIVERGED = "†"  # marks a cell with diverged episodes
 SIDE_LISTS = ("ablations", "variants", "figure1", "bandit", "small")  # shown where --only names a run
@@ -222,6 +226,9 @@ def revisit(run_dir, look):
     """Load a finished run -> what look(script, agent, data, args) returns; nothing is written."""
     about = json.loads((run_dir / "args.json").read_text())
     script, found = importlib.import_module(about.get("script") or Path(about["command"][0]).stem), []
+    if not hasattr(script, "evaluate_all"):
+        remedy = "evaluate in a function evaluate_all(agent, data, args, protocols, episodes), as focal.py does"
+        raise SystemExit(f"{run_dir}: {script.__name__}.py cannot be looked into; {remedy}, or leave this run out")
 
     def evaluate_all(agent, data, args, *_):
         found.append(look(script, agent, data, args))
@@ -280,32 +287,33 @@ def print_table(header, rows):
 
 def of(seeds, protocol):
     """Rows of one protocol, one per seed."""
+    if protocol == TENTH:
+        return of(seeds, "idaq") or of(seeds, "ep_10")
     return [row for rows in seeds.values() for row in rows if row["protocol"] == protocol]
 
 
-def print_brief(groups):
+def print_brief(groups, columns):
     """Normalized returns: 0 = random, 100 = expert."""
-    columns = ("iid", "bc", "ood", "online", "train")
     rows = [[n, str(len(seeds)), *(cell(of(seeds, p), "normalized") for p in columns)] for n, seeds in groups.items()]
     print_table(["normalized", "seeds", *columns], rows)
 
 
-def print_tables(groups):
-    """Returns per protocol with the critic's error, quality of z and cost; then what happens over inner steps, own
-    episodes, and with the distance of the policy that acted in the context."""
-
+def print_tables(groups, columns=None):
+    """Returns per protocol, of `columns` alone. Without `columns` of all protocols, with the critic's error, quality of z
+    and cost; then what happens over inner steps, own episodes, and with the distance of the policy that acted."""
     sizes = [abs(float(row["return"])) for seeds in groups.values() for row in of(seeds, "iid")]
     digits, table = 2 if max(sizes) < 50 else 0, []
     for name, seeds in groups.items():
         iid = of(seeds, "iid")
-        quality = [cell(iid, column, digits=2) for column in ("q_relative", "nearest_task_acc", "probe_r2")]
-        minutes = [float(row["cpu_s"]) / 60 for row in iid if row["cpu_s"]]
-        cost = [
-            "/".join(sorted({row["updates"] for row in iid}, key=int)),
-            f"{np.mean(minutes):.0f}" if minutes else "",
-        ]
-        returns = [cell(of(seeds, protocol), "return", True, digits) for protocol in PROTOCOLS]
-        table.append([name, str(len(iid)), *returns, *quality, *cost])
+        cells = [name, str(len(iid)), *(cell(of(seeds, p), "return", p != TENTH, digits) for p in columns or PROTOCOLS)]
+        if not columns:
+            cells += [cell(iid, column, digits=2) for column in ("q_relative", "nearest_task_acc", "probe_r2")]
+            minutes = [float(row["cpu_s"]) / 60 for row in iid if row["cpu_s"]]
+            cells.append("/".join(sorted({row["updates"] for row in iid}, key=int)))
+            cells.append(f"{np.mean(minutes):.0f}" if minutes else "")
+        table.append(cells)
+    if columns:
+        return print_table(["method", "seeds", *columns], table)
     print_table(["method", "seeds", *PROTOCOLS, "Q error", "z acc", "z R2", "updates", "CPU minutes"], table)
     for what, protocols in PARTS.items():
         column = "normalized" if "normalized" in what else "return"
@@ -374,9 +382,9 @@ def interval(statistic, *methods, draws=2_000):
     return f"{means[0]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def print_comparison(path, reference, envs, only):
-    """Means over families: of the interquartile mean of the normalized returns of tasks and seeds, and of the
-    probability that the reference is better; of the methods that all families have."""
+def print_comparison(path, reference, envs, only, brief=False):
+    """Means over families: of the interquartile mean of the normalized returns of tasks and seeds, and, unless brief, of
+    the probability that the reference is better; of the methods that all families have."""
     seeds, cells, protocols = {}, defaultdict(dict), ("iid", "ood", "online")
     for protocol in protocols:
         tables = [scores(path, env, protocol, only and [*only, reference]) for env in envs]
@@ -387,22 +395,22 @@ def print_comparison(path, reference, envs, only):
         for name in sorted(everywhere):
             theirs = [t[name] for t in tables]
             seeds[name] = "/".join(str(len(t)) for t in theirs)
-            better = interval(improvement, ours, theirs)
-            cells[name][protocol] = [interval(interquartile_mean, theirs), "" if name == reference else better]
-    header = ["method", "seeds", *(column for p in protocols for column in (p, f"P({reference} is better), {p}"))]
-    blank = ["", ""]
-    print_table(header, [[n, seeds[n], *sum((cells[n].get(p, blank) for p in protocols), [])] for n in sorted(cells)])
+            cells[name][protocol] = [interval(interquartile_mean, theirs)]
+            if not brief:
+                cells[name][protocol].append("" if name == reference else interval(improvement, ours, theirs))
+    columns = [[p] if brief else [p, f"P({reference} is better), {p}"] for p in protocols]
+    rows = [[n, seeds[n], *sum((cells[n].get(p, [""] * len(c)) for p, c in zip(protocols, columns)), [])] for n in cells]
+    print_table(["method", "seeds", *sum(columns, [])], sorted(rows))
 
 
-def print_gains(path, reference, envs, only):
-    """What a method's normalized return has more than the reference's of the same seed, per family and protocol; in
-    IDAQ's protocol, which the reference does not have, more than the reference's after its own episodes (online)."""
-    protocols, table = ("iid", "ood", "ood_random", "online", "online_random_start", "idaq"), []
+def print_gains(path, reference, envs, only, protocols=GAINS):
+    """What a method's normalized return has more than the reference's of the same seed, per family and protocol."""
+    table = []
     for env in envs:
         groups = chosen(path, env, only and [*only, reference])
         base = {}
         for protocol in protocols:
-            rows = of(groups.get(reference, {}), "online" if protocol == "idaq" else protocol)
+            rows = of(groups.get(reference, {}), protocol)
             base |= {(protocol, row["seed"]): float(row["normalized"]) for row in rows}
         if not base:
             raise SystemExit(f"{reference}: no row of {env} in {path}; make runs: see benchmark/README.md")
@@ -594,7 +602,8 @@ def main():
     parser.add_argument("--quality", default="mixed", help="of the data, for the tables of families")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
     parser.add_argument("--gain", metavar="NAME", help="what all others have more than this experiment, seed by seed")
-    parser.add_argument("--brief", action="store_true", help="normalized returns of five protocols only")
+    parser.add_argument("--brief", action="store_true", help="normalized returns of five protocols only; with --compare no probabilities")
+    parser.add_argument("--columns", nargs="+", choices=(*PROTOCOLS, TENTH), help="these protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()
     if args.only and (unknown := set(args.only) - {row["name"] for row in read(args.files / "results.csv")}):
@@ -604,9 +613,9 @@ def main():
     if args.story:
         return draw_story(args.files, args.story)
     if args.compare:
-        return print_comparison(args.files / "results.csv", args.compare, args.env, args.only)
+        return print_comparison(args.files / "results.csv", args.compare, args.env, args.only, args.brief)
     if args.gain:
-        return print_gains(args.files / "results.csv", args.gain, args.env, args.only)
+        return print_gains(args.files / "results.csv", args.gain, args.env, args.only, args.columns or GAINS)
     if args.write:
         for path in args.write:
             write(path)
@@ -616,7 +625,7 @@ def main():
         if not groups:
             kept = args.files / "results.csv"
             raise SystemExit(f"no row of {env}, {args.quality} data, in {kept}; make runs: see benchmark/README.md")
-        print_brief(groups) if args.brief else print_tables(groups)
+        print_brief(groups, args.columns or BRIEF) if args.brief else print_tables(groups, args.columns)
         if args.adaptation:
             draw_episodes(groups, env, args.adaptation)
         if args.figure:

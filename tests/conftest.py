@@ -1,5 +1,5 @@
-"""Shared by all tests: datasets so small that they are collected in seconds, a runner of the scripts, and readers of
-what they leave behind."""
+"""Shared by all tests: datasets so small that they are collected in seconds, programs as a user starts them, and
+readers of what they leave behind."""
 
 import cmath
 import csv
@@ -83,13 +83,6 @@ def start_script(folder, script, *arguments):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-
-
-def run_script(folder, script, *arguments):
-    """-> exit code, stdout, stderr."""
-    process = start_script(folder, script, *arguments)
-    stdout, stderr = process.communicate(timeout=300)
-    return process.returncode, stdout, stderr
 
 
 def load(run_dir):

@@ -1,5 +1,6 @@
 """The scripts in benchmark/: what they copy, average, play and list. slurm.sh: see test_slurm.py."""
 
+import contextlib
 import csv
 import fcntl
 import importlib
@@ -8,12 +9,11 @@ import os
 import re
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, run_script, stop_message
+from conftest import ROOT, flags, start_script, stop_message
 from torch.utils.tensorboard import SummaryWriter
 
 import data_collect as dc
@@ -101,23 +101,17 @@ def test_new_run_replaces_only_its_own_rows(tmp_path):
 
 
 def test_mixed_arguments_and_lengths_are_refused(tmp_path):
-    write_run(tmp_path / "old", "flora", 0, [-4.0, -6.0])
+    write_run(tmp_path / "old", "flora", 1, [-4.0, -6.0], lr=0.25, log_every=1)
     report.add(tmp_path / "old", tmp_path)
-    results = tmp_path / "results.csv"
-    report.merge(results, report.RESULTS, [row | {"args": ""} for row in table(results)])  # older than this column
-    write_run(tmp_path / "runs", "flora", 1, [-4.0, -6.0], lr=0.25, log_every=1)
     about = write_run(tmp_path / "runs", "flora", 2, [-4.0, -6.0], lr=0.5, log_every=2) / "args.json"
     said = "point-robot, flora: seed 2 has lr 0.5, seed 1 has 0.25; give it an --exp-name of its own"
-    before = results.read_bytes()
-    assert said in stop_message(report.add, tmp_path / "runs", tmp_path) and results.read_bytes() == before
+    before = (tmp_path / "results.csv").read_bytes()
+    assert said in stop_message(report.add, tmp_path / "runs", tmp_path)
+    assert (tmp_path / "results.csv").read_bytes() == before
     change(about, "args", lr=0.25)
     report.add(tmp_path / "runs", tmp_path)
-    change(about, None, dataset={"settings": {"quality": "mixed", "episodes": 8}})
-    change(about.parent.parent / "seed1-1" / "args.json", "dataset", settings={"quality": "mixed", "episodes": 9})
-    assert "dataset's episodes 8, seed 1 has 9" in stop_message(report.add, tmp_path / "runs", tmp_path)
-    trial = write_run(tmp_path / "trial", "flora", 0, [-1.0, -1.0])
-    change(trial / "result.json", step=20)
-    assert f"{trial}: has 20 updates" in stop_message(report.add, tmp_path / "trial", tmp_path)
+    change(about.parent / "result.json", step=20)
+    assert f"{about.parent}: has 20 updates" in stop_message(report.add, tmp_path / "runs", tmp_path)
 
 
 # ---- statistics and tables ----------------------------------------------------------------
@@ -145,15 +139,20 @@ def test_tables_show_means_errors_and_diverged_episodes(tmp_path, capsys):
 def test_gains_are_paired_by_seed(tmp_path, capsys):
     rows = [("focal", 0, "iid", 50), ("focal", 1, "iid", 80), ("focal", 0, "online", 10), ("focal", 1, "online", 20)]
     rows += [("idaq", 0, "iid", 50), ("idaq", 1, "iid", 84), ("idaq", 2, "iid", -999)]  # no reference of seed 2
-    rows += [("idaq", 0, "online", 9), ("idaq", 0, "idaq", 40), ("idaq", 1, "idaq", 80), ("csro", 1, "iid", 79.8)]
+    rows += [("idaq", 0, "online", 9), ("csro", 1, "iid", 79.8)]
     columns = dict.fromkeys(report.RESULTS, "") | {"env": "point-robot", "quality": "mixed"}
     kept = [columns | dict(zip(("name", "seed", "protocol", "normalized"), map(str, row))) for row in rows]
     report.merge(tmp_path / "results.csv", report.RESULTS, kept)
     report.print_gains(tmp_path / "results.csv", "focal", ["point-robot"], None)
     header, csro, idaq = cells(capsys.readouterr().out)
-    assert header[3:] == ["iid", "ood", "ood_random", "online", "online_random_start", "idaq"]
-    assert csro == ["point-robot", "csro", "1", "0", "", "", "", "", ""]  # -0.2 is no minus
-    assert idaq == ["point-robot", "idaq", "2", "2 ± 2", "", "", "-1", "", "45 ± 15"]  # 0, 4; -1; 40 - 10, 80 - 20
+    assert header[3:] == ["iid", "ood", "ood_random", "online", "online_random_start"]
+    assert csro == ["point-robot", "csro", "1", "0", "", "", "", ""]  # -0.2 is no minus
+    assert idaq == ["point-robot", "idaq", "2", "2 ± 2", "", "", "-1", ""]  # of 0 and 4; -1
+
+
+def test_tenth_episode_is_of_idaqs_adaptation():
+    rows = [{"protocol": protocol} for protocol in ("ep_9", "ep_10", "idaq")]
+    assert report.of({0: rows[:2]}, "tenth") == rows[1:2] and report.of({0: rows}, "tenth") == rows[2:]
 
 
 def test_interquartile_mean_of_hand_made_vectors():
@@ -188,11 +187,6 @@ def test_intervals_of_hand_made_tables():
     tables = [np.array([[0.0, 100.0]] * 8), np.array([[10.0]])]
     assert report.interval(report.interquartile_mean, tables[:1], draws=500) == "50 [0, 100]"
     assert report.interval(report.interquartile_mean, tables, draws=500) == "30 [5, 55]"
-    noise = np.random.default_rng(0).standard_normal((400, 1)) * 100 + 500
-    text = report.interval(lambda table, seeds, tasks: seeds @ table[:, 0] / 400, [noise])
-    mean, low, high = (float(x.strip("[],")) for x in text.split())
-    assert mean == round(noise.mean())
-    assert (low, high) == pytest.approx((noise.mean() - 9.8, noise.mean() + 9.8), abs=1.5)  # 1.96 * 100 / 20
 
 
 def test_scores_are_normalized_task_by_task(tmp_path, monkeypatch):
@@ -289,6 +283,14 @@ def test_parts_of_contexts_come_from_another_task(tiny):
         assert torch.equal(context[..., mine], own[..., mine])
 
 
+def test_missing_runs_and_functions_have_remedies(tmp_path, monkeypatch):
+    run_dir = write_run(tmp_path, "mine", 0, [0.0, 0.0])
+    change(run_dir / "args.json", None, script="json")  # a module without evaluate_all
+    assert "evaluate in a function evaluate_all" in stop_message(report.revisit, run_dir, None)
+    monkeypatch.setattr("sys.argv", ["claims.py", "drift", "--env", "ant-dir", "--only", "focal", "--runs", "none"])
+    assert "make one: python focal.py --env ant-dir --run-dir none" in stop_message(claims.main)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_drifting_tasks_change_rewards_and_contexts(tiny, own, monkeypatch):
     for name, value in (("STEPS", 120), ("GAP", 40), ("GAP_SPREAD", 4)):
@@ -305,11 +307,8 @@ def test_drifting_tasks_change_rewards_and_contexts(tiny, own, monkeypatch):
     assert tasks.shape == (3 * claims.EPISODES, 120) and set(tasks.flat) == set(tiny.test_ids)
     position = 0.1 * 0.05 * np.arange(1, 121)[:, None] * np.array([1.0, -1.0])
     assert np.allclose(rewards, -np.linalg.norm(position - tiny.task_params[tasks], axis=-1), atol=1e-6)
-    gaps = np.concatenate([np.diff(np.flatnonzero(row == 0)[1:]) for row in since])
-    assert 30 < gaps.mean() < 50 and len(set(gaps)) > 2
     changed = tasks[:, 1:] != tasks[:, :-1]
-    assert changed.any() and (since[:, 1:][changed] == 0).all()
-    assert ((since[:, 1:] == since[:, :-1] + 1) | (since[:, 1:] == 0)).all()
+    assert changed.any() and (since[:, 1:][changed] == 0).all() and 30 < since.max() < 60
     reward = tiny.obs_dim + tiny.act_dim
     context, mask = script.seen[100]
     assert context.shape[1] == 20 and mask.eq(1).all()
@@ -380,8 +379,8 @@ def test_reference_is_told_every_rows_own_task(tiny_path, monkeypatch):
 def test_reference_counts_as_run_of_a_list(tiny_path, tmp_path):
     settings = {"env": "point-robot", "dataset": tiny_path, "total_updates": 20, "width": 16, "final_episodes": 1}
     line = " ".join(["python", "benchmark/references.py", *flags(settings | {"device": "cpu"})])
-    code, _, stderr = run_script(tmp_path, *line.split()[1:], "--run-dir", str(tmp_path))
-    assert code == 0, stderr
+    process = start_script(tmp_path, *line.split()[1:], "--run-dir", str(tmp_path))
+    assert process.wait() == 0, process.stderr.read()
     (run_dir,) = (tmp_path / "point-robot" / "known-task").iterdir()
     assert json.loads((run_dir / "args.json").read_text())["args"]["z_dim"] == 2
     assert missing.state(line, str(tmp_path))[0] == "finished"
@@ -473,13 +472,9 @@ def test_runs_are_missing_running_begun_or_finished(finished, tmp_path):
     for other in ("--seed 4", "--lr 0.5", "--total-updates 50", "--exp-name other"):
         assert state(f" {other}")[0] == "missing", other
     assert state(" --log-every 7")[0] == "finished"  # no other run
-    about = json.loads((path / "args.json").read_text())
-    assert about["args"]["gamma"] == 0.9  # the default of this family
-    for part, name, value in (("args", "gamma", 0.8), ("dataset", "settings", {})):
-        change(path / "args.json", part, **{name: value})
-        assert state()[0] == "missing", name
-        change(path / "args.json", part, **{name: about[part][name]})
-    assert state()[0] == "finished"
+    for value, found in ((0.8, "missing"), (0.9, "finished")):  # the default of this family
+        change(path / "args.json", "args", gamma=value)
+        assert state()[0] == found
     (path / "result.json").unlink()
     assert state() == ("begun", f"python focal.py --resume {path}", kind)
     with open(path / "lock") as file:
@@ -489,21 +484,9 @@ def test_runs_are_missing_running_begun_or_finished(finished, tmp_path):
     assert state()[0] == "missing"
 
 
-def test_runs_with_rows_are_not_missing(finished, tmp_path, capsys, monkeypatch):
-    others = ("--exp-name other", "--seed 4", "--seed 5", "--total-updates 50")
-    lines = [finished[0], *(f"{finished[0]} {flag}" for flag in others)]
-    (tmp_path / "list.txt").write_text("\n".join(lines))
-    rows = ["env,quality,name,seed,updates,cpu_s", "point-robot,mixed,focal,3,40,7.5", "point-robot,mixed,focal,4,40,"]
-    rows += ["point-robot,medium,other,3,40,7.5", "ant-dir,mixed,focal,5,40,7.5"]
-    (tmp_path / "results.csv").write_text("\n".join(rows))
-    words = ["missing.py", str(tmp_path / "list.txt"), "--results", str(tmp_path / "results.csv"), "--run-dir", "none"]
-    for more, left in (([], [1, 3, 4]), (["--line", "4"], [3]), (["--line", "1"], [])):
-        monkeypatch.setattr("sys.argv", [*words, *more])
-        missing.main()
-        assert capsys.readouterr().out.splitlines() == [f"{lines[k]} --run-dir none" for k in left]
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("benchmark/*.py")))
-def test_every_program_starts(name, tmp_path):
-    code, out, _ = run_script(tmp_path, f"benchmark/{name}", "--help")
-    assert code == 0 and out.strip().startswith("usage: ")
+@pytest.mark.parametrize("name", ["report", "claims", "look", "missing", "ood", "speed", "tabular", "weights"])
+def test_every_program_starts(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(name).main()
+    assert capsys.readouterr().out.strip().startswith("usage: ")

@@ -38,10 +38,12 @@ HALVES = list(range(20)), list(range(20, 40))
 EVERY_FOURTH = [i for i in range(40) if i % 4 != 2], list(range(2, 40, 4))
 SPLITS = {"point-robot": EVERY_FOURTH, "ant-goal": EVERY_FOURTH, "cheetah-dir": ([0, 1], [0, 1])}
 SPLITS |= {"point-robot-wind": (list(range(40)), list(range(40, 50)))}
+SPLITS |= {"point-robot-square": (list(range(45)), list(range(45, 50)))}
 SPARSE = [1, 6, 9, 22, 23, 24, 27, 39, 54, 61, 66, 72, 82, 84, 88, 89, 90, 92, 96, 99]
 SPLITS |= {"sparse-point-robot": (sorted({*range(100)} - {*SPARSE}), SPARSE)}
 KNOWN = {  # family -> {task: its first parameters}, of CORRO's and CSRO's files or by hand
     "point-robot": {0: (1, 0), 13: (0.5, 0.8660), 26: (-0.5, 0.8660), 39: (-1, 0)},
+    "point-robot-square": {0: (-0.4760, -0.6826), 49: (0.0214, -0.7492)},
     "sparse-point-robot": {0: (1, 0), 33: (0.5, 0.8660), 66: (-0.5, 0.8660), 99: (-1, 0)},
     "point-robot-wind": {0: (-0.0238, 0.0336), 1: (-0.0341, 0.0110), 49: (0.0473, -0.0375)},
     "cheetah-vel": {0: (1.2511,), 1: (1.3080,), 2: (1.6524,)},
@@ -69,6 +71,7 @@ def plain_reward(name, outcome, act, params):
     effort = sum(a * a for a in act)
     return {
         "point-robot": lambda: -math.dist(outcome, params),
+        "point-robot-square": lambda: -math.dist(outcome, params),
         "sparse-point-robot": lambda: max(0.0, (0.2 - math.dist(outcome, params)) / 0.2),
         "point-robot-wind": lambda: -math.dist(outcome, (1, 0)),
         "cheetah-vel": lambda: -abs(outcome[0] - params[0]) - 0.05 * effort,

@@ -1,12 +1,11 @@
 """focal_pp.py: its encoder with gate and attention, its contrastive loss; the rest is in actor_critic_suite.py."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from actor_critic_suite import TASK_IDS, ActorCriticSuite, make_context, slow_embedding, slow_metric, vectors
+from actor_critic_suite import TASK_IDS, ActorCriticSuite, make_context, slow_metric, vectors
 from conftest import slow_layers
 
 import focal_pp
@@ -80,13 +79,6 @@ class TestFocalPP(ActorCriticSuite):
     def test_ablated_updates_equal_a_slow_recomputation(self, case, known_noise):
         self.check_updates(**case)
 
-    def test_without_gate_and_attention_it_is_focal(self):
-        agent, _ = self.make_agent(gate=False, attention=False)
-        plain = SimpleNamespace(net=[*agent.encoder.net, *agent.encoder.last])
-        context = make_context(0)
-        z = agent.encoder(context, torch.ones(4, 3))
-        torch.testing.assert_close(z, torch.stack([slow_embedding(plain, rows) for rows in context]))
-
     def test_key_encoder_equals_the_encoder_at_first(self):
         agent = self.sized_agent()
         for key, query in zip(agent.key_encoder.parameters(), agent.encoder.parameters(), strict=True):
@@ -100,18 +92,6 @@ class TestFocalPP(ActorCriticSuite):
         mask = (torch.arange(3) < length[:, None]).double()
         expected = torch.stack([slow_focal_pp(agent.encoder, rows[:n]) for rows, n in zip(context, length)])
         torch.testing.assert_close(focal_pp.embed(agent, context, mask), expected)
-
-    def test_key_encoder_follows_with_its_momentum(self):
-        agent, args = self.make_agent(momentum=0.999, lr=0.0)
-        with torch.no_grad():
-            for key, query in zip(agent.key_encoder.parameters(), agent.encoder.parameters()):
-                key.fill_(1.0)
-                query.fill_(0.0)
-        for expected in (0.999, 0.998001):
-            focal_pp.update(agent, TASK_IDS, *self.make_contexts(0), *self.make_rest(0, args), args)
-            for key in agent.key_encoder.parameters():
-                torch.testing.assert_close(key.detach(), torch.full_like(key, expected), rtol=1e-9, atol=0)
-
 
 def test_contrastive_loss_vectors():
     z, key = vectors((1, 0), (0, 1), (-1, 0)), vectors((0.8, 0.6), (0.6, 0.8), (-0.6, 0.8))

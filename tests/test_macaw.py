@@ -377,30 +377,19 @@ def test_training_rows_trace_to_tasks_and_episodes(kind, switch, numbered, numbe
     assert (shared > 0) == (kind == "buffer")
 
 
-@pytest.mark.parametrize("kind", ["episode", "buffer"])
-def test_rows_are_drawn_uniformly(kind, numbered):
-    """A uniform inner episode, and uniform transitions of the others; or independent transitions of all."""
-    settings = {"env": "point-robot", "inner_rows": kind, "batch_size": 100, "context_size": 100}
-    agent, args = make_agent(numbered, torch.float32, **settings)
+def test_rows_are_drawn_uniformly(numbered):
+    """A uniform inner episode, and uniform transitions of the others."""
+    agent, args = make_agent(numbered, torch.float32, env="point-robot", batch_size=100, context_size=100)
     number = torch.arange(80.0).reshape(4, 20).expand(9, -1, -1)  # instead of the returns
     table, task_ids = macaw.label_data(agent, numbered)._replace(ret=number), torch.full((4000,), 2)
     drawn = macaw.draw_rows(numbered, table, task_ids, args, torch.Generator().manual_seed(0))
     inner, outer = (rows.ret.long() for rows in drawn)
     real = (torch.arange(20) < numbered.lengths[2][:, None]).float()
-
-    def assert_shares(numbers, expected):
-        share = torch.bincount(numbers.flatten(), minlength=80).reshape(4, 20) / numbers.numel()
-        np.testing.assert_allclose(share, expected, atol=0.004)
-
-    if kind == "episode":
-        assert_shares(inner, real / real.sum(1, keepdim=True) / 4)
-        others = real * (torch.arange(4) > 0)[:, None]
-        assert_shares(outer[inner[:, 0] < 20], others / others.sum())  # inner: episode 0
-        return
-    pairs = [inner[:, :99].flatten()] * 2, [outer[:, :99].flatten(), inner[:, 1:].flatten()]
-    for numbers, one, other in zip((inner, outer), *pairs):
-        assert_shares(numbers, real / real.sum())
-        assert abs(torch.corrcoef(torch.stack([one, other]).double())[0, 1]) < 0.01
+    others = real * (torch.arange(4) > 0)[:, None]
+    of_first = outer[inner[:, 0] < 20]  # where episode 0 is the inner one
+    for found, wanted in ((inner, real / real.sum(1, keepdim=True) / 4), (of_first, others / others.sum())):
+        share = torch.bincount(found.flatten(), minlength=80).reshape(4, 20) / found.numel()
+        np.testing.assert_allclose(share, wanted, atol=0.004)
 
 
 def test_one_episode_is_refused_without_buffer_rows(numbered, monkeypatch):
@@ -465,64 +454,22 @@ def test_exploration_adds_the_noise_of_the_policy(data):
     assert expected.abs().max() > 1 > expected.abs().min()
 
 
-def test_adaptation_continues_returns_as_training_does(numbered, monkeypatch):
-    """Every context is traced to an episode, some ended, some cut."""
-    data, seen = copy.copy(numbered), []
-    data.context_dim = data.ctx_dim + 1
-    agent, _ = make_agent(data, torch.float32, env="point-robot")
-    table, inner_loop = macaw.label_data(agent, data), macaw.inner_loop
-    monkeypatch.setattr(macaw, "inner_loop", lambda agent, rows, *_: seen.append(rows) or inner_loop(agent, rows, 1))
-    dc.evaluate(data, partial(macaw.adapt, agent), ("iid",), 4)
-    for found, wanted in zip(seen[0][:5], table):
-        assert sorted(found.tolist()) == sorted(wanted[data.test_ids].flatten(0, 1).tolist())
-    assert len({tail[0] > 0 for tail in seen[0].tail.tolist()}) == 2
-
-
-def test_last_evaluation_adds_steps_and_tuning(numbered, monkeypatch):
-    agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_steps=5, online_ft=4)
-
-    def evaluate(data, adapt, protocols, episodes):
-        assert data is numbered and adapt.func is macaw.adapt and adapt.args == (agent,) and episodes == 3
-        assert protocols == ("iid",) or "steps" not in adapt.keywords
-        steps = adapt.keywords.get("steps", 5)
-        return {f"eval/{protocol}/return": 100.0 * (protocol == "zero_shot") + steps for protocol in protocols}
-
-    monkeypatch.setattr(dc, "evaluate", evaluate)
-    monkeypatch.setattr(dc, "embedding_quality", lambda data, embed: {"z": (embed.func, embed.args)})
-    monkeypatch.setattr(macaw, "fine_tune", lambda *given: {"tuned": given})
-    found = macaw.evaluate_all(agent, numbered, args, ("iid", "train"), 3)
-    assert found == {"eval/iid/return": 5, "eval/train/return": 5, "z": (macaw.embed, (agent,))}
-    found = macaw.evaluate_all(agent, numbered, args, dc.PROTOCOLS, 3)
-    assert [found[f"adapt/return_{k}_steps"] for k in (0, 1, 5, 20)] == [105, 1, 5, 20]
-    assert found["tuned"] == (agent, numbered, args)
+def test_last_evaluation_compares_inner_steps(numbered):
+    data = copy.copy(numbered)
+    data.context_dim = data.ctx_dim + 1  # with the end, as in a training
+    agent, args = make_agent(numbered, torch.float32, env="point-robot")
+    macaw.label_data(agent, data)
+    assert not any("steps" in tag for tag in macaw.evaluate_all(agent, data, args, ("iid", "train"), 1))
+    found = macaw.evaluate_all(agent, data, args, dc.PROTOCOLS, 1)
+    for steps in (0, 1, 5, 20):
+        alone = dc.evaluate(data, partial(macaw.adapt, agent, steps=steps), ("iid",), 1)
+        assert found[f"adapt/return_{steps}_steps"] == alone["eval/iid/return"]
+    assert len({value for tag, value in found.items() if "steps" in tag}) == 4
 
 
 # ---- online fine-tuning -----------------------------------------------------------------
 
 OBS = pattern((3, 2)) / 2  # one observation per task
-
-
-@pytest.fixture
-def plays(data, monkeypatch):
-    """TaskEnv and rollout give recorded episodes of the test tasks -> list of (each policy's actions at OBS, seeds)."""
-    plays = []
-
-    def make_env(family, params, tasks):
-        assert list(tasks) == [6, 7, 8]
-        return SimpleNamespace(close=lambda: None)
-
-    def rollout(env, policy, seeds, device, standardize):
-        obs, act, rew, next_obs, term = data.episodes[6:, len(plays) % 4].split([2, 2, 1, 2, 1], -1)
-        episode = {"observations": torch.cat([obs[:, :1], next_obs], 1), "actions": act, "rewards": rew[..., 0]}
-        episode |= {"terminated": term.amax((1, 2)) > 0, "diverged": torch.zeros(3, dtype=torch.bool)}
-        episode["lengths"] = data.lengths[6:, len(plays) % 4]
-        with torch.no_grad():
-            plays.append((policy(OBS, None), tuple(seeds)))
-        return {key: value.numpy() for key, value in episode.items()}
-
-    monkeypatch.setattr(dc, "TaskEnv", make_env)
-    monkeypatch.setattr(dc, "rollout", rollout)
-    return plays
 
 
 def slow_fine_tune(agent, data, args):
@@ -549,34 +496,41 @@ def slow_fine_tune(agent, data, args):
     return [torch.stack(each) for each in zip(*acts)]
 
 
-def test_fine_tuning_steps_each_tasks_own_weights(data, plays, known_noise, monkeypatch):
+def test_fine_tuning_steps_each_tasks_own_weights(data, known_noise, monkeypatch):
+    """TaskEnv and rollout give recorded episodes of the test tasks."""
     changes = {"online_ft": 2, "ft_lr": 0.02, "ft_batch_size": 6, "ft_value_steps": 2, "ft_policy_steps": 3}
-    drawn, std = [], 0.8
-    agent, args = make_agent(data, env="point-robot", inner_steps=2, policy_std=std, **changes)
+    agent, args = make_agent(data, env="point-robot", inner_steps=2, policy_std=0.8, **changes)
     agent.return_std.fill_(2.5)
-    before = copy.deepcopy(agent.state_dict())
+    before, acts, seeds, drawn = copy.deepcopy(agent.state_dict()), [], [], []
+
+    def rollout(env, policy, its_seeds, device, standardize):
+        obs, act, rew, next_obs, term = data.episodes[6:, len(acts) % 4].split([2, 2, 1, 2, 1], -1)
+        episode = {"observations": torch.cat([obs[:, :1], next_obs], 1), "actions": act, "rewards": rew[..., 0]}
+        episode |= {"terminated": term.amax((1, 2)) > 0, "diverged": torch.zeros(3, dtype=torch.bool)}
+        episode["lengths"] = data.lengths[6:, len(acts) % 4]
+        seeds.extend(its_seeds)
+        acts.append(policy(OBS, None).detach())
+        return {key: value.numpy() for key, value in episode.items()}
 
     def multinomial(mask, count, replacement, generator):
-        assert replacement
         drawn.append(mask.sum(1))
         real = [row.nonzero()[:, 0] for row in mask]
         return torch.stack([columns[(5 * torch.arange(count) + k) % len(columns)] for k, columns in enumerate(real)])
 
+    monkeypatch.setattr(dc, "TaskEnv", lambda family, params, tasks: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(dc, "rollout", rollout)
     monkeypatch.setattr(torch, "multinomial", multinomial)
     results = macaw.fine_tune(agent, data, args)
-    first, both = data.lengths[6:, 1], data.lengths[6:, 1:3].sum(1)
-    assert torch.equal(torch.stack(drawn), torch.stack([first] * 5 + [both] * 5).float())  # all own real transitions
     returns = [data.episodes[6:, episode, :, 4].sum(1).mean().item() for episode in (0, 3)]
     assert results == pytest.approx(dict(zip(("online_ft/return_ep_0", "online_ft/return_ep_2"), returns)))
-    acts, seeds = zip(*plays)
-    assert len(set(seeds)) == 3 and all(len(set(each)) == 3 for each in seeds)
-    expected = slow_fine_tune(agent, data, args)
-    noise = std * pattern((3, 2))
-    assert (expected[0] + noise).abs().max() > 1 > expected[0].abs().max()
-    wanted = (expected[0], expected[0] + noise, expected[1] + noise, expected[2])
-    for found, act in zip(acts, wanted, strict=True):
+    first, both = data.lengths[6:, 1], data.lengths[6:, 1:3].sum(1)
+    assert torch.equal(torch.stack(drawn), torch.stack([first] * 5 + [both] * 5).float())  # all own real transitions
+    assert len(set(seeds)) == 9
+    untrained, after_one, after_two = slow_fine_tune(agent, data, args)
+    noise = 0.8 * pattern((3, 2))
+    for found, act in zip(acts, (untrained, untrained + noise, after_one + noise, after_two), strict=True):
         torch.testing.assert_close(found, act.clamp(-1, 1), rtol=0, atol=1e-5)
-    assert (expected[2] - expected[0]).abs().min() > 1e-3
+    assert (after_two - untrained).abs().min() > 1e-3
     assert all(torch.equal(v, before[k]) for k, v in agent.state_dict().items())
     results = macaw.fine_tune(agent, data, replace(args, online_ft=12))
     assert list(results) == [f"online_ft/return_ep_{k}" for k in (0, 10, 12)]  # every tenth episode, and the last

@@ -129,16 +129,6 @@ class TestUNICORN(ActorCriticSuite):
         found = unicorn.evaluate_all(agent, numbered, unicorn.Args(**args), ("iid",), 1)
         assert "eval/iid/q_error" in found and not any(tag.startswith("eval/bc") for tag in found)
 
-    def test_sac_always_draws_the_next_action(self):
-        agent, args = self.make_agent(backbone="sac")
-        inputs = *self.make_contexts(0), *self.make_rest(0, args)
-        values = []
-        for args.target_noise in (0.0, 1.0):
-            torch.manual_seed(0)
-            values.append(unicorn.update(self.make_agent(backbone="sac")[0], TASK_IDS, *inputs, args)["losses/q"])
-        assert values[0] == values[1]
-
-
 def test_noise_is_bounded_from_both_sides():
     """Its variance stays within 0.1 and 10."""
     encoder = unicorn.Encoder(2, 2, 4)
