@@ -80,7 +80,7 @@ class Args:
     encoder_width: int = 200  # hidden units of the encoder
     z_dim: int | None = None  # size of the task latent
     feature_dim: int = 32  # number of features F
-    phi_sees_z: bool = True  # phi(s, a, s', z) as in the paper; without z the reward depends on the task through W alone
+    phi_sees_z: bool = True  # phi(s, a, s', z) as in the paper; without z only W(z) tells the task's reward
     weight_activation: Literal["softmax", "none"] = "softmax"  # activation of the task weights W
     num_flows: int = 4  # planar flows; 0 = Gaussian posterior, the ablation of flow-based task inference
     likelihood_weight: float = 32.0  # factor on log p(y), a mean over transitions
@@ -487,8 +487,8 @@ def update(agent, task_ids, context, segment, bc_batch, args):
 
 
 def likeliest(agent, context, mask, z, task_z):
-    """z [R, z_dim] of the encoder, or of the training task in task_z [U, z_dim] that predicts the context's rewards best,
-    if this at least halves the squared error -> [R, z_dim]. Who acts changes the transitions, not their rewards."""
+    """z [R, z_dim] of the encoder, or of the training task in task_z [U, z_dim] that predicts the context's rewards
+    best, if this at least halves the squared error -> [R, z_dim]. Who acts changes transitions, not their rewards."""
     obs, act, rew, next_obs = context.split(agent.columns, -1)
     phi = agent.features(torch.cat([obs, act, next_obs], -1), z)  # [R, K, F], without z, so the same for all tasks
     own = (phi * agent.weights(z)).sum(-1, keepdim=True)  # [R, K, 1]

@@ -61,10 +61,10 @@ def slow_reward(agent, x, z, args):
 
 def slow_choice(agent, context, z, task_z, args):
     """z, or the z of task_z with the least squared error of the rewards in context [K, ctx_dim], if it halves z's."""
-    place = sum(agent.columns[:2])
-    errors = [sum((args.reward_scale * x[place] - slow_reward(agent, x, c, args)) ** 2 for x in context) for c in task_z]
-    own = sum((args.reward_scale * x[place] - slow_reward(agent, x, z, args)) ** 2 for x in context)
-    return task_z[errors.index(min(errors))] if min(errors) < own / 2 else z
+    rewards = [args.reward_scale * x[sum(agent.columns[:2])] for x in context]
+    error = lambda c: sum((r - slow_reward(agent, x, c, args)) ** 2 for x, r in zip(context, rewards))  # noqa: E731
+    best = min(task_z, key=error)
+    return best if error(best) < error(z) / 2 else z
 
 
 def slow_q(agent, obs, act, z, args):
