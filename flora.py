@@ -80,7 +80,7 @@ class Args:
     encoder_width: int = 200  # hidden units of the encoder
     z_dim: int | None = None  # size of the task latent
     feature_dim: int = 32  # number of features F
-    phi_sees_z: bool = True  # phi(s, a, s', z) as in the paper; without z the reward depends on the task through W alone
+    phi_sees_z: bool = True  # phi(s, a, s', z) as in the paper; without z only W(z) tells the task's reward
     weight_activation: Literal["softmax", "none"] = "softmax"  # activation of the task weights W
     num_flows: int = 4  # planar flows; 0 = Gaussian posterior, the ablation of flow-based task inference
     likelihood_weight: float = 32.0  # factor on log p(y), a mean over transitions
@@ -486,21 +486,16 @@ def update(agent, task_ids, context, segment, bc_batch, args):
 # ---- adaptation -------------------------------------------------------------
 
 
-def reward_error(agent, context, mask, z):
-    """Squared error of the rewards that z [R, z_dim] predicts for contexts, a sum over their transitions -> [R]."""
-    obs, act, rew, next_obs = context.split(agent.columns, -1)
-    phi = agent.features(torch.cat([obs, act, next_obs], -1), z)
-    error = agent.reward_scale * rew[..., 0] - (phi * agent.weights(z)).sum(-1)
-    return (mask * error.pow(2)).sum(1)
-
-
 def likeliest(agent, context, mask, z, task_z):
-    """z [R, z_dim] of the encoder, or of the training task in task_z [U, z_dim] that predicts the context's rewards best,
-    if this at least halves the error -> [R, z_dim]. Who acts changes the transitions, not the reward of a transition."""
-    errors = torch.stack([reward_error(agent, context, mask, one.expand_as(z)) for one in task_z])  # [U, R]
-    least, best = errors.min(0)
-    better = least < 0.5 * reward_error(agent, context, mask, z)
-    return torch.where(better[:, None], task_z[best], z)
+    """z [R, z_dim] of the encoder, or of the training task in task_z [U, z_dim] that predicts the context's rewards
+    best, if this at least halves the squared error -> [R, z_dim]. Who acts changes transitions, not their rewards."""
+    obs, act, rew, next_obs = context.split(agent.columns, -1)
+    phi = agent.features(torch.cat([obs, act, next_obs], -1), z)  # [R, K, F], without z, so the same for all tasks
+    own = (phi * agent.weights(z)).sum(-1, keepdim=True)  # [R, K, 1]
+    tasks = phi @ agent.weights(task_z)[:, 0].T  # [R, K, U]
+    errors = (mask[..., None] * (agent.reward_scale * rew - torch.cat([tasks, own], -1)).pow(2)).sum(1)  # [R, U + 1]
+    least, best = errors[:, :-1].min(1)
+    return torch.where((least < 0.5 * errors[:, -1])[:, None], task_z[best], z)
 
 
 def embed(agent, context, mask, noise=0.0, task_z=None):
@@ -565,6 +560,8 @@ def bandit_return(agent, data, args, generator):
 def train(args):
     """Train and evaluate -> dict of the last evaluation, see `dc.Run.finish`."""
     args = dc.resolve(args, ENV_DEFAULTS)
+    if args.inference == "likelihood" and args.phi_sees_z:
+        raise SystemExit("--inference likelihood needs --no-phi-sees-z, features that all tasks share")
     data = dc.load_dataset(args.env, args.dataset, args.device)
     if args.reward_scale is None:
         args.reward_scale = 0.8 / data.value_std(args.gamma)  # discounted returns get a deviation of 0.8

@@ -56,16 +56,15 @@ def slow_weights(agent, z, args):
 def slow_reward(agent, x, z, args):
     """The reward that z predicts for a transition x of (s, a, r, s')."""
     obs, act, next_obs = x[: agent.columns[0]], x[agent.columns[0] :][: agent.columns[1]], x[-agent.columns[0] :]
-    phi = slow_net(agent.phi, obs, act, next_obs, *([z] if args.phi_sees_z else []))
-    return torch.dot(phi, slow_weights(agent, z, args))
+    return torch.dot(slow_net(agent.phi, obs, act, next_obs), slow_weights(agent, z, args))
 
 
 def slow_choice(agent, context, z, task_z, args):
     """z, or the z of task_z with the least squared error of the rewards in context [K, ctx_dim], if it halves z's."""
-    place = sum(agent.columns[:2])
-    errors = [sum((args.reward_scale * x[place] - slow_reward(agent, x, c, args)) ** 2 for x in context) for c in task_z]
-    own = sum((args.reward_scale * x[place] - slow_reward(agent, x, z, args)) ** 2 for x in context)
-    return task_z[errors.index(min(errors))] if min(errors) < own / 2 else z
+    rewards = [args.reward_scale * x[sum(agent.columns[:2])] for x in context]
+    error = lambda c: sum((r - slow_reward(agent, x, c, args)) ** 2 for x, r in zip(context, rewards))  # noqa: E731
+    best = min(task_z, key=error)
+    return best if error(best) < error(z) / 2 else z
 
 
 def slow_q(agent, obs, act, z, args):
@@ -277,15 +276,15 @@ class TestFlora(ActorCriticSuite):
         for row in range(3):
             torch.testing.assert_close(z[row], slow_infer(agent, context[row][MASK[row] == 1])[0])
 
-    @pytest.mark.parametrize("sees", [True, False])
-    def test_likelihood_takes_the_task_that_explains_rewards(self, sees):
+    def test_likelihood_takes_the_task_that_explains_rewards(self):
         """A training task's z, only where it at least halves the squared error of the encoder's z."""
-        agent, args = self.make_agent(phi_sees_z=sees)
+        agent, args = self.make_agent(phi_sees_z=False)
         agent.requires_grad_(False)
         context, task_z = make_context(0), pattern((5, 3)) * torch.tensor([3.0, 1.0, 5.0, -2.0, 0.5])[:, None]
         for row, (task, offset) in enumerate([(2, 0.0), (1, 0.05), (4, 9.0)]):  # no latent explains the last row
             for x in context[row]:
                 x[5] = slow_reward(agent, x, task_z[task], args) / args.reward_scale + offset
+        context[:3, :, 5][MASK[:3] == 0] = 50.0  # padding counts for nothing
         real = [context[row][MASK[row] == 1] for row in range(3)]
         own = [slow_infer(agent, rows)[0] for rows in real]
         wanted = [slow_choice(agent, rows, z, task_z, args) for rows, z in zip(real, own)]
@@ -305,7 +304,7 @@ class TestFlora(ActorCriticSuite):
 
     @pytest.mark.parametrize("inference", ["encoder", "likelihood"])
     def test_evaluation_equals_a_slow_recomputation(self, inference, numbered):
-        agent, args = self.make_agent(numbered, inference=inference)
+        agent, args = self.make_agent(numbered, inference=inference, phi_sees_z=False, weight_activation="none")
         agent.phi.net[-1].weight.data *= 1e5  # as large as the rewards of `numbered`
         agent, taken = agent.float(), []
         encoded = lambda rows: slow_infer(agent, rows)[0].detach()  # noqa: E731
