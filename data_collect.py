@@ -1541,6 +1541,16 @@ class Dataset:
         self.behavior_return = float(returns.mean())  # mean over the training data
         self.return_std = float(nonzero_std(returns.std(), abs(returns).max()))
 
+    def value_std(self, gamma):
+        """Standard deviation of the discounted returns that follow the training tasks' transitions -> float > 0."""
+        rew = self.episodes[..., self.obs_dim + self.act_dim][self.train_tasks]  # [U, N, H], 0 after an episode's end
+        returns, later = torch.zeros_like(rew), 0.0
+        for t in reversed(range(rew.shape[-1])):
+            later = rew[..., t] + gamma * later
+            returns[..., t] = later
+        returns = returns[self.recorded(self.lengths[self.train_tasks])]
+        return float(nonzero_std(returns.std(correction=0).cpu().numpy(), abs(returns).max().cpu().numpy()))
+
     def about(self):
         """-> lines that a run prints when it begins."""
         lines = [f"{len(self.train_ids)} training and {len(self.test_ids)} test tasks"]
@@ -2004,7 +2014,7 @@ def describe(env_defaults):
     texts = []
     for name in sorted({name for values in env_defaults.values() for name in values}):
         others = [f"{values[name]} for {part}" for part, values in env_defaults.items() if part and name in values]
-        texts.append(f"--{name.replace('_', '-')} " + ", ".join([str(base.get(name)), *others]))
+        texts.append(f"--{name.replace('_', '-')} " + ", ".join([str(base.get(name, "from the data")), *others]))
     return "\n\nDefaults that depend on the family, by a part of its name: " + "; ".join(texts) + "." if texts else ""
 
 
@@ -2253,6 +2263,18 @@ def eval_line(results):
     return "  ".join(["eval", *cells])
 
 
+def advice(results):
+    """Lines for a run whose policy ends more than two standard errors below behavior cloning."""
+    if "eval/bc/return_se" not in results:
+        return []
+    policy, bc = (results[f"eval/{name}/return"] for name in ("iid", "bc"))
+    error = math.hypot(results["eval/iid/return_se"], results["eval/bc/return_se"])
+    if policy >= bc - 2 * error:
+        return []
+    note = f"note: the policy ({policy:.1f}) returns less than behavior cloning ({bc:.1f}) with iid contexts;"
+    return [note, "  a smaller --reward-scale or a larger --kl-coef keeps it closer to the data"]
+
+
 class Run:
     """The run directory of one training: args.json, metrics.csv, TensorBoard events, checkpoint.pt, result.json.
 
@@ -2422,6 +2444,8 @@ class Run:
         results |= {"updates_per_sec": self.timed[0] / self.timed[1], "cpu_s": time.process_time() - self.born}
         write_json(self.dir / "result.json", results)
         print(f"results: {self.dir / 'result.json'}; curves: tensorboard --logdir {self.dir}")
+        for line in advice(results):
+            print(line)
         return results
 
 

@@ -96,7 +96,6 @@ class Args:
 ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for families whose name holds the key
     "": dict(
         gamma=0.97,
-        reward_scale=0.5,
         n_step=5,
         z_dim=20,
         behavior_entropy_weight=5.0,
@@ -105,6 +104,8 @@ ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for f
         kl_coef_lr=1e-3,
         kl_target=0.2,
     ),
+    "ant-dir": dict(reward_scale=0.5),
+    "cheetah-vel": dict(reward_scale=0.5),
     "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, kl_coef=1.5, kl_coef_lr=0.0),
     "cheetah": dict(behavior_entropy_weight=2.5),
 }
@@ -419,6 +420,8 @@ def train(args):
     """Train and evaluate -> dict of the last evaluation, see `dc.Run.finish`."""
     args = dc.resolve(args, ENV_DEFAULTS)
     data = dc.load_dataset(args.env, args.dataset, args.device)
+    if args.reward_scale is None:
+        args.reward_scale = 8.0 / data.value_std(args.gamma)  # discounted returns get a deviation of 8
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)
     agent = Agent(data, args).to(data.device)

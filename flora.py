@@ -52,7 +52,7 @@ class Args:
     exp_name: str = "flora"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization and batches (tasks and data are fixed by the dataset file)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    total_updates: int = 8_000  # updates of the policy [gradient steps]
+    total_updates: int = 8_000  # length of the training [updates of the policy]
     log_every: int = 100  # updates between two log lines [gradient steps]
     eval_every: int = 1_000  # updates between two evaluations [gradient steps]
     save_every: int = 1_000  # updates between two checkpoints [gradient steps]
@@ -80,12 +80,15 @@ class Args:
     encoder_width: int = 200  # hidden units of the encoder
     z_dim: int | None = None  # size of the task latent
     feature_dim: int = 32  # number of features F
+    phi_sees_z: bool = True  # phi(s, a, s', z) as in the paper; without z the reward depends on the task through W alone
     weight_activation: Literal["softmax", "none"] = "softmax"  # activation of the task weights W
     num_flows: int = 4  # planar flows; 0 = Gaussian posterior, the ablation of flow-based task inference
     likelihood_weight: float = 32.0  # factor on log p(y), a mean over transitions
     prior_weight: float = 0.1  # weight of the posterior's KL to the prior (rho2)
     feature_weight: float = 0.01  # weight of reward and feature loss in the encoder's loss (rho3)
     metric_weight: float = 0.0  # beyond the paper: weight of FOCAL's metric loss (Li et al. 2021) in the encoder's loss
+    inference: Literal["encoder", "likelihood"] = "encoder"
+    """at test: z_mean, or beyond the paper a training task's z that explains the context's rewards better"""
     alpha_min: float = -1.0  # most pessimistic arm of the correction; 0 = no correction, the ablation
     num_arms: int = 5  # arms from alpha_min to 0, at most 20, since each keeps a probability of 0.05
     bandit_every: int = 500  # updates between two draws of alpha [gradient steps]
@@ -104,7 +107,6 @@ class Args:
 ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for families whose name holds the key
     "": dict(
         gamma=0.97,
-        reward_scale=0.05,
         encoder_lr=1.2e-3,
         n_step=5,
         z_dim=20,
@@ -114,6 +116,8 @@ ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for f
         kl_target=0.2,
     ),
     # encoder_lr and kl_coef_lr: [ours: D5]
+    "ant-dir": dict(reward_scale=0.05),
+    "cheetah-vel": dict(reward_scale=0.05),
     "point": dict(gamma=0.9, reward_scale=0.5, encoder_lr=3e-4, n_step=1, z_dim=5, kl_coef=0.15, kl_coef_lr=0.0),
 }
 
@@ -307,7 +311,9 @@ class Agent(nn.Module):
         obs_dim, act_dim, z_dim, width = data.obs_dim, data.act_dim, args.z_dim, args.width
         self.encoder = Encoder(data.ctx_dim, z_dim, args.encoder_width)
         self.flows = PlanarFlows(args.num_flows, z_dim)
-        self.phi = MLP(2 * obs_dim + act_dim, z_dim, width, args.feature_dim)
+        self.columns, self.reward_scale = [obs_dim, act_dim, 1, obs_dim], args.reward_scale  # of a context
+        self.phi_z_dim = z_dim if args.phi_sees_z else 0
+        self.phi = MLP(2 * obs_dim + act_dim, self.phi_z_dim, width, args.feature_dim)
         self.weights = Weights(z_dim, args.feature_dim, width, args.weight_activation)
         self.psi = Twin(obs_dim + act_dim, z_dim, width, args.feature_dim)
         self.psi_target = copy.deepcopy(self.psi).requires_grad_(False)
@@ -338,6 +344,10 @@ class Agent(nn.Module):
         z_0 = mean + var.sqrt() * noise
         z, log_det = self.flows(z_0)  # (Eq. 15)
         return z, mean, var, posterior_kl(z_0, z, mean, var, log_det)
+
+    def features(self, transitions, z):
+        """transitions [M, B, 2 obs_dim + act_dim] of (s, a, s'), z [M, z_dim] -> phi [M, B, F]."""
+        return self.phi(transitions, z[:, : self.phi_z_dim])
 
     def q(self, obs, act, z):
         """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> Q of both networks [2, M, B]."""
@@ -398,7 +408,7 @@ def update(agent, task_ids, context, segment, bc_batch, args):
         z_mean, _ = agent.flows(mean.detach())  # [ours: D4]
 
     # 2 targets: phi at z, since step 3 trains it there; psi' and its W at z_mean
-    phi = agent.phi(transitions[:, :, 0], z)  # [M, B, F]
+    phi = agent.features(transitions[:, :, 0], z)  # [M, B, F]
     alpha = agent.arms.take(agent.arm)  # indexing with a 0-d tensor would synchronize with the device
     with torch.no_grad():
         next_obs = segment.next_obs[:, :, -1]  # s_n
@@ -408,7 +418,7 @@ def update(agent, task_ids, context, segment, bc_batch, args):
         next_psi = next_psi.mean(0) + alpha * disagreement(next_psi)  # (Eq. 9): [M, B, F]
         next_q = (next_psi * agent.weights(z_mean)).sum(-1, keepdim=True)
         q_target = n_step(rew[..., None], next_q, segment)[..., 0]  # y of (Eq. 17): [M, B]
-        later_phi = agent.phi(transitions[:, :, 1:].flatten(1, 2), z).unflatten(1, (obs.shape[1], -1))
+        later_phi = agent.features(transitions[:, :, 1:].flatten(1, 2), z).unflatten(1, (obs.shape[1], -1))
         path_phi = torch.cat([phi[:, :, None], later_phi], 2)  # [M, B, n, F]
         psi_target = n_step(path_phi, next_psi, segment)  # of (Eq. 11): [M, B, F]
 
@@ -476,13 +486,32 @@ def update(agent, task_ids, context, segment, bc_batch, args):
 # ---- adaptation -------------------------------------------------------------
 
 
-def embed(agent, context, mask):
-    """context [R, K, ctx_dim] of R evaluated episodes, mask [R, K] -> z_mean [R, z_dim]."""
+def reward_error(agent, context, mask, z):
+    """Squared error of the rewards that z [R, z_dim] predicts for contexts, a sum over their transitions -> [R]."""
+    obs, act, rew, next_obs = context.split(agent.columns, -1)
+    phi = agent.features(torch.cat([obs, act, next_obs], -1), z)
+    error = agent.reward_scale * rew[..., 0] - (phi * agent.weights(z)).sum(-1)
+    return (mask * error.pow(2)).sum(1)
+
+
+def likeliest(agent, context, mask, z, task_z):
+    """z [R, z_dim] of the encoder, or of the training task in task_z [U, z_dim] that predicts the context's rewards best,
+    if this at least halves the error -> [R, z_dim]. Who acts changes the transitions, not the reward of a transition."""
+    errors = torch.stack([reward_error(agent, context, mask, one.expand_as(z)) for one in task_z])  # [U, R]
+    least, best = errors.min(0)
+    better = least < 0.5 * reward_error(agent, context, mask, z)
+    return torch.where(better[:, None], task_z[best], z)
+
+
+def embed(agent, context, mask, noise=0.0, task_z=None):
+    """context [R, K, ctx_dim] of R evaluated episodes, mask [R, K], noise [R, z_dim] of the sample of q_0
+    -> z [R, z_dim]: by the encoder, or with task_z by `likeliest`."""
     with torch.no_grad():
-        return agent.infer(context, mask, 0.0)[0]
+        z = agent.infer(context, mask, noise)[0]
+        return z if task_z is None else likeliest(agent, context, mask, z, task_z)
 
 
-def adapt(agent, context, mask, explore=False, bc=False):
+def adapt(agent, context, mask, explore=False, bc=False, task_z=None):
     """Infer the task and act on it: context [R, K, ctx_dim], mask [R, K] -> policy(obs [R, obs_dim], rew [R]) -> act.
     Rows without a transition use the prior's mean, 0. explore: samples of posterior and prior instead of their means;
     bc: pi_beta acts. `dc.evaluate` calls this before every episode; rew is for methods that keep a history."""
@@ -490,22 +519,26 @@ def adapt(agent, context, mask, explore=False, bc=False):
     noise = torch.zeros(len(context), agent.flows.u.shape[1], device=context.device)
     if explore:
         noise.normal_(generator=generator)
-    with torch.no_grad():
-        inferred = agent.infer(context, mask, noise)[0]
-        z = torch.where(mask.any(1, keepdim=True), inferred, noise)  # the prior N(0, I) is on z, after the flows
+    inferred = embed(agent, context, mask, noise, task_z)
+    z = torch.where(mask.any(1, keepdim=True), inferred, noise)  # the prior N(0, I) is on z, after the flows
     return lambda obs, rew: agent.act(obs[:, None], z, bc)[:, 0]
 
 
-def value(agent, args, context, mask, obs):
+def value(agent, args, context, mask, obs, task_z=None):
     """Q of the policy's own action at obs [R, n, obs_dim], of the lower network -> [R, n] in units of the reward."""
-    z = embed(agent, context, mask)
+    z = embed(agent, context, mask, task_z=task_z)
     return agent.q(obs, agent.act(obs, z), z).amin(0) / args.reward_scale
 
 
 def evaluate_all(agent, data, args, protocols, episodes):
     """Returns, also of pi_beta alone ("bc"), the critic's error and the quality of z -> dict tag -> float."""
-    q, bc = partial(value, agent, args), partial(adapt, agent, bc=True)
-    results = dc.evaluate_actor_critic(data, partial(adapt, agent), q, args.gamma, protocols, episodes, bc)
+    task_z = None
+    if args.inference == "likelihood":  # mean z of each training task
+        z, task = dc.label_contexts(data, partial(embed, agent), data.train_ids)
+        task_z = torch.stack([z[torch.tensor(task) == i].mean(0) for i in data.train_ids]).to(data.device)
+    policy, bc = partial(adapt, agent, task_z=task_z), partial(adapt, agent, bc=True, task_z=task_z)
+    q = partial(value, agent, args, task_z=task_z)
+    results = dc.evaluate_actor_critic(data, policy, q, args.gamma, protocols, episodes, bc)
     return results | dc.embedding_quality(data, partial(embed, agent))
 
 
@@ -533,10 +566,12 @@ def train(args):
     """Train and evaluate -> dict of the last evaluation, see `dc.Run.finish`."""
     args = dc.resolve(args, ENV_DEFAULTS)
     data = dc.load_dataset(args.env, args.dataset, args.device)
+    if args.reward_scale is None:
+        args.reward_scale = 0.8 / data.value_std(args.gamma)  # discounted returns get a deviation of 0.8
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)
     agent = Agent(data, args).to(data.device)
-    with dc.Run(args, data, agent, generator) as run:
+    with dc.Run(args, data, agent, generator, free={"inference"}) as run:
         for step in run.updates():
             if (step - 1) % args.bandit_every == 0:
                 agent.bandit_step(bandit_return(agent, data, args, generator), args.bandit_lr, generator)

@@ -93,7 +93,6 @@ class Args:
 ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for families whose name holds the key
     "": dict(
         gamma=0.97,
-        reward_scale=0.5,
         n_step=5,
         z_dim=20,
         bc_top_fraction=0.25,
@@ -101,6 +100,8 @@ ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for f
         kl_coef_lr=1e-3,
         kl_target=0.2,
     ),
+    "ant-dir": dict(reward_scale=0.5),
+    "cheetah-vel": dict(reward_scale=0.5),
     "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, kl_coef=1.5, kl_coef_lr=0.0),
 }
 
@@ -408,6 +409,8 @@ def train(args):
     if args.reference_episodes >= args.adapt_episodes:  # the last episode is not one of them
         raise SystemExit(f"--reference-episodes {args.reference_episodes}: must be less than --adapt-episodes")
     data = dc.load_dataset(args.env, args.dataset, args.device)
+    if args.reward_scale is None:
+        args.reward_scale = 8.0 / data.value_std(args.gamma)  # discounted returns get a deviation of 8
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)
     agent = Agent(data, args).to(data.device)

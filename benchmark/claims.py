@@ -114,7 +114,7 @@ def directions(script, agent, data, args):
     batch = data.sample_batch(data.train_tasks, 256, generator)
     z, move = script.embed(agent, context, torch.ones_like(context[..., 0])), torch.cat([batch.obs, batch.act], -1)
     with torch.no_grad():
-        phi, psi = agent.phi(torch.cat([move, batch.next_obs], -1), z), agent.psi(move, z)[0]
+        phi, psi = agent.features(torch.cat([move, batch.next_obs], -1), z), agent.psi(move, z)[0]
     return np.concatenate([shares(phi), shares(psi)])
 
 

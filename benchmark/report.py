@@ -382,9 +382,9 @@ def interval(statistic, *methods, draws=2_000):
     return f"{means[0]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def print_comparison(path, reference, envs, only):
-    """Means over families: of the interquartile mean of the normalized returns of tasks and seeds, and of the
-    probability that the reference is better; of the methods that all families have."""
+def print_comparison(path, reference, envs, only, brief=False):
+    """Means over families: of the interquartile mean of the normalized returns of tasks and seeds, and, unless brief, of
+    the probability that the reference is better; of the methods that all families have."""
     seeds, cells, protocols = {}, defaultdict(dict), ("iid", "ood", "online")
     for protocol in protocols:
         tables = [scores(path, env, protocol, only and [*only, reference]) for env in envs]
@@ -395,11 +395,12 @@ def print_comparison(path, reference, envs, only):
         for name in sorted(everywhere):
             theirs = [t[name] for t in tables]
             seeds[name] = "/".join(str(len(t)) for t in theirs)
-            better = interval(improvement, ours, theirs)
-            cells[name][protocol] = [interval(interquartile_mean, theirs), "" if name == reference else better]
-    header = ["method", "seeds", *(column for p in protocols for column in (p, f"P({reference} is better), {p}"))]
-    blank = ["", ""]
-    print_table(header, [[n, seeds[n], *sum((cells[n].get(p, blank) for p in protocols), [])] for n in sorted(cells)])
+            cells[name][protocol] = [interval(interquartile_mean, theirs)]
+            if not brief:
+                cells[name][protocol].append("" if name == reference else interval(improvement, ours, theirs))
+    columns = [[p] if brief else [p, f"P({reference} is better), {p}"] for p in protocols]
+    rows = [[n, seeds[n], *sum((cells[n].get(p, [""] * len(c)) for p, c in zip(protocols, columns)), [])] for n in cells]
+    print_table(["method", "seeds", *sum(columns, [])], sorted(rows))
 
 
 def print_gains(path, reference, envs, only, protocols=GAINS):
@@ -601,7 +602,7 @@ def main():
     parser.add_argument("--quality", default="mixed", help="of the data, for the tables of families")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
     parser.add_argument("--gain", metavar="NAME", help="what all others have more than this experiment, seed by seed")
-    parser.add_argument("--brief", action="store_true", help="normalized returns of five protocols only")
+    parser.add_argument("--brief", action="store_true", help="normalized returns of five protocols only; with --compare no probabilities")
     parser.add_argument("--columns", nargs="+", choices=(*PROTOCOLS, TENTH), help="these protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()
@@ -612,7 +613,7 @@ def main():
     if args.story:
         return draw_story(args.files, args.story)
     if args.compare:
-        return print_comparison(args.files / "results.csv", args.compare, args.env, args.only)
+        return print_comparison(args.files / "results.csv", args.compare, args.env, args.only, args.brief)
     if args.gain:
         return print_gains(args.files / "results.csv", args.gain, args.env, args.only, args.columns or GAINS)
     if args.write:

@@ -5,6 +5,7 @@ The slow update goes through tasks and transitions one by one in float64. It use
 """
 
 import copy
+import json
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -333,6 +334,7 @@ class ActorCriticSuite:
     own = {}
     critic = "critic"  # name of the twin network
     contexts = 1  # number of contexts that an update is given
+    value_std = 8.0  # standard deviation that discounted returns get where the family has no reward scale
     embedding = staticmethod(slow_embedding)  # encoder, transitions of a context -> z
 
     def slow_encoder(self, agent, opts, contexts, segment, args):
@@ -371,8 +373,8 @@ class ActorCriticSuite:
         """What an update is given between contexts and args: segment, bc_batch, and what a script may add."""
         return make_segment(100 + seed, args), make_batch(200 + seed)
 
-    def update(self, agent, contexts, rest, args):
-        return self.script.update(agent, TASK_IDS, *contexts, *rest, args)
+    def update(self, agent, contexts, rest, args, task_ids=TASK_IDS):
+        return self.script.update(agent, task_ids, *contexts, *rest, args)
 
     def slow_update(self, agent, opts, contexts, segment, bc_batch, args):
         """One update of a copy of the agent by optimizers of its own -> metrics."""
@@ -416,6 +418,13 @@ class ActorCriticSuite:
     @pytest.mark.parametrize("case", [{}, {"target_noise": 1.0, "n_step": 1}])
     def test_updates_equal_a_slow_recomputation(self, case, known_noise):
         self.check_updates(**case)
+
+    def test_a_single_task_gives_finite_numbers(self):
+        """--meta-batch 1: nothing to deviate from."""
+        agent, args = self.make_agent()
+        contexts, rest = tree_map(lambda x: x[:1], (self.make_contexts(0), self.make_rest(0, args)))
+        metrics = self.update(agent, contexts, rest, args, TASK_IDS[:1])
+        assert all(value.isfinite() for value in (*metrics.values(), *(p.sum() for p in agent.parameters())))
 
     @pytest.mark.parametrize("target, expected", [(1e6, 0.0), (0.0, 3.0)])
     def test_kl_coef_keeps_to_its_bounds(self, target, expected):
@@ -481,14 +490,22 @@ class ActorCriticSuite:
             updates.append(SimpleNamespace(task_ids=self.tasks(task_ids), **parts))
             return update(agent, task_ids, *given)
 
-        def watch_adapt(agent, context, mask, explore, bc=False):
+        def watch_adapt(agent, context, mask, explore, **more):
             contexts.append(context[..., 4][mask == 1])  # rewards
-            return adapt(agent, context, mask, explore, bc)
+            return adapt(agent, context, mask, explore, **more)
 
         monkeypatch.setattr(self.script, "update", watch)
         monkeypatch.setattr(self.script, "adapt", watch_adapt)
         self.script.train(self.script.Args(**FAST | {"dataset": "numbered.npz"} | changes))
         return updates, contexts
+
+    def test_reward_scale_follows_the_data(self, numbered, numbered_path, tmp_path, monkeypatch):
+        """Where neither a flag nor the family's entry gives one."""
+        monkeypatch.setattr(self.script, "ENV_DEFAULTS", {"": self.script.ENV_DEFAULTS[""]})
+        self.watched(monkeypatch, tmp_path, numbered_path, reward_scale=None)
+        (path,) = tmp_path.glob("runs/point-robot/*/*/args.json")
+        args = json.loads(path.read_text())["args"]
+        assert args["reward_scale"] == pytest.approx(self.value_std / numbered.value_std(args["gamma"]))
 
     def test_every_row_sees_its_own_training_task(self, numbered, numbered_path, tmp_path, monkeypatch, **changes):
         updates, contexts = self.watched(monkeypatch, tmp_path, numbered_path, **changes)

@@ -119,7 +119,7 @@ class TestCORRO(ActorCriticSuite):
     def make_contexts(self, seed):
         return [torch.nn.functional.normalize(normal(4, ROWS, 3, seed=seed), dim=-1)]
 
-    def update(self, agent, contexts, rest, args):
+    def update(self, agent, contexts, rest, args, task_ids=None):
         return corro.update(agent, *contexts, *rest, args)
 
     def slow_update(self, agent, opts, contexts, segment, bc_batch, args):

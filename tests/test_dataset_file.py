@@ -497,3 +497,14 @@ def test_drawing_stays_on_the_device(uneven):
         assert data.sample_segments(tasks, 7, 3, 0.9, None).discount.shape == (5, 7, 3)
         assert data.sample_context(tasks, 7, None).shape == (5, 7, 7)
         assert data.standardize(torch.zeros(3, 2, device="meta")).shape == (3, 2)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_value_std_is_of_discounted_returns(gamma, numbered):
+    """Over the recorded transitions of the training tasks."""
+    returns = []
+    for task in range(6):
+        for rows, length in zip(numbered.episodes[task], numbered.lengths[task]):
+            rewards = rows[:length, 4].tolist()
+            returns += [sum(gamma**k * rew for k, rew in enumerate(rewards[t:])) for t in range(length)]
+    assert numbered.value_std(gamma) == pytest.approx(np.std(returns), rel=1e-5)

@@ -53,6 +53,21 @@ def slow_weights(agent, z, args):
     return logits.exp() / logits.exp().sum() if args.weight_activation == "softmax" else logits
 
 
+def slow_reward(agent, x, z, args):
+    """The reward that z predicts for a transition x of (s, a, r, s')."""
+    obs, act, next_obs = x[: agent.columns[0]], x[agent.columns[0] :][: agent.columns[1]], x[-agent.columns[0] :]
+    phi = slow_net(agent.phi, obs, act, next_obs, *([z] if args.phi_sees_z else []))
+    return torch.dot(phi, slow_weights(agent, z, args))
+
+
+def slow_choice(agent, context, z, task_z, args):
+    """z, or the z of task_z with the least squared error of the rewards in context [K, ctx_dim], if it halves z's."""
+    place = sum(agent.columns[:2])
+    errors = [sum((args.reward_scale * x[place] - slow_reward(agent, x, c, args)) ** 2 for x in context) for c in task_z]
+    own = sum((args.reward_scale * x[place] - slow_reward(agent, x, z, args)) ** 2 for x in context)
+    return task_z[errors.index(min(errors))] if min(errors) < own / 2 else z
+
+
 def slow_q(agent, obs, act, z, args):
     """-> the values of both networks at one row."""
     w = slow_weights(agent, z, args)
@@ -105,7 +120,8 @@ def slow_metrics(agent, context, segment, bc_batch, args):
             end_act = torch.tanh(end_pi.mean + args.target_noise * end_pi.stddev * noise_act[m, b])
             end_psi = [psi.detach() for psi in slow_twin(agent.psi_target, end, end_act, fixed_z)]
             discount = args.gamma**steps if segment.bootstrap[m, b] > 0 else 0.0
-            features = [slow_net(agent.phi, *move, z) for move in path]
+            seen = [z] if args.phi_sees_z else []
+            features = [slow_net(agent.phi, *move, *seen) for move in path]
             psi = slow_twin(agent.psi, obs, act, z)
             prediction, q_target = 0.0, sum(args.gamma**k * rewards[k] for k in range(steps))
             for d in range(dim):
@@ -173,13 +189,14 @@ VARIANTS = {
     "no correction": {"alpha_min": 0.0, "num_arms": 2, "reward_scale": 0.5, "n_step": 2},
     "targets of the paper": {"n_step": 1, "target_noise": 1.0},
     "metric loss": {"metric_weight": 3.0},
+    "features without z": {"phi_sees_z": False, "n_step": 3},
     "weights of zero": {"likelihood_weight": 0.0, "feature_weight": 0.0, "kl_coef_lr": 0.0},
 }
 MASK = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]]).double()  # rows with all, some, no transitions
 
 
 class TestFlora(ActorCriticSuite):
-    script, critic = flora, "psi"
+    script, critic, value_std = flora, "psi", 0.8
     own = {"encoder_opt": ("encoder flows", "encoder_lr"), "critic_opt": ("phi weights psi", "lr")}
     own |= {"policy_opt": ("residual", "lr")}
     # no value is a default of the script, and none is 0 or 1, so that a flag without effect shows
@@ -260,6 +277,21 @@ class TestFlora(ActorCriticSuite):
         for row in range(3):
             torch.testing.assert_close(z[row], slow_infer(agent, context[row][MASK[row] == 1])[0])
 
+    @pytest.mark.parametrize("sees", [True, False])
+    def test_likelihood_takes_the_task_that_explains_rewards(self, sees):
+        """A training task's z, only where it at least halves the squared error of the encoder's z."""
+        agent, args = self.make_agent(phi_sees_z=sees)
+        agent.requires_grad_(False)
+        context, task_z = make_context(0), pattern((5, 3)) * torch.tensor([3.0, 1.0, 5.0, -2.0, 0.5])[:, None]
+        for row, (task, offset) in enumerate([(2, 0.0), (1, 0.05), (4, 9.0)]):  # no latent explains the last row
+            for x in context[row]:
+                x[5] = slow_reward(agent, x, task_z[task], args) / args.reward_scale + offset
+        real = [context[row][MASK[row] == 1] for row in range(3)]
+        own = [slow_infer(agent, rows)[0] for rows in real]
+        wanted = [slow_choice(agent, rows, z, task_z, args) for rows, z in zip(real, own)]
+        assert [torch.equal(*pair) for pair in zip(wanted, own)] == [False, False, True]
+        torch.testing.assert_close(flora.embed(agent, context[:3], MASK[:3], task_z=task_z), torch.stack(wanted))
+
     def test_exploration_leaves_the_training_noise_alone(self):
         """And repeats itself; the prior has mean 0 and deviation 1."""
         agent, _ = self.make_agent()
@@ -271,10 +303,23 @@ class TestFlora(ActorCriticSuite):
         assert torch.equal(before, torch.get_rng_state()) and torch.equal(*used)
         assert used[0].mean(0).abs().max() < 0.1 and (used[0].std(0) - 1).abs().max() < 0.1
 
-    def test_evaluation_equals_a_slow_recomputation(self, numbered):
-        agent, args = self.make_agent(numbered)
-        infer = lambda rows: slow_infer(agent, rows)[0].detach()  # noqa: E731
+    @pytest.mark.parametrize("inference", ["encoder", "likelihood"])
+    def test_evaluation_equals_a_slow_recomputation(self, inference, numbered):
+        agent, args = self.make_agent(numbered, inference=inference)
+        agent.phi.net[-1].weight.data *= 1e5  # as large as the rewards of `numbered`
+        agent, taken = agent.float(), []
+        encoded = lambda rows: slow_infer(agent, rows)[0].detach()  # noqa: E731
+        episodes = lambda t: zip(numbered.episodes[t, ..., :-1], numbered.lengths[t])  # noqa: E731
+        task_z = [torch.stack([encoded(rows[:n]) for rows, n in episodes(t)]).mean(0) for t in numbered.train_ids]
+
+        def infer(rows):
+            z = encoded(rows)
+            taken.append(slow_choice(agent, rows, z, task_z, args) if inference == "likelihood" else z)
+            return taken[-1]
+
         check_evaluation(flora, agent, args, numbered, infer, torch.zeros(3), slow_q)
+        chosen = {any(torch.equal(z, c) for c in task_z) for z in taken}
+        assert chosen == ({True, False} if inference == "likelihood" else {False})
 
     def test_every_bandit_episode_draws_an_arm(self, numbered_path, tmp_path, monkeypatch):
         """It credits the last one, and the updates in between keep to it."""

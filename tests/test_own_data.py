@@ -73,8 +73,8 @@ def test_document_brings_own_environment(folder):
 
 
 def test_readme_brings_own_family(folder):
-    code = re.search(r"```python\n(class Cart.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
-    (folder / "cart.py").write_text("import numpy as np\nfrom data_collect import Family\n" + code)
+    code = re.search(r"```python\n(import numpy as np\nfrom data_collect.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+    (folder / "cart.py").write_text(code)
     tiny = {"train_tasks": 3, "test_tasks": 2, "total_updates": 20, "rows": 4, "episodes": 3, "test_episodes": 2}
     dc.collect(dc.Args(env="cart:Cart", ood_contexts=1, width=8, **tiny))
     data = dc.load_dataset("cart:Cart")
@@ -207,7 +207,7 @@ def test_action_error_equals_a_plain_loop(folder, protocol):
     assert len(seen) == 6
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "omnirl"])  # which draws its tasks
 def test_every_script_trains_without_a_simulator(folder, name):
     write("own.npz", [[episode(n) for n in (24, 27, 25)] for _ in range(4)], test=(2, 3))
     script = importlib.import_module(name)

@@ -207,6 +207,20 @@ def test_evaluation_in_one_line():
     assert dc.eval_line(results) == expected + "  z acc 0.46  z R2 -0.50"
 
 
+def test_policy_below_its_clone_gets_advice():
+    """At more than two standard errors of the difference: sqrt(0.3^2 + 0.4^2) = 0.5."""
+    results = {"eval/iid/return_se": 0.3, "eval/bc/return": 2.0, "eval/bc/return_se": 0.4}
+    assert dc.advice(results | {"eval/iid/return": 1.01}) == dc.advice({"eval/iid/return": 0.0}) == []
+    text = " ".join(dc.advice(results | {"eval/iid/return": 0.99}))
+    assert "(1.0)" in text and "(2.0)" in text and "--reward-scale" in text and "--kl-coef" in text
+
+
+@pytest.mark.parametrize("case", ["macaw", "meta_dt"])  # the others: actor_critic_suite.py
+def test_smallest_batches_train(case, tiny_path, tmp_path):
+    smallest = {"meta_batch": 1, "batch_size": 1, "context_size": 1, "total_updates": 2, "log_every": 1}
+    assert run(case, tiny_path, tmp_path, **smallest)["step"] == 2
+
+
 @every_script
 def test_seed_decides_the_run(case, straight, tiny_path, tmp_path):
     """Before learning rates fall. That equal seeds give equal runs is seen where runs are resumed."""
