@@ -1264,7 +1264,7 @@ def collect(args):
         if (getattr(args, name) or 0) > len(ids):
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.env} has {len(ids)}")
     train_ids, test_ids = train_ids[: args.train_tasks], test_ids[: args.test_tasks]
-    used = np.union1d(train_ids, test_ids).astype(int)  # keep only the chosen tasks and renumber them
+    used = np.union1d(train_ids, test_ids)  # keep only the chosen tasks and renumber them
     params, train_ids, test_ids = params[used], np.searchsorted(used, train_ids), np.searchsorted(used, test_ids)
     if args.ood_contexts and len(train_ids) == 1 and train_ids[0] in test_ids:
         raise SystemExit("--train-tasks 1: no other training task for foreign contexts; add --ood-contexts 0")

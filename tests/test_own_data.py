@@ -311,7 +311,7 @@ FAULTS = {  # methods of an environment -> the complaint
     "short observation": ({"step": lambda self, a: (np.zeros(1), 0, False, False, {})}, "cannot reshape"),
     "four values": ({"step": lambda self, a: (np.zeros(2), 0, False, {})}, "step(action): ValueError: not enough"),
     "nan reward": ({"step": lambda self, a: (np.zeros(2), np.nan, False, False, {})}, "step(action): ValueError: arr"),
-    "own error": ({"step": lambda self, a: {}["x"]}, f"step(action): KeyError: 'x' ({__file__}, line "),
+    "own error": ({"step": lambda self, a: json.loads("[")}, f"column 2 (char 1) ({__file__}, line "),
 }
 
 
@@ -319,6 +319,7 @@ FAULTS = {  # methods of an environment -> the complaint
 def test_environments_fault_is_one_line(what):
     methods, complaint = FAULTS[what]
     family = dc.GymFamily(lambda params: type("Faulty", (Slope,), methods)(1), [[1.0]], [0], horizon=5.0)
+    assert isinstance(family.horizon, int)
 
     def play():
         env = dc.TaskEnv(family, family.params, [0])
@@ -343,15 +344,20 @@ def test_file_of_other_tasks_is_refused(tiny_path, monkeypatch):
         assert "holds policies with other settings" in stop_message(dc.collect, anew)
     monkeypatch.setattr(family, "draw", lambda: (params, ids[0], ids[1][::-1]))
     assert "was made for other test tasks" in stop_message(dc.load_dataset, "point-robot", tiny_path)
+    monkeypatch.setattr(family, "draw", lambda: (params, ids[0][:5], ids[1]))
+    assert "was made for other train tasks" in stop_message(dc.load_dataset, "point-robot", tiny_path)
+    assert not dc.load_dataset("offline", tiny_path).family.simulated  # there the file alone counts
 
 
 def test_family_of_a_file_is_found_or_named(folder):
-    (folder / "needs.py").write_text("x = 1\nimport not_a_package\n")
+    (folder / "needs.py").write_text("import deeper\n")
+    (folder / "deeper.py").write_text("x = 1\nimport not_a_package\n")
     message = stop_message(dc.family_of, "needs:X")
-    assert "No module named 'not_a_package'" in message and message.endswith(f"({folder}/needs.py, line 2)")
+    assert "No module named 'not_a_package'" in message and message.endswith(f"({folder}/deeper.py, line 2)")
     assert f"FILE:FAMILY of FILE.py in {folder}: TypeError" in stop_message(dc.family_of, "./needs:X")
-    (folder / "mine.py").write_text("import data_collect as dc\nclass Far(dc.PointRobot): horizon = 7\nx = 3\n"
-                                   "import gymnasium\nclass Env(gymnasium.Env): pass\n")  # fmt: skip
+    (folder / "mine.py").write_text("import gymnasium\nimport data_collect as dc\nx = 3\n"
+                                    "class Far(dc.PointRobot): horizon = 7\n"
+                                    "class Env(gymnasium.Env):\n def __init__(self, mass): pass\n")  # fmt: skip
     assert dc.family_of("mine:Far").horizon == 7 and dc.family_of("mine:Far") is dc.family_of("mine:Far")
     assert "x of mine.py must be a Family" in stop_message(dc.family_of, "mine:x")
     assert "Env of mine.py must be a Family or GymFamily" in stop_message(dc.family_of, "mine:Env")
