@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import types
 import zipfile
 from dataclasses import asdict, dataclass, fields
@@ -607,6 +608,18 @@ class AnyMDP(Family):
         return rng.random((len(obs), self.actions)) - (np.arange(self.actions) != choice[:, None])
 
 
+@contextlib.contextmanager
+def user_code(call):
+    """In its block a fault of a user's code ends the program with one line: the call, the fault, and where it is."""
+    try:
+        yield
+    except Exception as error:
+        others = __file__, "<", sys.prefix, sys.base_prefix  # this file, Python and the packages
+        steps = [step for step in traceback.extract_tb(error.__traceback__) if not step.filename.startswith(others)]
+        place = "".join(f" ({step.filename}, line {step.lineno})" for step in steps[-1:])
+        raise SystemExit(f"{call}: {type(error).__name__}: {' '.join(str(error).split())}{place}") from error
+
+
 class GymFamily(Family):
     """Any gymnasium environment with Box spaces: make(params [P]) -> gym.Env. params [T, P]; test_ids: which are test
     tasks; settings: attributes of Family, such as horizon (by default the environment's time limit).
@@ -628,7 +641,7 @@ class GymFamily(Family):
         self.horizon = settings.get("horizon") or getattr(world.spec, "max_episode_steps", None)
         if not self.horizon:
             raise SystemExit("GymFamily: the environment has no time limit; give horizon=")
-        vars(self).update(settings)
+        vars(self).update(settings | {"horizon": int(self.horizon)})
         self.release(np.zeros((1, 1)))
 
     def draw(self):
@@ -641,11 +654,12 @@ class GymFamily(Family):
         """-> number of an environment of the task that no row uses."""
         key = params.tobytes()
         if not self.free.setdefault(key, []):
-            world = self.make(params)
-            for name, space in (("observations", world.observation_space), ("actions", world.action_space)):
-                if not isinstance(space, gym.spaces.Box):
-                    remedy = "use a wrapper (for observations: FlattenObservation)"
-                    raise SystemExit(f"GymFamily: {name} are {str(space)[:60]}, not a Box; {remedy}")
+            with user_code(f"GymFamily: make({params.tolist()})"):
+                world = self.make(params)
+                for name, space in (("observations", world.observation_space), ("actions", world.action_space)):
+                    if not isinstance(space, gym.spaces.Box):
+                        remedy = "use a wrapper (for observations: FlattenObservation)"
+                        raise SystemExit(f"GymFamily: {name} are {str(space)[:60]}, not a Box; {remedy}")
             if not world.action_space.is_bounded():
                 raise SystemExit("GymFamily: the bounds of the actions must be finite")
             self.free[key].append(len(self.worlds))
@@ -658,18 +672,21 @@ class GymFamily(Family):
 
     def reset(self, rng, params):
         state = np.zeros((len(params), 4 + self.obs_dim))
-        for row, own in zip(state, params):
-            row[0] = self.take(own)
-            row[4:] = np.ravel(self.worlds[int(row[0])].reset(seed=int(rng.integers(2**31)))[0])
-        return state
+        with user_code("GymFamily: obs, info = env.reset(seed=0)"):
+            for row, own in zip(state, params):
+                row[0] = self.take(own)
+                obs, _ = self.worlds[int(row[0])].reset(seed=int(rng.integers(2**31)))
+                row[4:] = np.reshape(obs, self.obs_dim)
+            return np.asarray_chkfinite(state)
 
     def step(self, state, act, params):
         next_state, space = state.copy(), self.space
         act = space.low + (act.reshape(-1, *space.shape) + 1) / 2 * (space.high - space.low)
-        for row, number, a in zip(next_state, state[:, 0].astype(int), act.astype(space.dtype)):
-            obs, row[1], row[2], row[3], _ = self.worlds[number].step(a)
-            row[4:] = np.ravel(obs)
-        return next_state
+        with user_code("GymFamily: obs, reward, terminated, truncated, info = env.step(action)"):
+            for row, number, a in zip(next_state, state[:, 0].astype(int), act.astype(space.dtype)):
+                obs, row[1], row[2], row[3], _ = self.worlds[number].step(a)
+                row[4:] = np.reshape(obs, self.obs_dim)
+            return np.asarray_chkfinite(next_state)
 
     def observe(self, state):
         return state[:, 4:]
@@ -723,13 +740,11 @@ def family_of(env):
         raise SystemExit(f"--env {env}: no such family; {hint}")
     if env not in FAMILIES:
         sys.path.append(os.getcwd())
-        try:
+        with user_code(f"--env {env}, FILE:FAMILY of FILE.py in {os.getcwd()}"):
             found = getattr(importlib.import_module(module), name, None)
-        except ModuleNotFoundError as error:
-            raise SystemExit(f"--env {env}: {error}") from None
-        FAMILIES[env] = found() if isinstance(found, type) else found
+            FAMILIES[env] = found() if isinstance(found, type) and issubclass(found, Family) else found
     if not isinstance(FAMILIES[env], Family):
-        raise SystemExit(f"--env {env}: {name} of {module}.py must be a Family of data_collect.py")
+        raise SystemExit(f"--env {env}: {name} of {module}.py must be a Family or GymFamily of data_collect.py")
     return FAMILIES[env]
 
 
@@ -1151,9 +1166,12 @@ POLICY_SETTINGS += ("rows", "updates_per_step", "batch_size", "width", "lr")
 def own_episode(episode):
     """An episode as `write_dataset` takes it -> observations [n + 1, O], actions [n, A], rewards [n], terminated bool;
     a ValueError says what is wrong."""
+    needed = "observations", "actions", "rewards"
     if not isinstance(episode, dict):
-        episode = dict(zip(("observations", "actions", "rewards", "terminated"), episode))
-    obs, act, rew = (np.asarray(episode[key], np.float32) for key in ("observations", "actions", "rewards"))
+        episode = dict(zip((*needed, "terminated", "unknown"), episode))
+    if "unknown" in episode or not episode.keys() >= {*needed}:
+        raise ValueError("an episode has observations, actions, rewards and, optionally, terminated")
+    obs, act, rew = (np.asarray(episode[key], np.float32) for key in needed)
     if not len(rew):
         raise ValueError("it is empty")
     rew, ends = rew.reshape(len(rew), -1), np.ravel(episode.get("terminated", episode.get("terminals", False)))
@@ -1163,16 +1181,17 @@ def own_episode(episode):
             raise ValueError("next_observations do not lead to the next observation; is it more than one episode?")
         obs = np.concatenate([obs, after[-1:]])
     shapes = ", ".join(str(np.shape(x)) for x in (obs, act, episode["rewards"]))
+    last = ends.dtype.kind in "biuf" and len(ends) in (1, len(rew)) and not ends[:-1].any()
     fits = obs.ndim == act.ndim == 2 and len(obs) - 1 == len(act) == rew.size
     complaints = {
         f"shapes {shapes}, expected [n + 1, obs_dim], [n, act_dim], [n]": not fits,
         "a number is not finite": not all(np.isfinite(x).all() for x in (obs, act, rew)),
-        f"actions reach {abs(act).max(initial=0):.3g}; rescale them to [-1, 1]": abs(act).max(initial=0) > 1,
-        "it terminates before its last step; split it": ends[:-1].any(),
+        f"actions reach {abs(act).max(initial=0):.6g}; rescale them to [-1, 1]": abs(act).max(initial=0) > 1 + 1e-5,
+        "terminated must be one bool, or one per step and False before its last step (split it there)": not last,
     }
     if any(complaints.values()):
         raise ValueError(", ".join(text for text, holds in complaints.items() if holds))
-    return obs, act, rew[:, 0], bool(ends[-1])
+    return obs, act.clip(-1, 1), rew[:, 0], bool(ends[-1])
 
 
 def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), quality="own", **optional):
@@ -1184,7 +1203,10 @@ def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), quality=
     observations are [n, obs_dim]. foreign: for each test task a list of episodes by policies of other tasks, equally
     many. optional: further arrays of FILE_LAYOUT, such as task_params [T, P], random_returns [T], expert_returns [T].
     What is left out leaves out the figures that need it."""
+    if not all(isinstance(own, (list, tuple)) for own in (*episodes, *foreign)):
+        raise SystemExit(f"{path} is not written: episodes must be a list with a list of episodes for each task")
     problems = [f"there is no array {key} in FILE_LAYOUT" for key in optional if key not in FILE_LAYOUT]
+    problems += ["foreign needs equally many episodes for each test task"] * (len(set(map(len, foreign))) > 1)
     arrays, family, tables, read = {}, family_of(env), {"": episodes, "ood_": foreign}, {}
     for prefix, task, number in ((p, t, n) for p in tables for t, own in enumerate(tables[p]) for n in range(len(own))):
         try:
@@ -1197,7 +1219,7 @@ def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), quality=
                 most = f"expected {(family.obs_dim, family.act_dim)} and at most {family.horizon} steps"
                 raise ValueError(f"observations and actions have sizes {found}, {n} steps; {most}")
             read[prefix, task, number] = obs, act, rew, ended
-        except (ValueError, TypeError, KeyError) as error:
+        except Exception as error:
             problems.append(f"{'context of ' * bool(prefix)}task {task}, episode {number}: {error}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -1209,7 +1231,7 @@ def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), quality=
         for key, part in zip(("observations", "actions", "rewards"), parts):
             arrays[prefix + key][*place, : len(part)] = part
         arrays[prefix + "lengths"][*place], arrays[prefix + "terminated"][*place] = len(parts[1]), parts[3]
-    arrays |= optional | {"train_ids": np.array(train_ids, int), "test_ids": np.array(test_ids, int)}
+    arrays |= optional | {"train_ids": np.array(train_ids), "test_ids": np.array(test_ids)}
     return save_dataset(Path(path), env, arrays, {"settings": {"quality": quality}})
 
 
@@ -1238,7 +1260,7 @@ def collect(args):
     params, train_ids, test_ids = given_tasks(args.tasks, family) if args.tasks else family.draw()
     for name, ids in (("train_tasks", train_ids), ("test_tasks", test_ids)):
         if not len(ids) or not np.isin(ids, range(len(params))).all():
-            raise SystemExit(f"{args.tasks or args.env}: {name} must be numbers from 0 to {len(params) - 1}")
+            raise SystemExit(f"{args.tasks or args.env}: {name} must be some of the tasks 0 to {len(params) - 1}")
         if (getattr(args, name) or 0) > len(ids):
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.env} has {len(ids)}")
     train_ids, test_ids = train_ids[: args.train_tasks], test_ids[: args.test_tasks]
@@ -1295,7 +1317,7 @@ def train_policies(family, params, args, path, device, signals):
     a list of PHASES actor state dicts."""
     groups = [np.arange(len(params))] if args.behavior == "shared" else [np.array([i]) for i in range(len(params))]
     wanted = {k: getattr(args, k) for k in POLICY_SETTINGS}
-    wanted["tasks"] = params.tolist() if args.tasks else None
+    wanted["tasks"] = params.tolist()
     policies = {"version": RUN_VERSION, "settings": wanted, "finished": [], "training": None}
     if path.exists():
         remedy = "move it away, or write to another folder with --out"
@@ -1623,7 +1645,7 @@ def load_dataset(env, path=None, device="cpu"):
     make += "" if ours else f" --out {shown(path)}"
     own = "docs/OWN_DATA.md tells how to write your data"
     if not path.is_file():
-        what = f"Make it: {make}" if family.simulated else f"--env offline needs --dataset FILE; {own}"
+        what = f"Make it: {make}" if family.simulated else f"Give the right path with --dataset; {own}"
         raise SystemExit(f"{shown(path)} not found. {what}")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -1633,14 +1655,20 @@ def load_dataset(env, path=None, device="cpu"):
         remedy = f"Move it away and run: {make}" if ours else f"Choose another --dataset; {own}"
         raise SystemExit(f"{shown(path)}: damaged, or not a dataset. {remedy}")
     remedy = f"Move it away and run: {make}" if ours or "command" in header else own
-    header["settings"] = {"quality": "own"} | header.get("settings", {})
+    header["settings"] = made = {"quality": "own"} | header.get("settings", {})
     if family.simulated and header["env"] != env:
-        raise SystemExit(f"{shown(path)} holds {header['env']}, not {env}. Choose another --env or --dataset")
+        raise SystemExit(f"{shown(path)} holds {header['env']}, not {env}. Use --env {header['env']} or another file")
     if header["format_version"] != FORMAT_VERSION:
         what = f"has format {header['format_version']}, this code reads {FORMAT_VERSION}"
         raise SystemExit(f"{shown(path)} {what}. {remedy}")
     if problems := check_arrays(family, arrays):
         raise SystemExit(f"{shown(path)}: {'; '.join(problems)}. {remedy}")
+    if family.simulated and "train_tasks" in made and not made.get("tasks"):  # collected on the family's own tasks
+        params, *ids = family.draw()
+        for name, own in zip(("train", "test"), ids):
+            drawn, found = params[own[: made[f"{name}_tasks"]]], arrays["task_params"][arrays[f"{name}_ids"]]
+            if drawn.shape != found.shape or not np.allclose(drawn, found):
+                raise SystemExit(f"{shown(path)} was made for other {name} tasks than {env} has now. {remedy}")
     return Dataset(env, family, header, arrays, device, shown(path))
 
 
@@ -1655,7 +1683,7 @@ def check_arrays(family, arrays):
         if key not in arrays:
             continue
         array = np.asarray(arrays[key])
-        if not np.can_cast(array.dtype, dtype, "same_kind"):
+        if array.size and not np.can_cast(array.dtype, dtype, "same_kind"):
             problems.append(f"{key} has type {array.dtype}, expected {dtype}")
             continue
         arrays[key] = array = array.astype(dtype, copy=False)

@@ -305,7 +305,7 @@ def test_wrong_content_is_refused_in_one_line(tiny_path, tmp_path, damage):
     message = stop_message(dc.load_dataset, "point-robot", path)
     assert message.startswith(str(path)) and complaint in message
     command = f"Move it away and run: python data_collect.py --env point-robot --out {path}"
-    assert message.endswith("Choose another --env or --dataset" if "holds" in message else command)
+    assert message.endswith("Use --env ant-dir or another file" if "holds" in message else command)
 
 
 @pytest.mark.parametrize("kind", ["cut off", "bit", "objects"])

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, stop_message
+from conftest import ROOT, TINY, stop_message
 from test_smoke import NAMES
 from test_smoke import SHORT as FEW
 
@@ -54,11 +54,14 @@ def test_document_brings_own_arrays(folder, capsys):
     assert "returns left out: there is no simulator" in out and "eval  action error: iid 0." in out
     again = focal.train(focal.Args(env="offline", resume=result["run_dir"], dataset="own.npz", **SHORT, eval_only=True))
     assert again["eval/iid/action_error"] == result["eval/iid/action_error"]
+    assert len(BLOCKS[1].strip().splitlines()) <= 12
+    exec(BLOCKS[1], names := {"run_dir": result["run_dir"]})
+    assert names["act"].numpy().shape == (1, 2) and names["act"].abs().max() <= 1
 
 
 def test_document_brings_own_environment(folder):
-    assert len([line for line in BLOCKS[1].splitlines() if line]) <= 12
-    (folder / "pendulum.py").write_text(BLOCKS[1])
+    assert len([line for line in BLOCKS[2].splitlines() if line]) <= 12
+    (folder / "pendulum.py").write_text(BLOCKS[2])
     family = dc.family_of("pendulum:Pendulum")
     assert family.horizon == 200  # the time limit of Pendulum-v1
     family.horizon = 20
@@ -83,6 +86,7 @@ def test_readme_brings_own_family(folder):
 
 def test_written_file_holds_the_episodes(folder):
     plain = [[episode(n) for n in lengths] for lengths in ((4, 7), (5,), (2, 3, 6))]
+    plain[1][0][1][0] = 1 + 1e-6, -1 - 1e-6  # as rounding leaves them
     obs, act, rew = plain[0][1]
     given = [list(of_task) for of_task in plain]
     given[0][1] = {"observations": obs[:-1], "next_observations": obs[1:], "actions": act, "rewards": rew[:, None]}
@@ -93,7 +97,7 @@ def test_written_file_holds_the_episodes(folder):
     for task, number in ((t, n) for t in range(3) for n in range(len(plain[t]))):
         obs, act, rew = (torch.as_tensor(x, dtype=torch.float32) for x in plain[task][number])
         rows = data.unpack(data.episodes[task, number, : len(act)])
-        assert torch.equal(rows.act, act) and torch.equal(rows.rew, rew)
+        assert torch.equal(rows.act, act.clip(-1, 1)) and torch.equal(rows.rew, rew)
         torch.testing.assert_close(torch.stack([rows.obs, rows.next_obs]) * data.obs_std + data.obs_mean,
                                    torch.stack([obs[:-1], obs[1:]]), atol=1e-5, rtol=0)  # fmt: skip
         assert rows.term.tolist() == [0.0] * (len(act) - 1) + [float((task, number) in ((0, 1), (2, 0)))]
@@ -108,9 +112,14 @@ BROKEN = {  # what becomes of (observations, actions, rewards) -> the complaint
     "empty": (lambda o, a, r: (o[:1], a[:0], r[:0]), "it is empty"),
     "action above 1": (lambda o, a, r: (o, 9 * a, r), "rescale them to [-1, 1]"),
     "other size": (lambda o, a, r: (o[:, :2], a, r), "expected (3, 2)"),
-    "no action": (lambda o, a, r: {"observations": o, "rewards": r}, "'actions'"),
+    "no action": (lambda o, a, r: {"observations": o, "rewards": r}, "has observations, actions, rewards and"),
+    "nothing": (lambda o, a, r: (), "has observations, actions, rewards and"),
+    "five entries": (lambda o, a, r: (o, a, r, True, False), "has observations, actions, rewards and"),
+    "end in words": (lambda o, a, r: (o, a, r, "False"), "terminated must be one bool"),
+    "flags too short": (lambda o, a, r: (o, a, r, [False] * 4), "terminated must be one bool"),
+    "no array": (lambda o, a, r: 3, "not iterable"),
     "text": (lambda o, a, r: (o, a, ["a"] * 5), "could not convert"),
-    "ends early": (lambda o, a, r: (o, a, r, [True] * 5), "before its last step"),
+    "ends early": (lambda o, a, r: (o, a, r, [True] * 5), "False before its last step"),
     "two in one": (lambda o, a, r: {"observations": o[:-1], "next_observations": o[:-1], "actions": a, "rewards": r},
                    "more than one episode"),
 }  # fmt: skip
@@ -134,6 +143,16 @@ def test_all_problems_come_in_one_line(folder):
     assert "expert_returns has shape (1,)" in message
     assert "test_ids must be distinct" in stop_message(lambda: write("own.npz", [[episode(5)]] * 3, test=(7,)))
     assert not (folder / "own.npz").exists()
+
+
+@pytest.mark.parametrize("given, complaint", [
+    ({"train": [0.5, 1]}, "train_ids has type float64, expected int64"),
+    ({"train": []}, "train_ids must be distinct task numbers from 0 to 2, at least one"),
+    ({"foreign": [[episode(5)], [episode(5)] * 2]}, "foreign needs equally many episodes"),
+    ({"episodes": {0: [episode(5)]}}, "a list with a list of episodes for each task"),
+])  # fmt: skip
+def test_wrong_tables_are_named(folder, given, complaint):
+    assert complaint in stop_message(lambda: write("own.npz", **{"episodes": [[episode(5)]] * 3, **given}))
 
 
 def test_plain_arrays_are_enough(folder):
@@ -285,11 +304,64 @@ def test_unfit_environment_is_refused(what):
     assert "time limit" in stop_message(lambda: dc.GymFamily(lambda params: Slope(1), [[1.0]], [0]))
 
 
+FAULTS = {  # methods of an environment -> the complaint
+    "bare observation": ({"reset": lambda self, seed: np.zeros(2)}, "reset(seed=0): ValueError: cannot reshape"),
+    "no seed": ({"reset": lambda self: (np.zeros(2), {})}, "reset(seed=0): TypeError"),
+    "nan observation": ({"reset": lambda self, seed: ([0, np.nan], {})}, "reset(seed=0): ValueError: array must not"),
+    "short observation": ({"step": lambda self, a: (np.zeros(1), 0, False, False, {})}, "cannot reshape"),
+    "four values": ({"step": lambda self, a: (np.zeros(2), 0, False, {})}, "step(action): ValueError: not enough"),
+    "nan reward": ({"step": lambda self, a: (np.zeros(2), np.nan, False, False, {})}, "step(action): ValueError: arr"),
+    "own error": ({"step": lambda self, a: json.loads("[")}, f"column 2 (char 1) ({__file__}, line "),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_environments_fault_is_one_line(what):
+    methods, complaint = FAULTS[what]
+    family = dc.GymFamily(lambda params: type("Faulty", (Slope,), methods)(1), [[1.0]], [0], horizon=5.0)
+    assert isinstance(family.horizon, int)
+
+    def play():
+        env = dc.TaskEnv(family, family.params, [0])
+        env.reset(seed=0)
+        env.step(np.zeros((1, 2)))
+
+    message = stop_message(play)
+    assert message.startswith("GymFamily: obs, ") and complaint in message
+
+
+def test_file_of_other_tasks_is_refused(tiny_path, monkeypatch):
+    """By a training and by a collection; policies of other tasks do not act either."""
+    family = dc.FAMILIES["point-robot"]
+    params, *ids = family.draw()
+    paths = tiny_path, tiny_path.with_name("other.npz")
+    same, anew = (dc.Args(env="point-robot", out=str(path), **TINY) for path in paths)
+    for changed in ((params + 0.01, *ids), (params, *ids[::-1])):
+        monkeypatch.setattr(family, "draw", lambda changed=changed: changed)
+        message = stop_message(dc.load_dataset, "point-robot", tiny_path)
+        assert "was made for other train tasks than point-robot has now. Move it away and run: python" in message
+        assert "was made for other train tasks" in stop_message(dc.collect, same)
+        assert "holds policies with other settings" in stop_message(dc.collect, anew)
+    monkeypatch.setattr(family, "draw", lambda: (params, ids[0], ids[1][::-1]))
+    assert "was made for other test tasks" in stop_message(dc.load_dataset, "point-robot", tiny_path)
+    monkeypatch.setattr(family, "draw", lambda: (params, ids[0][:5], ids[1]))
+    assert "was made for other train tasks" in stop_message(dc.load_dataset, "point-robot", tiny_path)
+    assert not dc.load_dataset("offline", tiny_path).family.simulated  # there the file alone counts
+
+
 def test_family_of_a_file_is_found_or_named(folder):
-    (folder / "mine.py").write_text("import data_collect as dc\nclass Far(dc.PointRobot): horizon = 7\nx = 3\n")
+    (folder / "needs.py").write_text("import deeper\n")
+    (folder / "deeper.py").write_text("x = 1\nimport not_a_package\n")
+    message = stop_message(dc.family_of, "needs:X")
+    assert "No module named 'not_a_package'" in message and message.endswith(f"({folder}/deeper.py, line 2)")
+    assert f"FILE:FAMILY of FILE.py in {folder}: TypeError" in stop_message(dc.family_of, "./needs:X")
+    (folder / "mine.py").write_text("import gymnasium\nimport data_collect as dc\nx = 3\n"
+                                    "class Far(dc.PointRobot): horizon = 7\n"
+                                    "class Env(gymnasium.Env):\n def __init__(self, mass): pass\n")  # fmt: skip
     assert dc.family_of("mine:Far").horizon == 7 and dc.family_of("mine:Far") is dc.family_of("mine:Far")
     assert "x of mine.py must be a Family" in stop_message(dc.family_of, "mine:x")
-    assert "--env yours:Far: No module named 'yours'" in stop_message(dc.family_of, "yours:Far")
+    assert "Env of mine.py must be a Family or GymFamily" in stop_message(dc.family_of, "mine:Env")
+    assert "ModuleNotFoundError: No module named 'yours'" in stop_message(dc.family_of, "yours:Far")
     assert "did you mean point-robot" in stop_message(dc.family_of, "point-robo")
     assert "nothing to collect" in stop_message(dc.collect, dc.Args(env="offline"))
 
