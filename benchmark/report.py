@@ -383,8 +383,8 @@ def interval(statistic, *methods, draws=2_000):
 
 
 def print_comparison(path, reference, envs, only, brief=False):
-    """Means over families: of the interquartile mean of the normalized returns of tasks and seeds, and, unless brief, of
-    the probability that the reference is better; of the methods that all families have."""
+    """Means over families of the interquartile mean of normalized returns over tasks and seeds, and, unless brief, of the
+    probability that the reference is better; of the methods that all families have."""
     seeds, cells, protocols = {}, defaultdict(dict), ("iid", "ood", "online")
     for protocol in protocols:
         tables = [scores(path, env, protocol, only and [*only, reference]) for env in envs]
@@ -399,8 +399,8 @@ def print_comparison(path, reference, envs, only, brief=False):
             if not brief:
                 cells[name][protocol].append("" if name == reference else interval(improvement, ours, theirs))
     columns = [[p] if brief else [p, f"P({reference} is better), {p}"] for p in protocols]
-    rows = [[n, seeds[n], *sum((cells[n].get(p, [""] * len(c)) for p, c in zip(protocols, columns)), [])] for n in cells]
-    print_table(["method", "seeds", *sum(columns, [])], sorted(rows))
+    found = {n: sum((cells[n].get(p, [""] * len(c)) for p, c in zip(protocols, columns)), []) for n in sorted(cells)}
+    print_table(["method", "seeds", *sum(columns, [])], [[n, seeds[n], *row] for n, row in found.items()])
 
 
 def print_gains(path, reference, envs, only, protocols=GAINS):
@@ -602,7 +602,7 @@ def main():
     parser.add_argument("--quality", default="mixed", help="of the data, for the tables of families")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
     parser.add_argument("--gain", metavar="NAME", help="what all others have more than this experiment, seed by seed")
-    parser.add_argument("--brief", action="store_true", help="normalized returns of five protocols only; with --compare no probabilities")
+    parser.add_argument("--brief", action="store_true", help="five protocols, normalized; with --compare no probabilities")
     parser.add_argument("--columns", nargs="+", choices=(*PROTOCOLS, TENTH), help="these protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()

@@ -73,7 +73,8 @@ def test_document_brings_own_environment(folder):
 
 
 def test_readme_brings_own_family(folder):
-    code = re.search(r"```python\n(import numpy as np\nfrom data_collect.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(import numpy as np\nfrom data_collect.*?)```", readme, flags=re.DOTALL)[1]
     (folder / "cart.py").write_text(code)
     tiny = {"train_tasks": 3, "test_tasks": 2, "total_updates": 20, "rows": 4, "episodes": 3, "test_episodes": 2}
     dc.collect(dc.Args(env="cart:Cart", ood_contexts=1, width=8, **tiny))
