@@ -299,8 +299,8 @@ def print_brief(groups, columns):
 
 
 def print_tables(groups, columns=None):
-    """Returns per protocol, of `columns` alone. Without `columns` of all protocols, with the critic's error, quality of z
-    and cost; then what happens over inner steps, own episodes, and with the distance of the policy that acted."""
+    """Returns per protocol, of `columns` alone. Without `columns` of all protocols, with the critic's error, quality of
+    z and cost; then what happens over inner steps, own episodes, and with the distance of the policy that acted."""
     sizes = [abs(float(row["return"])) for seeds in groups.values() for row in of(seeds, "iid")]
     digits, table = 2 if max(sizes) < 50 else 0, []
     for name, seeds in groups.items():
@@ -383,8 +383,8 @@ def interval(statistic, *methods, draws=2_000):
 
 
 def print_comparison(path, reference, envs, only, brief=False):
-    """Means over families of the interquartile mean of normalized returns over tasks and seeds, and, unless brief, of the
-    probability that the reference is better; of the methods that all families have."""
+    """Means over families of the interquartile mean of normalized returns over tasks and seeds, and, unless brief, of
+    the probability that the reference is better; of the methods that all families have."""
     seeds, cells, protocols = {}, defaultdict(dict), ("iid", "ood", "online")
     for protocol in protocols:
         tables = [scores(path, env, protocol, only and [*only, reference]) for env in envs]
@@ -602,7 +602,7 @@ def main():
     parser.add_argument("--quality", default="mixed", help="of the data, for the tables of families")
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
     parser.add_argument("--gain", metavar="NAME", help="what all others have more than this experiment, seed by seed")
-    parser.add_argument("--brief", action="store_true", help="five protocols, normalized; with --compare no probabilities")
+    parser.add_argument("--brief", action="store_true", help="five protocols; with --compare no probabilities")
     parser.add_argument("--columns", nargs="+", choices=(*PROTOCOLS, TENTH), help="these protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()
