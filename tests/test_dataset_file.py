@@ -335,6 +335,7 @@ def test_missing_file_names_its_command(tmp_path, monkeypatch):
 def test_wrong_flag_is_named(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["data_collect.py", *command.split()])
+    monkeypatch.setitem(sys.modules, "data_collect", dc)  # the program puts itself there
     message = stop_message(lambda: runpy.run_path(str(ROOT / "data_collect.py"), run_name="__main__"))
     assert message.startswith(f"{command}: ") and not list(tmp_path.iterdir())
 
