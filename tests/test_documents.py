@@ -44,7 +44,8 @@ def unknown_flags(text):
     flags = {flag.replace("-", "_") for flag in re.findall(r"--[a-z][a-z-]*", re.sub("<!--.*?-->", "", text))}
     nodes = [node for path in ROOT.glob("*.py") for node in ast.parse(path.read_text()).body]
     fields = [field for node in nodes if getattr(node, "name", "") == "Args" for field in node.body]
-    return flags - NOT_OURS - {f"__{field.target.id}" for field in fields if isinstance(field, ast.AnnAssign)}
+    names = {field.target.id for field in fields if isinstance(field, ast.AnnAssign)}
+    return flags - NOT_OURS - {f"__{no}{name}" for name in names for no in ("", "no_")}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
