@@ -446,6 +446,15 @@ def test_damaged_checkpoint_is_refused(copied):
     assert "not of this version" in stop_message(lambda: resume("flora", copied))
 
 
+def test_shipped_checkpoints_fit_their_scripts():
+    """A new argument of a script has to be added to them."""
+    shipped = sorted((ROOT / "checkpoints").iterdir())
+    assert len(shipped) == 10
+    for folder in shipped:
+        script = importlib.import_module(json.loads((folder / "args.json").read_text())["script"])
+        assert dc.load_checkpoint(folder, script.Args)["args"]["env"] == folder.name.split("-small-")[1]
+
+
 def test_resume_refuses_what_does_not_fit(tmp_path, copied):
     message = stop_message(lambda: resume("flora", copied, num_flows=3))
     assert "--num-flows 3" in message and "has 4" in message
