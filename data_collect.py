@@ -633,7 +633,7 @@ class GymFamily(Family):
         self.make, self.params, self.test_ids = make, np.array(params, np.float64), np.array(test_ids)
         if unknown := [name for name in settings if not hasattr(Family, name)]:
             raise SystemExit(f"GymFamily: no setting {unknown[0]}")
-        mujoco.set_mju_user_warning(lambda _: None)  # or each environment repeats those of its model
+        mujoco.set_mju_user_warning(lambda _: None)  # or every environment repeats the model's warnings
         self.worlds, self.keys, self.free = [], [], {}  # environments; their tasks; numbers of unused ones, by task
         world = self.worlds[self.take(self.params[0])]
         self.space, self.obs_dim = world.action_space, math.prod(world.observation_space.shape)
