@@ -15,11 +15,12 @@ One update; all gradients are taken before an optimizer steps:
   3 critic   L_r = (r - phi . W)^2 / 2 trains phi and W (5);  L_psi = Huber(psi - y_psi) trains psi (11)
   4 encoder  rho3 (L_r + L_psi) - log p(y) + rho2 KL(q || N(0, I)) trains encoder and flows (17, 18)
   5 policy   maximum likelihood trains pi_beta;  rho1 KL(pi || pi_beta) - min Q trains pi at z_mean (12, 13)
-  Every --bandit-every updates a bandit credits alpha with the change of the estimated return and draws anew (10).
+  After each of --bandit-episodes, a bandit credits alpha with the change of the estimated return and redraws it (10).
 Differences from the paper, tagged [ours: ..] in the code; D are FLORA's, B the shared actor-critic's:
   D1  W = softmax, so a lower feature never raises Q: --weight-activation softmax (paper: silent)
   D2  log p(y): mean over transitions with the fitted mean and variance of Q - y, times --likelihood-weight 32 (silent)
-  D3  the bandit sees the critic's value of initial states, itself raised by alpha: --bandit-feedback (paper: rollout)
+  D3  the bandit sees changes of the critic's value at initial states, in units of the usual change. Alpha raises
+      this value itself: --bandit-feedback (paper: rollout)
   D4  policy, pi_beta and bootstrap values use z_mean, all other losses the sample z (paper: the sample)
   D5  point families: --encoder-lr 3e-4 (paper: silent) and a fixed rho1, --kl-coef-lr 0 (paper: rho1 is trained)
   B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: 1 and 0)
@@ -92,7 +93,7 @@ class Args:
     """at test: z_mean, or beyond the paper a training task's z that explains the context's rewards better"""
     alpha_min: float = -1.0  # most pessimistic arm of the correction; 0 = no correction, the ablation
     num_arms: int = 5  # arms from alpha_min to 0, at most 20, since each keeps a probability of 0.05
-    bandit_every: int = 500  # updates between two draws of alpha [gradient steps]
+    bandit_episodes: int = 40  # draws of alpha, evenly over the training
     bandit_lr: float = 0.1  # step size of the bandit (lambda)
     bandit_feedback: Literal["offline", "rollout"] = "offline"
     """what the bandit credits: offline = the critic's value of initial states, rollout = episodes on training tasks"""
@@ -336,7 +337,8 @@ class Agent(nn.Module):
         self.register_buffer("arms", torch.linspace(args.alpha_min, 0, args.num_arms))
         self.register_buffer("arm_logits", torch.zeros(args.num_arms))
         self.register_buffer("arm", torch.zeros((), dtype=torch.long))  # number of the arm in use
-        self.register_buffer("last_return", torch.tensor(float("nan")))  # none yet
+        self.register_buffer("last_return", torch.tensor(math.nan))  # none yet
+        self.register_buffer("usual_change", torch.tensor(math.nan))  # running mean of the absolute change
 
     def infer(self, context, mask, noise):
         """context [M, K, ctx_dim], mask [M, K], noise [M, z_dim] of the sample of q_0 (0 gives z_mean)
@@ -379,11 +381,15 @@ class Agent(nn.Module):
         return 0.05 + (1 - 0.05 * len(self.arms)) * self.arm_logits.softmax(0)
 
     def bandit_step(self, episode_return, lr, generator):
-        """Credit the arm in use with the change of the estimated return, clipped to +-1, then draw the next arm. A
-        seldom drawn arm is credited more: the change is divided by its probability."""
-        if not self.last_return.isnan():
-            gain = (episode_return - self.last_return).clamp(-1, 1)
+        """Credit the arm in use with the change of the estimated return, then draw the next arm. A change is measured
+        in units of the usual change and clipped to +-1 [ours: D3]. The first two episodes set `last_return` and
+        `usual_change`, without credit. A seldom drawn arm is credited more: by 1 / its probability."""
+        change = episode_return - self.last_return
+        gain = (change / self.usual_change).clamp(-1, 1)
+        if not gain.isnan():
             self.arm_logits[self.arm] += lr * gain / self.arm_probs()[self.arm]  # (Eq. 10)
+        usual = self.usual_change.lerp(change.abs(), 0.2)
+        self.usual_change.copy_(torch.where(usual.isnan(), change.abs(), usual))
         self.last_return.copy_(episode_return)
         self.arm.copy_(torch.multinomial(self.arm_probs(), 1, generator=generator)[0])
 
@@ -542,17 +548,17 @@ def evaluate_all(agent, data, args, protocols, episodes):
 
 
 def bandit_return(agent, data, args, generator):
-    """What the bandit sees of the current policy, in standard deviations of the data's returns -> 0-d tensor: the
-    critic's value of initial states, or the return of episodes on training tasks. [ours: D3]"""
+    """What the bandit sees of the current policy -> 0-d tensor: the critic's value of initial states, or the return of
+    episodes on training tasks. [ours: D3]"""
     if args.bandit_feedback == "rollout":
         mean = dc.evaluate(data, partial(adapt, agent), ("train",), 1)["eval/train/return"]
-        return torch.tensor(mean / data.return_std, device=data.device)
+        return torch.tensor(mean, device=data.device)
     context = data.sample_context(data.train_tasks, args.context_size, generator)
     first = data.episodes[data.train_tasks][:, : data.min_episodes, 0]  # first transitions [tasks, episodes, ..]
     obs = first[..., : data.obs_dim]
     with torch.no_grad():
         z = embed(agent, context, torch.ones_like(context[..., 0]))
-        return agent.q(obs, agent.act(obs, z), z).mean() / (args.reward_scale * data.return_std)
+        return agent.q(obs, agent.act(obs, z), z).mean()
 
 
 # ---- training ---------------------------------------------------------------
@@ -570,8 +576,9 @@ def train(args):
     generator = torch.Generator(data.device).manual_seed(args.seed)
     agent = Agent(data, args).to(data.device)
     with dc.Run(args, data, agent, generator, free={"inference"}) as run:
+        bandit_every = max(1, args.total_updates // args.bandit_episodes)
         for step in run.updates():
-            if (step - 1) % args.bandit_every == 0:
+            if step > 1 and (step - 1) % bandit_every == 0:
                 agent.bandit_step(bandit_return(agent, data, args, generator), args.bandit_lr, generator)
             task_ids = data.sample_tasks(args.meta_batch, generator)
             context = data.sample_context(task_ids, args.context_size, generator)

@@ -34,7 +34,7 @@ SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 40, "log_every"
 SMALL |= {"save_every": 10, "eval_episodes": 1, "final_episodes": 2, "meta_batch": 4, "batch_size": 8}
 SMALL |= {"context_size": 8, "width": 16}
 CASES = {  # case: script, its arguments
-    "flora": ("flora", {"bandit_every": 15}),
+    "flora": ("flora", {"bandit_episodes": 2}),
     "focal": ("focal", {}),
     "focal_pp": ("focal_pp", {}),
     "focal-dual": ("focal", {"divergence": "dual", "entropy_weight": 0.1, "kl_coef_lr": 0.1}),
@@ -232,7 +232,7 @@ def test_seed_decides_the_run(case, straight, tiny_path, tmp_path):
 
 def test_args_json_says_how_it_was_made(straight):
     about = json.loads((straight("flora").run_dir / "args.json").read_text())
-    assert about["script"] == "flora" and about["args"]["bandit_every"] == 15
+    assert about["script"] == "flora" and about["args"]["bandit_episodes"] == 2
     assert about["versions"]["threads"] == torch.get_num_threads() and "commit" in about["versions"]
 
 
