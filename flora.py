@@ -15,12 +15,12 @@ One update; all gradients are taken before an optimizer steps:
   3 critic   L_r = (r - phi . W)^2 / 2 trains phi and W (5);  L_psi = Huber(psi - y_psi) trains psi (11)
   4 encoder  rho3 (L_r + L_psi) - log p(y) + rho2 KL(q || N(0, I)) trains encoder and flows (17, 18)
   5 policy   maximum likelihood trains pi_beta;  rho1 KL(pi || pi_beta) - min Q trains pi at z_mean (12, 13)
-  After each of --bandit-episodes, a bandit credits alpha with the change of the estimated return and redraws it (10).
+  Per bandit episode (--bandit-episodes): credit alpha with the change of the estimated return, draw the next (10)
 Differences from the paper, tagged [ours: ..] in the code; D are FLORA's, B the shared actor-critic's:
   D1  W = softmax, so a lower feature never raises Q: --weight-activation softmax (paper: silent)
   D2  log p(y): mean over transitions with the fitted mean and variance of Q - y, times --likelihood-weight 32 (silent)
-  D3  the bandit sees changes of the critic's value at initial states, in units of the usual change. Alpha raises
-      this value itself: --bandit-feedback (paper: rollout)
+  D3  the bandit is credited with the critic's value, which alpha itself raises: --bandit-feedback (paper: rollout);
+      a change counts in units of the usual change, at most 1 (paper: as it is)
   D4  policy, pi_beta and bootstrap values use z_mean, all other losses the sample z (paper: the sample)
   D5  point families: --encoder-lr 3e-4 (paper: silent) and a fixed rho1, --kl-coef-lr 0 (paper: rho1 is trained)
   B1  pi_beta is fitted to the best episodes: --bc-top-fraction 0.25 --bc-weight-decay 0.3 (paper: 1 and 0)
@@ -93,7 +93,7 @@ class Args:
     """at test: z_mean, or beyond the paper a training task's z that explains the context's rewards better"""
     alpha_min: float = -1.0  # most pessimistic arm of the correction; 0 = no correction, the ablation
     num_arms: int = 5  # arms from alpha_min to 0, at most 20, since each keeps a probability of 0.05
-    bandit_episodes: int = 40  # draws of alpha, evenly over the training
+    bandit_episodes: int = 40  # draws of alpha, evenly spaced over the training
     bandit_lr: float = 0.1  # step size of the bandit (lambda)
     bandit_feedback: Literal["offline", "rollout"] = "offline"
     """what the bandit credits: offline = the critic's value of initial states, rollout = episodes on training tasks"""
@@ -434,7 +434,7 @@ def update(agent, task_ids, context, segment, bc_batch, args):
     psi = agent.psi(torch.cat([obs, act], -1), z)  # [2, M, B, F]
     loss_r = reward_loss(phi, weights, rew[..., 0])
     loss_psi = feature_loss(psi, psi_target)
-    (loss_r + loss_psi).backward(inputs=agent.critic_params, retain_graph=True)  # of them loss_psi reaches psi alone
+    (loss_r + loss_psi).backward(inputs=agent.critic_params, retain_graph=True)  # loss_psi reaches only psi
 
     # 4 encoder and flows
     agent.encoder_opt.zero_grad()
@@ -548,8 +548,8 @@ def evaluate_all(agent, data, args, protocols, episodes):
 
 
 def bandit_return(agent, data, args, generator):
-    """What the bandit sees of the current policy -> 0-d tensor: the critic's value of initial states, or the return of
-    episodes on training tasks. [ours: D3]"""
+    """Estimated return of the current policy -> 0-d tensor: the critic's mean value of initial states in the data, or
+    the mean return of new episodes on the training tasks. [ours: D3]"""
     if args.bandit_feedback == "rollout":
         mean = dc.evaluate(data, partial(adapt, agent), ("train",), 1)["eval/train/return"]
         return torch.tensor(mean, device=data.device)

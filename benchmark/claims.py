@@ -2,7 +2,7 @@
 
 Run:  python benchmark/claims.py figure1 --figure docs/figure1.png   # critic's error and divergence over the training
       python benchmark/claims.py features --env ant-dir              # how many features the critic really has
-      python benchmark/claims.py bandit                              # probabilities of its arms, by feedback
+      python benchmark/claims.py bandit --env point-robot            # fixed alphas and the bandit's
       python benchmark/claims.py length --env point-robot            # return by the length of the context
       python benchmark/claims.py parts --env ant-dir                 # is the task read from rewards or from who acted?
       python benchmark/claims.py drift                               # tasks that change inside an episode
@@ -20,17 +20,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import COLORS, HERE, band, canvas, finished_runs, picture, print_table, pyplot, read, revisit, save
+from report import COLORS, HERE, band, canvas, curve, finished_runs, picture, print_table, pyplot, read, revisit, save
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import data_collect as dc  # noqa: E402
 
-QUALITIES = ("random", "random.weak", "medium", "mixed", "expert")  # weak: --kl-coef 0.01, hardly an anchor
+# weak: --kl-coef 0.01, hardly an anchor; paper: flora_paper.py, long: 10,000 updates
+QUALITIES = ("random", "random.weak", "random.paper", "random.paper.long", "medium", "mixed", "expert")
 VARIANTS = ("no-flows", "no-correction", "neither", "plain", "all-episodes")  # plain: one feature, so no decomposition
 GROUPS = {  # data -> variant -> experiment; of figure1.txt, then of ablations.txt beside the ordinary runs
     **{data: {v: f"figure1-{data}-{v}" for v in ("full", *VARIANTS)} for data in QUALITIES},
     "shipped": {"full": "flora"} | {v: f"flora-{v}" for v in VARIANTS},
+}
+ARMS = {  # experiment -> its alpha; of bandit.txt beside the ordinary runs
+    "flora-alpha-1": "-1",
+    "flora-alpha-0.5": "-0.5",
+    "flora-no-correction": "0",
+    "flora": "bandit, critic's value",
+    "flora-rollout": "bandit, rollouts",
 }
 STEPS, GAP, GAP_SPREAD = 1_000, 250, 10  # of a non-stationary episode; steps between two tasks, normal
 EPISODES = 4  # per test task
@@ -131,16 +139,37 @@ def features(runs):
 
 
 def bandit(files, env):
-    """Probabilities of the arms at the end of the runs in bandit.txt."""
-    runs = defaultdict(list)
-    for row in read(files / "results.csv"):
-        if row["env"] == env and row["name"].startswith("bandit-") and row["arms"]:
-            runs[row["name"]].append([*map(float, row["arms"].split())])
-    if not runs:
+    """Returns with a fixed alpha and with the bandit's, and its probabilities at the end, from results.csv."""
+    rows = [row for row in read(files / "results.csv") if row["env"] == env and of_data(row) and row["name"] in ARMS]
+    if not any(row["name"] == "flora-alpha-1" for row in rows):
         raise SystemExit(f"no run of bandit.txt on {env} in {files / 'results.csv'}; see benchmark/README.md")
-    alphas = [f"alpha {alpha:.2f}" for alpha in np.linspace(-1, 0, len(next(iter(runs.values()))[0]))]
-    rows = [[name, str(len(found)), *(spread(column) for column in zip(*found))] for name, found in runs.items()]
-    print_table(["last probability", "seeds", *alphas], rows)
+    table = []
+    for name, alpha in ARMS.items():
+        found = defaultdict(dict)  # protocol -> seed -> row
+        for row in rows:
+            if row["name"] == name:
+                found[row["protocol"]][row["seed"]] = row
+        values = [[float(row["normalized"]) for row in found[p].values()] for p in ("iid", "ood", "online")]
+        errors = [100 * float(row["q_relative"]) for row in found["iid"].values()]
+        arms = [row["arms"].split() for row in found["iid"].values() if len(row["arms"].split()) == 5]
+        probs = [spread(np.array(column, float)) for column in zip(*arms)] or [""] * 5
+        if errors:
+            table.append([alpha, str(len(errors)), *(spread(v, 1) for v in values), spread(errors, 1), *probs])
+    last = [f"p({alpha:.2f})" for alpha in np.linspace(-1, 0, 5)]
+    print_table(["alpha", "seeds", "iid", "ood", "online", "Q error %", *last], table)
+
+
+def probabilities(runs, figure):
+    """Draw the probability of each arm over the training."""
+    fig, axes = pyplot().subplots(1, len(runs), figsize=(4 * len(runs), 3), sharey=True, squeeze=False)
+    for axis, (name, seeds) in zip(axes[0], runs.items()):
+        for arm, alpha in enumerate(np.linspace(-1, 0, 5)):
+            found = [curve(run_dir, f"bandit/prob_{arm}") for run_dir in seeds.values()]
+            band(axis, found[0][0], np.array([values for _, values in found]), label=f"{alpha:.2f}")
+        axis.set(title=f"{name} ({len(seeds)} seeds)", xlabel="updates", ylim=(0, 0.6))
+    axes[0, 0].set_ylabel("probability of the arm")
+    axes[0, -1].legend(title="alpha", frameon=False, ncols=2)
+    save(fig, figure)
 
 
 # ---- d: how much context a task needs ----------------------------------------
@@ -287,10 +316,12 @@ def main():
     if args.claim == "figure1":
         return figure1(HERE, args.env, args.figure)
     if args.claim == "bandit":
-        return bandit(HERE, args.env)
+        bandit(HERE, args.env)
+        if not args.figure:
+            return
     runs = finished_runs(args.runs / args.env)
-    args.only = args.only or (["flora"] if args.claim == "features" else None)
-    passed = ("figure1-", "bandit-", "known-task", "meta_dt")  # no context, or hardly one beside the own history
+    args.only = args.only or {"features": ["flora"], "bandit": ["flora", "flora-rollout"]}.get(args.claim)
+    passed = ("figure1-", "known-task", "meta_dt")  # no context, or hardly one beside the own history
     runs = {n: seeds for n, seeds in runs.items() if (n in args.only if args.only else not n.startswith(passed))}
     if not runs:
         script = next((name for name in args.only or () if (HERE.parent / f"{name}.py").is_file()), "flora")
@@ -298,6 +329,8 @@ def main():
         raise SystemExit(f"no finished run for this in {args.runs / args.env}; make one: {command}")
     if args.claim == "features":
         features(runs)
+    elif args.claim == "bandit":
+        probabilities(runs, args.figure)
     elif args.claim == "length":
         length(runs, args.figure, args.env)
     elif args.claim == "parts":

@@ -17,12 +17,14 @@ from conftest import ROOT, flags, start_script, stop_message
 from torch.utils.tensorboard import SummaryWriter
 
 import data_collect as dc
+import flora
 import focal
 import omnirl
 
 sys.path.append(str(ROOT / "benchmark"))
-SCRIPTS = ("report", "claims", "look", "missing", "references", "speed", "tabular")
-report, claims, look, missing, references, speed, tabular = (importlib.import_module(name) for name in SCRIPTS)
+SCRIPTS = ("report", "claims", "look", "missing", "references", "speed", "tabular", "flora_paper", "relabelled")
+modules = (importlib.import_module(name) for name in SCRIPTS)
+report, claims, look, missing, references, speed, tabular, flora_paper, relabelled = modules
 
 
 def write_run(folder, name, seed, returns, quality="mixed", **more):
@@ -384,6 +386,32 @@ def test_reference_counts_as_run_of_a_list(tiny_path, tmp_path):
     (run_dir,) = (tmp_path / "point-robot" / "known-task").iterdir()
     assert json.loads((run_dir / "args.json").read_text())["args"]["z_dim"] == 2
     assert missing.state(line, str(tmp_path))[0] == "finished"
+
+
+def test_relabelled_contexts_have_their_tasks_rewards(tiny_path):
+    """Half of them start where another task's policy walked."""
+    data = relabelled.relabelled("point-robot", tiny_path)
+    task_ids = data.train_tasks.repeat(50)
+    context = data.sample_context(task_ids, 8, torch.Generator().manual_seed(0))
+    goals = torch.as_tensor(data.task_params[task_ids]).float()
+    reached = context[..., 5:7] * data.obs_std + data.obs_mean
+    torch.testing.assert_close(context[..., 4], -(reached - goals[:, None]).norm(dim=-1), atol=1e-5, rtol=0)
+    own = {tuple(row) for row in data.episodes[..., 2:4].flatten(1, 2)[task_ids[0]].tolist()}
+    shares = [tuple(act) in own for row in context[task_ids == task_ids[0], :, 2:4].tolist() for act in row]
+    assert 0.4 < np.mean(shares) < 0.75  # a sixth of the other half is its own, too
+
+
+def test_papers_policy_is_a_network_of_its_own(tiny_path, monkeypatch):
+    """And no network has layer norm."""
+    monkeypatch.setattr(flora, "MLP", flora_paper.PlainMLP)
+    args = dc.resolve(flora_paper.Args(env="point-robot", width=8), flora.ENV_DEFAULTS)
+    agent = flora_paper.Agent(dc.load_dataset("point-robot", tiny_path), args)
+    obs, z = torch.randn(3, 4, 2), torch.randn(3, 5)
+    pi, pi_beta = agent.policies(obs, z)
+    agent.behavior.net[-1].bias.data += 5
+    after, moved = agent.policies(obs, z)
+    assert torch.equal(pi.mean, after.mean) and not torch.equal(pi_beta.mean, moved.mean)
+    assert not any(isinstance(layer, torch.nn.LayerNorm) for layer in agent.modules())
 
 
 def transition(state, act, rew, next_state):
