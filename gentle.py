@@ -15,7 +15,7 @@ One update, 1 in a phase of its own:
   4 critic   y = n_step(rewards, min of the target Q at the next action);  (Q - y)^2 trains Q
   5 policy   maximum likelihood trains pi_beta;  kl_coef KL(pi || pi_beta) - min Q trains pi;  kl_coef is adapted
 Differences from the official code, tagged in the code. D are GENTLE's, B the shared actor-critic's:
-  D1  --ensemble 3 models, a fixed number of updates (code: 7; early stopping on held-out transitions)
+  D1  --ensemble 3 models with ReLU, a fixed number of updates (code: 7 models with Swish, early stopping)
   D2  every task labels states of exactly N others; actions of pi (code: N random others; actions of a target policy)
   D3  without a context z is the mean over the training tasks (code: 0, for which no network was trained)
   D4  y is in units of its standard deviation, r weighs as much as all of s' (code: raw, as one dimension of s')
@@ -83,9 +83,9 @@ class Args:
     foreign_tasks: int = 3  # other tasks whose models label a state (N); 0 = only its own task's
     pseudo_states: int = 640  # states of each task that a rebuild labels (P) [transitions]
     rebuild_every: int | None = None  # updates between two rebuilds of the pseudo-transitions
-    ensemble: int = 3  # models of each task (E)  [ours: D1]
+    ensemble: int = 3  # models of each task (E)
     model_width: int = 128  # hidden units of the task models
-    model_updates: int = 2_000  # updates of the task models [gradient steps]
+    model_updates: int | None = None  # updates of the task models [gradient steps]
     model_batch_size: int = 64  # transitions per model and update [transitions]
     model_lr: float = 3e-3  # learning rate of the task models
     bc_top_fraction: float | None = None
@@ -103,6 +103,7 @@ ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for f
         n_step=5,
         z_dim=20,
         rebuild_every=400,
+        model_updates=1_000,
         bc_top_fraction=0.25,
         kl_coef=1.0,
         kl_coef_lr=1e-3,
@@ -110,7 +111,16 @@ ENV_DEFAULTS = {  # for arguments left at None: all families, then changes for f
     ),
     "ant-dir": dict(reward_scale=0.5),
     "cheetah-vel": dict(reward_scale=0.5),
-    "point": dict(gamma=0.9, reward_scale=5.0, n_step=1, z_dim=5, rebuild_every=50, kl_coef=1.5, kl_coef_lr=0.0),
+    "point": dict(
+        gamma=0.9,
+        reward_scale=5.0,
+        n_step=1,
+        z_dim=5,
+        rebuild_every=50,
+        model_updates=500,
+        kl_coef=1.5,
+        kl_coef_lr=0.0,
+    ),
 }
 
 # ---- networks ---------------------------------------------------------------
@@ -172,7 +182,7 @@ class TaskModels(nn.Module):
     def __init__(self, tasks, ensemble, in_dim, width, out_dim):
         super().__init__()
         sizes = [(in_dim, width), (width, width), (width, out_dim)]
-        weights = [torch.randn(tasks, ensemble, *size) / size[0] ** 0.5 for size in sizes]
+        weights = [torch.empty(tasks, ensemble, *size).uniform_(-1, 1) / size[0] ** 0.5 for size in sizes]
         self.weights = nn.ParameterList(weights)
         self.biases = nn.ParameterList([torch.zeros(tasks, ensemble, 1, size[1]) for size in sizes])
 
@@ -180,7 +190,7 @@ class TaskModels(nn.Module):
         """x [U, E or 1, B, in_dim] -> [U, E, B, out_dim]."""
         *hidden, (weight, bias) = zip(self.weights, self.biases)
         for w, b in hidden:
-            x = F.silu(x @ w + b)
+            x = (x @ w + b).relu()  # [ours: D1] Swish extrapolates worse to the states of other tasks
         return x @ weight + bias
 
 
@@ -263,7 +273,7 @@ class Agent(nn.Module):
         return obs, torch.cat([obs, act], -1), (y - self.before(obs)) / self.y_std  # [ours: D4]
 
     def before(self, obs):
-        """obs [.., obs_dim] -> what a prediction is added to [.., y_dim]: 0 for the reward, obs for next_obs, if any."""
+        """obs [.., obs_dim] -> what y counts from [.., y_dim]: 0 for the reward, obs for next_obs, if any."""
         return F.pad(obs[..., : len(self.y_std) - 1], (1, 0))
 
     def q(self, obs, act, z):
@@ -435,7 +445,7 @@ def train(args):
                 run.log(step, metrics)
         for step in run.updates("policy"):
             # 2 pseudo
-            if step % args.rebuild_every == 1 or args.rebuild_every == 1:
+            if (step - 1) % args.rebuild_every == 0:
                 rebuild(agent, data.sample(data.train_tasks, args.pseudo_states, generator), generator)
             # places among the training tasks
             labels = torch.randint(len(data.train_tasks), (args.meta_batch,), device=data.device, generator=generator)
