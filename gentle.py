@@ -80,7 +80,7 @@ class Args:
     z_dim: int | None = None  # size of the task vector
     decoder_width: int = 64  # hidden units of the decoder
     pseudo_share: float = 0.95  # share of a context that pseudo-transitions have; 0 = real transitions alone
-    foreign_tasks: int = 3  # other tasks whose models label a state (N); 0 = only its own task's
+    label_tasks: int = 4  # tasks whose models label a state: its own and N = 3 others; 1 = its own alone
     pseudo_states: int = 640  # states of each task that a rebuild labels (P) [transitions]
     rebuild_every: int | None = None  # updates between two rebuilds of the pseudo-transitions
     ensemble: int = 3  # models of each task (E)
@@ -262,7 +262,7 @@ class Agent(nn.Module):
         self.model_opt = torch.optim.Adam(self.models.parameters(), args.model_lr, fused=True)
         self.register_buffer("kl_coef", torch.tensor(float(args.kl_coef)))
         self.register_buffer("y_std", torch.ones(y_dim))  # set before the training
-        stored = (1 + args.foreign_tasks) * args.pseudo_states
+        stored = min(args.label_tasks, tasks) * args.pseudo_states
         self.register_buffer("pseudo", torch.zeros(tasks, stored, sum(self.columns)))
         # z without a context, set at every evaluation
         self.register_buffer("z_mean", torch.zeros(z_dim), persistent=False)
@@ -428,7 +428,6 @@ def train(args):
     data = dc.load_dataset(args.env, args.dataset, args.device)
     if args.reward_scale is None:
         args.reward_scale = 8.0 / data.value_std(args.gamma)  # discounted returns get a deviation of 8
-    args.foreign_tasks = min(args.foreign_tasks, len(data.train_ids) - 1)
     torch.manual_seed(args.seed)
     generator = torch.Generator(data.device).manual_seed(args.seed)
     agent = Agent(data, args).to(data.device)
