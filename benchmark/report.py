@@ -63,6 +63,7 @@ COLORS = {  # of an experiment in all figures; other names take matplotlib's col
     "corro": "#8c564b",
     "csro": "#a89a00",
     "er_trl": "#7f7f7f",
+    "gentle": "#d4569b",
     "known-task": "#000000",
     "known-task-all-episodes": "#b5b5b5",
     "flora-no-flows": "#e0b400",

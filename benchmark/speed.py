@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import data_collect as dc  # noqa: E402
 
-METHODS = ("flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt")
+METHODS = ("flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "gentle", "macaw", "meta_dt")
 HEADER = "| method | flags | GFLOP | operations | CPU time [ms] | peak memory [MB] |\n|---|---|---|---|---|---|"
 UPDATES = 100
 

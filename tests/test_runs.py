@@ -28,8 +28,8 @@ import data_collect as dc
 import flora
 import focal
 
-SCRIPTS = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt"]
-ACTOR_CRITICS = SCRIPTS[:8]
+SCRIPTS = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "gentle", "macaw", "meta_dt"]
+ACTOR_CRITICS = SCRIPTS[:9]
 SMALL = {"env": "point-robot", "device": "cpu", "total_updates": 40, "log_every": 10, "eval_every": 20}
 SMALL |= {"save_every": 10, "eval_episodes": 1, "final_episodes": 2, "meta_batch": 4, "batch_size": 8}
 SMALL |= {"context_size": 8, "width": 16}
@@ -47,6 +47,7 @@ CASES = {  # case: script, its arguments
     "csro": ("csro", {}),
     "er_trl": ("er_trl", {}),
     "idaq": ("idaq", {}),
+    "gentle": ("gentle", {"model_updates": 20, "model_width": 8, "pseudo_states": 16, "rebuild_every": 15}),
     "macaw": ("macaw", {"latent": 6, "head_width": 8}),
     "meta_dt": ("meta_dt", {"world_model_updates": 20}),
 }
@@ -148,7 +149,7 @@ def test_given_values_win_over_defaults():
         assert (args.gamma, args.z_dim, args.reward_scale) == (gamma, 3, 4.0)
 
 
-@pytest.mark.parametrize("name", ["focal_pp", "csro", "er_trl", "idaq"])
+@pytest.mark.parametrize("name", ["focal_pp", "csro", "er_trl", "idaq", "gentle"])
 def test_kin_of_focal_have_its_settings(name):
     script = importlib.import_module(name)
     for env in dc.FAMILIES:
@@ -257,7 +258,8 @@ def cut_run(case, tiny_path, folder, after, end=Killed):
         return update(*inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in {"update", "update_encoder", "update_cvae", "update_world_model"} & vars(script).keys():
+        counted_names = {"update", "update_encoder", "update_cvae", "update_models", "update_world_model"}
+        for name in counted_names & vars(script).keys():
             patch.setattr(script, name, functools.partial(counted, getattr(script, name)))
         with pytest.raises(end):
             run(case, tiny_path, folder)
@@ -292,7 +294,8 @@ def assert_same_run(resumed, straight):
     assert all(one[tag] == two[tag] for tag in one.keys() - TIMING)
 
 
-CUTS = [(case, 25) for case in FIRST] + [("corro-generative", 33), ("corro-generative", 75), ("meta_dt", 47)]
+CUTS = [(case, 25) for case in FIRST] + [("corro-generative", 33), ("corro-generative", 75)]
+CUTS += [("gentle", 32), ("meta_dt", 47)]
 
 
 @pytest.mark.parametrize("case, after", CUTS)

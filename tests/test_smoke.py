@@ -10,8 +10,10 @@ import pytest
 import data_collect as dc
 
 SHORT = {"corro": {"encoder_updates": 2}, "er_trl": {"gan_updates": 2}, "meta_dt": {"world_model_updates": 2}}
+SHORT |= {"gentle": {"model_updates": 2, "pseudo_states": 16}}
 SHORT |= {"omnirl": {"env": "any-mdp", "streams": 4, "context_rows": 64, "final_plays": 1}}
-NAMES = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "macaw", "meta_dt", "omnirl"]
+NAMES = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "gentle", "macaw", "meta_dt"]
+NAMES += ["omnirl"]
 
 
 @pytest.mark.parametrize("name", NAMES)
