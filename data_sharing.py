@@ -2,11 +2,11 @@
 
 UDS (Yu et al., ICML 2022, https://arxiv.org/abs/2202.01741) gives data without a reward the least reward. CDS (Yu et
 al., NeurIPS 2021, https://arxiv.org/abs/2109.08128) knows the reward function of every task, and shares what a
-conservative critic values. Neither has official code. Tasks are known here: policy and critic see the true parameters.
+conservative critic values. No official code was found. Tasks are known here: policy and critic see the true parameters.
 Symbols: M tasks, B transitions of each: first own ones with their recorded reward, then shared ones.
   z [M, z_dim] standardized task parameters      w [M, B] weight of a transition, 1 for own ones
   Q [2, M, B] twin critics of (s, a, z)          pi policy, a tanh-Gaussian of (s, z)
-  labelled: the best --labelled-episodes of each task; shared: any other transition of any training task
+  labelled: the best (or --labelled worst) --labelled-episodes of each task; shared: any other of all training tasks
 One update; --sharing chooses reward and weight of the shared transitions:
   1 reward   all, cds: the target task's, recomputed;  uds, cds-uds: the least one of the labelled data;  none: no row
   2 weight   none, all, uds: 1;  cds, cds-uds: delta = min Q(s, a, z) - percentile of min Q over own transitions,
@@ -18,10 +18,10 @@ Differences from the papers, tagged in the code:
   D1  the least reward is the labelled data's 1 % quantile, not 0: --unlabelled-reward zero (UDS; the same if r >= 0)
   D2  delta is taken with the target critics, and divided by the batch's mean |delta| (CDS: running mean of delta)
   D3  half of the rows are shared ones, of uniformly drawn tasks: --shared-fraction 0.5
-  D4  CQL as in its code, with a fixed weight of the entropy, 4 actions per proposal (10), no warm start
-  D5  sizes: one network for all tasks, width 64, 2,000 updates (CQL: 256 and 1,000,000)
-Closest to UDS on sparse rewards: --sharing uds --width 256 --proposals 10 --lr 3e-4 --tau 0.005 --no-lr-decay. No flag
-reaches D2, layer norm. Families: those whose reward follows from the observations, so that relabelling is exact.
+  D4  CQL(H) has the form of its code; the entropy's weight is fixed; --proposals 3 (CQL: adapted; 10)
+  D5  sizes: width 64, 600 updates (CQL: 256; 1,000,000); layer norm in class MLP; the learning rate falls to 0
+Closest to the papers: --width 256 --proposals 10 --lr 3e-4 --tau 0.005 --no-lr-decay. No flag reaches D2, layer norm.
+Families: those whose reward follows from the observations, so that relabelling is exact: point- and sparse-point-robot.
 """
 
 import copy
@@ -29,6 +29,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,10 +44,10 @@ class Args:
     exp_name: str = "data_sharing"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization and batches (tasks and data are fixed by the dataset file)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    total_updates: int = 8_000  # length of the training [updates of the policy]
+    total_updates: int = 600  # length of the training [updates of the policy]
     log_every: int = 100  # updates between two log lines [gradient steps]
-    eval_every: int = 1_000  # updates between two evaluations [gradient steps]
-    save_every: int = 1_000  # updates between two checkpoints [gradient steps]
+    eval_every: int = 200  # updates between two evaluations [gradient steps]
+    save_every: int = 200  # updates between two checkpoints [gradient steps]
     run_dir: str = "runs"  # parent of all run directories: {run_dir}/{env}/{exp_name}/seed{seed}-{time}
     resume: str | None = None  # run directory to continue, with the arguments stored there
     eval_only: bool = False  # with --resume: evaluate its checkpoint with all protocols and stop
@@ -59,7 +60,8 @@ class Args:
     batch_size: int = 32  # transitions per task and update, own and shared ones together [transitions]
     # sharing
     sharing: Literal["none", "all", "uds", "cds", "cds-uds"] = "cds-uds"  # see the head of this file
-    labelled_episodes: int = 5  # episodes per task that have a reward, best ones first [episodes]
+    labelled_episodes: int = 5  # episodes per task that have a reward [episodes]
+    labelled: Literal["best", "worst"] = "best"  # which episodes of a task these are
     shared_fraction: float = 0.5  # share of the batch that is shared data; 0 with --sharing none
     unlabelled_reward: Literal["least", "zero"] = "least"  # reward of unlabelled data in uds and cds-uds
     gate: Literal["soft", "hard"] = "soft"  # weight of shared data in cds and cds-uds: sigmoid, or 0 and 1
@@ -71,9 +73,9 @@ class Args:
     lr: float = 1.2e-3  # learning rate of all networks
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
     tau: float = 0.02  # rate at which target networks follow
-    width: int = 64  # hidden units of the networks
+    width: int = 64  # hidden units of the networks  [ours: D5]
     cql_weight: float = 1.0  # weight of the conservative penalty
-    proposals: int = 4  # actions from each of three distributions in the penalty [actions]
+    proposals: int = 3  # actions from each of three distributions in the penalty [actions]
     entropy_weight: float = 0.1  # weight of the policy's entropy in its loss
 
 
@@ -91,8 +93,11 @@ class Pool:
             raise SystemExit(f"--env {args.env}: data can only be shared where the tasks differ in their reward alone")
         most = data.min_episodes - 1
         if args.labelled_episodes > most:
-            raise SystemExit(f"--labelled-episodes {args.labelled_episodes}: at most {most}, so that some are unlabelled")
-        self.data, self.size = data, round(args.shared_fraction * args.batch_size) * (args.sharing != "none")
+            raise SystemExit(f"--labelled-episodes {args.labelled_episodes}: at most {most}; the rest is unlabelled")
+        if args.shared_fraction >= 1 or args.percentile > 100:
+            raise SystemExit("--shared-fraction must be below 1, --percentile at most 100")
+        self.data, self.sharing = data, args.sharing
+        self.size = 0 if args.sharing == "none" else round(args.shared_fraction * args.batch_size)  # of a shared batch
         self.rows = data.episodes.view(-1, data.ctx_dim + 1)
         self.params = torch.as_tensor(data.task_params, dtype=torch.float32, device=device)  # [T, P]
         train = self.params[data.train_tasks]
@@ -103,18 +108,22 @@ class Pool:
         raw = [x * data.obs_std + data.obs_mean for x in (obs, next_obs)]
         self.outcome = family.outcome(*raw)  # [T * N * H, k]
         task = torch.arange(len(self.rows), device=device) // data.valid.shape[1]
-        recorded = data.recorded(data.lengths).flatten()
-        error = (self.reward(torch.arange(len(self.rows), device=device), task) - rew)[recorded].abs().max().item()
+        recorded = data.recorded(data.lengths)  # [T, N, H]
+        again = self.reward(torch.arange(len(self.rows), device=device), task)
+        error = (again - rew)[recorded.flatten()].abs().max().item()
         if error > 1e-3:
             what = f"the rewards do not follow from its observations (error {error:.2g}), so data cannot be relabelled"
             raise SystemExit(f"--env {args.env}: {what}; take point-robot or sparse-point-robot")
 
-        # the first `labelled` numbers of a row of data.valid are those of the best episodes
-        returns = torch.as_tensor(data.episode_returns, device=device).where(data.lengths > 0, -math.inf)
-        best = returns.argsort(dim=1, descending=True, stable=True)[:, : args.labelled_episodes]
-        self.labelled = data.lengths.gather(1, best).sum(1)  # [T]
-        own = [rew[data.valid[i, : self.labelled[i]] + i * data.valid.shape[1]] for i in data.train_tasks]
-        own = torch.cat(own)
+        # row i: numbers of task i's transitions, the labelled ones first; the first counts[i] are real
+        returns = torch.as_tensor(data.episode_returns, device=device)  # [T, N]
+        rank = (returns if args.labelled == "best" else -returns).where(data.lengths > 0, -math.inf)
+        chosen = rank.argsort(dim=1, descending=True, stable=True)[:, : args.labelled_episodes]
+        self.counts = data.lengths.gather(1, chosen).sum(1)  # [T] labelled transitions
+        rank = rank[..., None].where(recorded, -math.inf).flatten(1)
+        self.order = rank.argsort(dim=1, descending=True, stable=True)
+        self.order += torch.arange(len(rank), device=device)[:, None] * rank.shape[1]  # through all tasks
+        own = torch.cat([rew[self.order[i, : self.counts[i]]] for i in data.train_tasks])
         self.least = 0.0 if args.unlabelled_reward == "zero" else own.quantile(0.01).item()  # [ours: D1]
         self.std = float(dc.nonzero_std(own.std(), own.abs().max()))
 
@@ -125,20 +134,19 @@ class Pool:
     def own(self, task_ids, size, generator):
         """Labelled transitions of tasks [M], uniform with replacement -> Batch [M, size, ..]."""
         pick = torch.rand(len(task_ids), size, device=self.data.device, generator=generator)
-        pick = (pick * self.labelled[task_ids, None]).long()
-        index = self.data.valid[task_ids[:, None], pick] + task_ids[:, None] * self.data.valid.shape[1]
-        return self.data.unpack(self.rows[index])
+        pick = (pick * self.counts[task_ids, None]).long()
+        return self.data.unpack(self.rows[self.order[task_ids[:, None], pick]])
 
-    def shared(self, task_ids, sharing, generator):
-        """Transitions of uniformly drawn tasks, except the labelled ones of tasks [M], with the reward that `sharing`
-        gives them -> Batch [M, size, ..]."""
+    def shared(self, task_ids, generator):
+        """Transitions of uniformly drawn tasks, except tasks' [M] own labelled ones, with the reward that --sharing
+        gives them -> Batch [M, self.size, ..]."""
         data, shape = self.data, (len(task_ids), self.size)
         of = data.sample_tasks(self.size * len(task_ids), generator).view(shape)  # [ours: D3]
-        skip = self.labelled[of] * (of == task_ids[:, None])
+        skip = self.counts[of] * (of == task_ids[:, None])
         pick = torch.rand(shape, device=data.device, generator=generator)
-        index = data.valid[of, skip + (pick * (data.counts[of] - skip)).long()] + of * data.valid.shape[1]
+        index = self.order[of, skip + (pick * (data.counts[of] - skip)).long()]
         batch = data.unpack(self.rows[index])
-        if sharing in ("uds", "cds-uds"):
+        if self.sharing in ("uds", "cds-uds"):
             return batch._replace(rew=torch.full_like(batch.rew, self.least))
         return batch._replace(rew=self.reward(index, task_ids[:, None].expand(shape)))
 
@@ -225,7 +233,7 @@ class Agent(nn.Module):
         self.opt = torch.optim.Adam([*self.critic.parameters(), *self.actor.parameters()], args.lr, fused=True)
 
     def q(self, obs, act, z, target=False):
-        """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> Q of both critics, or of their targets [2, M, B]."""
+        """obs [M, B, obs_dim], act [M, B, act_dim], z [M, z_dim] -> Q of both critics, or of the targets [2, M, B]."""
         critic = self.critic_target if target else self.critic
         return critic(torch.cat([obs, act], -1), z)[..., 0]
 
@@ -314,7 +322,7 @@ def evaluate_all(agent, pool, episodes):
         def policy(obs, rew):
             return torch.tanh(agent.policy(obs[:, None], z).mean[:, 0])
 
-        seeds = dc.reset_seeds(tasks, torch.arange(episodes).repeat(len(ids)).numpy(), 0)
+        seeds = dc.reset_seeds(tasks, np.tile(np.arange(episodes), len(ids)), 0)
         played = dc.rollout(env, policy, seeds, data.device, data.standardize)
         env.close()
         results |= dc.summary(data, name, tasks, dc.returns_of(data, tasks, played))
@@ -338,7 +346,7 @@ def train(args):
         for step in run.updates():
             task_ids = data.sample_tasks(args.meta_batch, generator)
             own = pool.own(task_ids, args.batch_size - pool.size, generator)
-            shared = pool.shared(task_ids, args.sharing, generator)
+            shared = pool.shared(task_ids, generator)
             reference = pool.own(task_ids, args.percentile_size, generator)
             dc.set_lr(agent.opt, args.lr * run.decay)
             metrics = update(agent, pool.z[task_ids], own, shared, reference, args)
