@@ -18,8 +18,8 @@ Differences from the papers, tagged in the code:
   D1  the least reward is the labelled data's 1 % quantile, not 0: --unlabelled-reward zero (UDS; the same if r >= 0)
   D2  delta is taken with the target critics, and divided by the batch's mean |delta| (CDS: running mean of delta)
   D3  half of the rows are shared ones, of uniformly drawn tasks: --shared-fraction 0.5
-  D4  CQL(H) has the form of its code; the entropy's weight is fixed; --proposals 3 (CQL: adapted; 10)
-  D5  sizes: width 64, 600 updates (CQL: 256; 1,000,000); layer norm in class MLP; the learning rate falls to 0
+  D4  CQL(H) has the form of its code; the entropy's weight is fixed; --proposals 2 (CQL: adapted; 10)
+  D5  sizes: width 64, 400 updates (CQL: 256; 1,000,000); layer norm in class MLP; the learning rate falls to 0
 Closest to the papers: --width 256 --proposals 10 --lr 3e-4 --tau 0.005 --no-lr-decay. No flag reaches D2, layer norm.
 Families: those whose reward follows from the observations, so that relabelling is exact: point- and sparse-point-robot.
 """
@@ -44,7 +44,7 @@ class Args:
     exp_name: str = "data_sharing"  # name of the experiment: the folder between env and seed in the run directory
     seed: int = 0  # seed of initialization and batches (tasks and data are fixed by the dataset file)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    total_updates: int = 600  # length of the training [updates of the policy]
+    total_updates: int = 400  # length of the training [updates of the policy]
     log_every: int = 100  # updates between two log lines [gradient steps]
     eval_every: int = 200  # updates between two evaluations [gradient steps]
     save_every: int = 200  # updates between two checkpoints [gradient steps]
@@ -70,12 +70,12 @@ class Args:
     # method
     gamma: float | None = None  # discount
     reward_scale: float | None = None  # factor on the rewards; by default labelled rewards get a deviation of 1
-    lr: float = 1.2e-3  # learning rate of all networks
+    lr: float = 3e-3  # learning rate of all networks
     lr_decay: bool = True  # let it fall linearly to 0 in the second half of the training
     tau: float = 0.02  # rate at which target networks follow
     width: int = 64  # hidden units of the networks  [ours: D5]
     cql_weight: float = 1.0  # weight of the conservative penalty
-    proposals: int = 3  # actions from each of three distributions in the penalty [actions]
+    proposals: int = 2  # actions from each of three distributions in the penalty [actions]
     entropy_weight: float = 0.1  # weight of the policy's entropy in its loss
 
 
@@ -209,7 +209,7 @@ class Policy(NamedTuple):
 def share_weight(delta, gate):
     """How much more a shared transition is worth than the percentile of the own ones [M, B] -> its weight [M, B]."""
     if gate == "hard":
-        return (delta >= 0).float()
+        return (delta >= 0).to(delta)
     return torch.sigmoid(delta / delta.abs().mean().clamp(min=1e-3))  # [ours: D2]
 
 
