@@ -154,7 +154,7 @@ class Pool:
 # ---- networks ---------------------------------------------------------------
 
 
-# SHARED: identical in all scripts with this actor-critic
+# SHARED: identical in focal.py and the scripts with its actor-critic
 class MLP(nn.Module):
     """Network on [x, z]: two hidden layers, each linear, layer norm, ReLU; then a linear output."""
 
@@ -175,7 +175,7 @@ class MLP(nn.Module):
         return self.net(torch.cat([x, z[:, None].expand(-1, x.shape[1], -1)], -1))
 
 
-# SHARED: identical in all scripts with this actor-critic
+# SHARED: identical in focal.py and the scripts with its actor-critic
 class Twin(nn.Module):
     """Two MLPs with the same sizes and different initial weights."""
 

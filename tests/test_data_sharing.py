@@ -412,28 +412,30 @@ def test_shared_blocks_equal_those_of_focal():
 
 
 def learned(monkeypatch, tmp_path, broken=None):
-    """Normalized return on the training tasks of point-robot, of each of which the five worst episodes are labelled.
-    These alone give about 50, the unlabelled ones with a wrong reward less."""
-    pool, weight = data_sharing.Pool, data_sharing.share_weight
+    """Normalized return on point-robot's training tasks, of each of which only the worst episode is labelled. Sharing
+    the others makes up for it, if their rewards are right."""
+    original = data_sharing.Pool
 
-    class Broken(pool):
+    class Broken(original):
+        def __init__(self, *inputs):
+            super().__init__(*inputs)
+            if broken == "networks blind to the task":
+                self.z = torch.zeros_like(self.z)
+
         def shared(self, task_ids, generator):
             other = task_ids.roll(1) if broken == "rewards of another task" else task_ids
             return super().shared(other, generator)
 
     monkeypatch.setattr(data_sharing, "Pool", Broken)
-    if broken == "weights reversed":
-        monkeypatch.setattr(data_sharing, "share_weight", lambda delta, gate: weight(-delta, gate))
-    changes = {"sharing": "uds"} if broken == "least reward" else {"sharing": "none"} if broken == "no sharing" else {}
-    settings = {"device": "cpu", "run_dir": str(tmp_path), "sharing": "cds", "labelled": "worst", "total_updates": 250}
-    settings |= {"eval_every": 999, "proposals": 2}
-    return data_sharing.train(data_sharing.Args(**settings | changes))["eval/train/normalized"]
+    settings = {"device": "cpu", "run_dir": str(tmp_path), "total_updates": 200, "eval_every": 999}
+    settings |= {"sharing": "uds" if broken == "least reward" else "cds", "labelled": "worst", "labelled_episodes": 1}
+    return data_sharing.train(data_sharing.Args(**settings))["eval/train/normalized"]
 
 
 def test_learns_from_shared_data(monkeypatch, tmp_path):
     assert learned(monkeypatch, tmp_path) > 75
 
 
-@pytest.mark.parametrize("broken", ["rewards of another task", "weights reversed", "least reward", "no sharing"])
+@pytest.mark.parametrize("broken", ["rewards of another task", "networks blind to the task", "least reward"])
 def test_broken_variants_do_not_learn(broken, monkeypatch, tmp_path):
-    assert learned(monkeypatch, tmp_path, broken) < 65
+    assert learned(monkeypatch, tmp_path, broken) < 68
