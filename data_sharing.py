@@ -187,6 +187,7 @@ class Twin(nn.Module):
         """x [M, B, in_dim], z [M, z_dim] -> [2, M, B, out_dim]."""
         return torch.stack([net(x, z) for net in self.nets])
 
+
 # ---- losses -----------------------------------------------------------------
 
 
