@@ -27,9 +27,14 @@ def returns(run_dir, env, name):
 
 
 def summary(values):
-    """-> mean, standard error (0 of a single seed)."""
+    """-> mean, standard error; NaN of a single seed."""
     values = np.array(list(values))
-    return values.mean(), values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return values.mean(), values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+
+
+def cell(values):
+    mean, error = summary(values)
+    return f"{mean:.0f}" if np.isnan(error) else f"{mean:.0f} ± {error:.1f}"
 
 
 def print_table(run_dir):
@@ -38,11 +43,11 @@ def print_table(run_dir):
         for key, label in LABELLED.items():
             found = [returns(run_dir, env, f"{rule}-{key}") for rule in RULES]
             if all(found):
-                cells = ["{:.0f} ± {:.1f}".format(*summary(values.values())) for values in found]
+                cells = [cell(values.values()) for values in found]
                 seeds = sorted({len(values) for values in found})
                 print(f"| {env} | {label} | {'–'.join(map(str, seeds))} | {' | '.join(cells)} |")
     zero = returns(run_dir, "point-robot", "uds-zero-5")
-    print("\npoint-robot, 5 best, uds with zero: {:.0f} ± {:.1f}, {} seeds".format(*summary(zero.values()), len(zero)))
+    print(f"\npoint-robot, 5 best, uds with zero: {cell(zero.values())}, seeds: {len(zero)}")
 
 
 def draw(run_dir):
