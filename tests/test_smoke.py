@@ -13,7 +13,8 @@ SHORT = {"corro": {"encoder_updates": 2}, "er_trl": {"gan_updates": 2}, "meta_dt
 SHORT |= {"gentle": {"model_updates": 2, "pseudo_states": 16}}
 SHORT |= {"omnirl": {"env": "any-mdp", "streams": 4, "context_rows": 64, "final_plays": 1}}
 NAMES = ["flora", "focal", "focal_pp", "unicorn", "corro", "csro", "er_trl", "idaq", "gentle", "macaw", "meta_dt"]
-NAMES += ["omnirl"]
+NAMES += ["omnirl", "data_sharing"]
+PROTOCOLS = {"omnirl": ["own"], "data_sharing": ["train", "iid"]}  # of others: all
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,7 +26,7 @@ def test_script_trains_resumes_and_evaluates(name, tmp_path):
     first = script.train(script.Args(**settings))
     resume = {"resume": first["run_dir"], "total_updates": 3}
     result = script.train(script.Args(**settings | resume))
-    tags = [f"eval/{protocol}/return" for protocol in (["own"] if name == "omnirl" else dc.PROTOCOLS)]
+    tags = [f"eval/{protocol}/return" for protocol in PROTOCOLS.get(name, dc.PROTOCOLS)]
     assert result["step"] == 3 and all(math.isfinite(result[tag]) for tag in tags)
     again = script.train(script.Args(**settings | resume | {"eval_only": True}))
     assert again[tags[0]] == result[tags[0]]
