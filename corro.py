@@ -303,7 +303,7 @@ class Agent(nn.Module):
         mean, log_std = self.behavior(obs, z).chunk(2, -1)
         return Gaussian(mean, log_std.clamp(-3, 1))  # [ours: B5]
 
-    # SHARED: identical in flora.py, unicorn.py, csro.py, er_trl.py, focal_pp.py, idaq.py
+    # SHARED: identical in flora.py, unicorn.py, csro.py, er_trl.py, focal_pp.py, idaq.py, gentle.py
     def policies(self, obs, z):
         """obs [M, B, obs_dim], z [M, z_dim] -> Gaussians of pi and pi_beta; only pi's residual gets gradients."""
         with torch.no_grad():
