@@ -151,7 +151,7 @@ def bandit(files, env):
                 found[row["protocol"]][row["seed"]] = row
         values = [[float(row["normalized"]) for row in found[p].values()] for p in ("iid", "ood", "online")]
         errors = [100 * float(row["q_relative"]) for row in found["iid"].values()]
-        arms = [row["arms"].split() for row in found["iid"].values() if len(row["arms"].split()) == 5]
+        arms = [row["arms"].split() for row in found["iid"].values() if "bandit" in alpha]
         probs = [spread(np.array(column, float)) for column in zip(*arms)] or [""] * 5
         if errors:
             table.append([alpha, str(len(errors)), *(spread(v, 1) for v in values), spread(errors, 1), *probs])
