@@ -161,7 +161,8 @@ def bandit(files, env):
 
 def probabilities(runs, figure):
     """Draw the probability of each arm over the training."""
-    fig, axes = pyplot().subplots(1, len(runs), figsize=(4 * len(runs), 3), sharey=True, squeeze=False)
+    size = {"figsize": (4 * len(runs), 3), "layout": "constrained"}
+    fig, axes = pyplot().subplots(1, len(runs), sharey=True, squeeze=False, **size)
     for axis, (name, seeds) in zip(axes[0], runs.items()):
         for arm, alpha in enumerate(np.linspace(-1, 0, 5)):
             found = [curve(run_dir, f"bandit/prob_{arm}") for run_dir in seeds.values()]
@@ -169,7 +170,7 @@ def probabilities(runs, figure):
         axis.set(title=f"{name} ({len(seeds)} seeds)", xlabel="updates", ylim=(0, 0.6))
     axes[0, 0].set_ylabel("probability of the arm")
     axes[0, -1].legend(title="alpha", frameon=False, ncols=2)
-    save(fig, figure)
+    fig.savefig(figure, dpi=140)
 
 
 # ---- d: how much context a task needs ----------------------------------------
