@@ -1,0 +1,126 @@
+"""Two benchmarks of Meta-World ML1, as families: data by the package's scripted policies, and success rates of runs.
+
+Meta-World pins an older MuJoCo, so it has an environment of its own (needs 1.5 GB of memory):
+
+    python -m venv metaworld-venv && metaworld-venv/bin/pip install -r benchmark/requirements-metaworld.txt
+    . metaworld-venv/bin/activate
+    python benchmark/metaworld_data.py collect Reach       # or Push
+    python focal.py --env benchmark.metaworld_data:Reach --final-episodes 2
+    python benchmark/metaworld_data.py success RUN_DIR ..  # beside behavior cloning (bc)
+"""
+
+import argparse
+import pickle
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data_collect as dc  # noqa: E402
+
+try:
+    import metaworld
+    from metaworld.policies import ENV_POLICY_MAP
+except ImportError:
+    raise SystemExit("no metaworld here: pip install -r benchmark/requirements-metaworld.txt") from None
+
+NOISE = 0.1, 0.5, 2.0, 8.0  # of the recorded episodes: standard deviation of what is added to the scripted action
+
+
+class ML1(dc.GymFamily):
+    """The 50 tasks of the package's list: 40 for training, 10 for test. params = position of the object, of the goal.
+
+    The goal is hidden, its place in the observation is 0. Rewards are divided by 10: the task is solved at 1."""
+
+    def __init__(self):
+        benchmark = metaworld.ML1(self.name, seed=1337)
+        make, self.tasks = benchmark.train_classes[self.name], benchmark.train_tasks
+        params = np.array([pickle.loads(task.data)["rand_vec"] for task in self.tasks])
+
+        def build(own):
+            env = make()
+            env.set_task(self.tasks[abs(params - own).sum(1).argmin()])
+            return gym.wrappers.TransformReward(env, lambda rew: rew / 10)
+
+        super().__init__(build, params, range(40, 50), horizon=200)
+
+
+class Reach(ML1):
+    name = "reach-v3"
+
+
+class Push(ML1):
+    name = "push-v3"
+
+
+def collect(name, episodes):
+    """Write `episodes` per noise level and training task; two per level and test task, and as many foreign contexts."""
+    env = f"benchmark.metaworld_data:{name}"
+    family, rng = dc.family_of(env), np.random.default_rng(0)
+    params, train_ids, test_ids = family.draw()
+    scripted, path = ENV_POLICY_MAP[family.name](), dc.default_path(env)
+
+    def play(tasks, noise, goals=None):
+        """One episode on each task by the policy that heads for the goals of other tasks, or is random (noise None)
+        -> [(observations, actions, rewards)]."""
+        goals = params[tasks if goals is None else goals, -3:]
+
+        def policy(obs, rew):
+            if noise is None:
+                return torch.as_tensor(rng.uniform(-1, 1, (len(obs), 4)))
+            seen = np.concatenate([obs[:, :-3], goals], 1)
+            act = np.stack([scripted.get_action(row) for row in seen]).clip(-1, 1)
+            return torch.as_tensor(act + noise * rng.standard_normal(act.shape)).clamp(-1, 1)
+
+        rows = dc.TaskEnv(family, params, tasks)
+        played = dc.rollout(rows, policy, rng.integers(2**31, size=len(tasks)))
+        rows.close()
+        return list(zip(played["observations"], played["actions"], played["rewards"]))
+
+    tasks, own, foreign = np.arange(50), [[] for _ in range(50)], [[] for _ in test_ids]
+    for noise in NOISE:
+        for k in range(episodes):
+            for task, episode in zip(tasks, play(tasks if k < 2 else train_ids, noise)):
+                own[task].append(episode)
+        for contexts, episode in zip(foreign, play(test_ids, noise, rng.choice(train_ids, len(test_ids)))):
+            contexts.append(episode)
+        print(f"noise {noise}: return {np.mean([own[task][-1][2].sum() for task in train_ids]):.1f}", flush=True)
+    scale = {"random_returns": [rew.sum() for _, _, rew in play(tasks, None)]}
+    scale["expert_returns"] = [rew.sum() for _, _, rew in play(tasks, 0.0)]
+    print(", ".join(f"{key} {np.mean(values):.1f}" for key, values in scale.items()))
+    dc.write_dataset(path, env, own, train_ids, test_ids, foreign, task_params=params, **scale)
+    print(f"wrote {path}; train: --env {env}")
+
+
+def success(script, agent, data, args):
+    """-> share of the episodes on test tasks that solve the task, by the run's policy and by behavior cloning."""
+    rates = {}
+    for name, adapt in {"iid": script.adapt, "bc": partial(script.adapt, bc=True)}.items():
+        traced = []
+        dc.evaluate(data, partial(adapt, agent), ("iid",), trace=traced)
+        rates[name] = (traced[0]["rewards"] >= 1).any(1).mean()
+    return rates
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*too high")  # of the scripted policies: actions are clipped
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    new = commands.add_parser("collect")
+    new.add_argument("name", choices=("Reach", "Push"))
+    new.add_argument("--episodes", type=int, default=5, help="per noise level and training task")
+    commands.add_parser("success").add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+    given = parser.parse_args()
+    with dc.one_line_errors():
+        if given.command == "collect":
+            collect(given.name, given.episodes)
+        for run_dir in getattr(given, "runs", ()):
+            from report import revisit  # with the scripts, which a collection does not need
+
+            print(run_dir, *(f"{name} {100 * rate:.0f} %" for name, rate in revisit(run_dir, success).items()))
