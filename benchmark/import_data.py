@@ -19,9 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data_collect as dc  # noqa: E402
 
-KEYS = ("observations", "actions", "rewards", "next_observations", "terminals")
-
-
 class ArraysOnly(pickle.Unpickler):
     """Makes numpy arrays, containers and numbers; nothing else is looked up, so nothing is executed."""
 
@@ -60,13 +57,14 @@ def numbered(folder, pattern):
 def split(columns, horizon):
     """Arrays over all steps of a task -> its episodes: an episode ends after `horizon` steps, where it terminates, or
     where the next observation is not the one that follows."""
-    obs, _, _, after, terminals = columns
+    obs, act, rew, after, terminals = columns
     ends, start = np.ravel(terminals).astype(bool), 0
     breaks = np.append(abs(after[:-1] - obs[1:]).max(1) > 1e-4, True)
     episodes = []
     for step in range(len(obs)):
         if step + 1 - start == horizon or ends[step] or breaks[step]:
-            episodes.append(dict(zip(KEYS, (column[start : step + 1] for column in columns))))
+            own = slice(start, step + 1)
+            episodes.append((np.concatenate([obs[own], after[step, None]]), act[own], rew[own], ends[step]))
             start = step + 1
     return episodes
 
@@ -74,7 +72,8 @@ def split(columns, horizon):
 def t2da(folder, horizon):
     """dataset_task_{i}.pkl: a dict of arrays over all steps. task_goals.pkl: the parameters -> episodes, parameters."""
     tables = [read(path) for _, path in numbered(folder, r"dataset_task_(\d+)\.pkl")]
-    episodes = [split([np.asarray(table[key]) for key in KEYS], horizon) for table in tables]
+    keys = "observations", "actions", "rewards", "next_observations", "terminals"
+    episodes = [split([np.asarray(table[key]) for key in keys], horizon) for table in tables]
     goals = folder / "task_goals.pkl"
     return episodes, np.asarray(read(goals), np.float64) if goals.exists() else None
 
