@@ -1263,7 +1263,6 @@ def collect(args):
     worst, data, best = arrays["random_returns"], note["behavior_return"], arrays["expert_returns"]
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) after {duration(time.time() - start)}")
     print(f"  mean return random {worst.mean():.1f}, data {data:.1f}, expert {best.mean():.1f}")
-    print(f"  {note['diverged_episodes']} diverged episodes were played again")
     if (best <= worst).mean() > 0.5:
         print("warning: for most tasks the expert is no better than the random policy; use more --total-updates")
     if not family.scripted:
@@ -1620,7 +1619,7 @@ def load_dataset(env, path=None, device="cpu"):
     if header["format_version"] != FORMAT_VERSION:
         problems = [f"format {header['format_version']}, this code reads {FORMAT_VERSION}"]
     elif not problems and family.simulated and "train_tasks" in made and not made.get("tasks"):
-        params, *ids = family.draw()  # of which the file was collected
+        params, *ids = family.draw()  # the file was collected on these
         for name, own_ids in zip(("train", "test"), ids):
             drawn, found = params[own_ids[: made[f"{name}_tasks"]]], arrays["task_params"][arrays[f"{name}_ids"]]
             if drawn.shape != found.shape or not np.allclose(drawn, found):
@@ -1717,29 +1716,29 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
         tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
         row_tasks, number = tasks.repeat(episodes), np.tile(np.arange(episodes), len(tasks))  # of each row
         context, lengths, distance = initial_context(data, protocol, tasks, episodes)
-        if context is None:
-            continue  # a dataset collected with --ood-contexts 0
+        own = protocol in ("online", "online_random_start")  # contexts are the agent's own episodes
+        if context is None or own and not data.family.simulated:
+            continue  # a dataset collected with --ood-contexts 0, or nothing to play
         mask = data.recorded(lengths)[:, : context.shape[1]].float()
         if not data.family.simulated:
-            if "online" not in protocol:
-                seen = context[..., : data.context_dim]
-                last, error = retrace(data, adapt(seen, mask, False), row_tasks, context)
-                results[f"eval/{protocol}/action_error"] = error
-                if trace is not None:
-                    trace.append(last | {"context": seen, "mask": mask})
+            seen = context[..., : data.context_dim]
+            last, error = retrace(data, adapt(seen, mask, False), row_tasks, context)
+            results[f"eval/{protocol}/action_error"] = error
+            if trace is not None:
+                trace.append(last | {"context": seen, "mask": mask})
             continue
         env = TaskEnv(data.family, data.task_params, row_tasks)
-        own = protocol in ("online", "online_random_start")  # contexts are the agent's own episodes
         reported, diverged = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1, 0
         for k in range(reported + MORE_EPISODES * (protocol == "online")):
-            policy = adapt(context[..., : data.context_dim], mask, own and k < EXPLORATION_EPISODES)
+            seen = context[..., : data.context_dim]
+            policy = adapt(seen, mask, own and k < EXPLORATION_EPISODES)
             if protocol == "online_random_start" and k == 0:
-                rng, shape = np.random.default_rng(10_000), (len(row_tasks), data.act_dim)
-                policy = lambda obs, rew: torch.as_tensor(rng.uniform(-1, 1, shape))  # noqa: B023, E731
+                rng = np.random.default_rng(10_000)
+                policy = lambda obs, rew: torch.as_tensor(rng.uniform(-1, 1, (len(obs), data.act_dim)))  # noqa: E731
             played = rollout(env, policy, reset_seeds(row_tasks, number, k), data.device, data.standardize)
             diverged += played["diverged"].sum()
             if k < reported:
-                last = played | {"context": context[..., : data.context_dim], "mask": mask}
+                last = played | {"context": seen, "mask": mask}
             if own:
                 results[f"eval/{protocol}/return_ep_{k + 1}"] = returns_of(data, row_tasks, played).mean()
                 context = torch.cat([context, transitions(played, device=data.device)], 1)
@@ -1878,10 +1877,10 @@ def label_contexts(data, embed, tasks=None, limit=10):
 def embedding_quality(data, embed):
     """How well z tells the tasks apart, from contexts of one episode each (embed: see label_contexts).
 
-    z/nearest_task_acc  training tasks: share of odd-numbered contexts whose nearest centroid, over the
-                        even-numbered contexts of each task, is that of their own task
-    z/probe_r2          linear regression from z to the task parameters, fitted on the training tasks,
-                        coefficient of determination on the test tasks (1 = perfect, 0 = the mean)
+    z/nearest_task_acc  each training task has a centroid of its even-numbered contexts: the share of odd-numbered
+                        contexts nearest to their own task's
+    z/probe_r2          linear regression from z to the task parameters, fitted on the training tasks: coefficient of
+                        determination on the test tasks (1 = perfect, 0 = the mean)
     What `unmeasurable` names is left out."""
     z, task = label_contexts(data, embed, data.train_ids)
     z, task, odd = z.double(), torch.tensor(task), torch.arange(len(task)) % 2 == 1
@@ -2058,14 +2057,13 @@ def read_saved(path, remedy):
     """The dict in a file of torch.save, on the CPU; one line with the remedy if it is damaged or of another version."""
     try:
         with zipfile.ZipFile(path) as file:
-            intact = file.testzip() is None  # torch.load reads damaged numbers without a word
-        saved = torch.load(path, map_location="cpu", weights_only=True) if intact else {}
+            if file.testzip():  # torch.load reads damaged numbers without a word
+                raise ValueError
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # zipfile and torch raise a dozen kinds on damaged bytes
-        intact = False
-    if not intact:
-        raise SystemExit(f"{path} is damaged; {remedy}")
+        raise SystemExit(f"{path} is damaged; {remedy}") from None
     if not isinstance(saved, dict) or saved.get("version") != RUN_VERSION:
         raise SystemExit(f"{path} is not of this version of the repository; {remedy}")
     return saved
@@ -2091,14 +2089,13 @@ def load_checkpoint(directory, args_class):
 
 
 def lock(file):
-    """Lock an open file until it is closed -> whether no other process holds it. Some network file systems have no
-    locks: there it warns once and goes on."""
+    """Lock an open file until it is closed -> whether no other process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        print(f"note: no lock on {file.name} ({error.strerror}); do not start this twice", file=sys.stderr)
+    except OSError:
+        pass  # some network file systems have no locks
     return True
 
 
@@ -2163,12 +2160,14 @@ def restore_training(agent, saved, weights_only=False):
 def eval_line(results):
     """Returns per protocol with standard errors, normalized in brackets, and the quality of z, as one line."""
     cells = []
-    for p in [tag.split("/")[1] for tag in results if tag.startswith("eval/") and tag.endswith("/return")]:
-        error = f" ± {results[f'eval/{p}/return_se']:.1f}" if f"eval/{p}/return_se" in results else ""
-        scaled = f" ({results[f'eval/{p}/normalized']:.0f})" if f"eval/{p}/normalized" in results else ""
-        cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error}{scaled}")
-    errors = [f"{tag.split('/')[1]} {value:.3f}" for tag, value in results.items() if tag.endswith("/action_error")]
-    cells += ["action error: " + "  ".join(errors)] if errors else []
+    for tag, value in results.items():
+        name = tag.split("/")[1]
+        if tag == f"eval/{name}/return":
+            error = f" ± {results[f'{tag}_se']:.1f}" if f"{tag}_se" in results else ""
+            scaled = f" ({results[f'eval/{name}/normalized']:.0f})" if f"eval/{name}/normalized" in results else ""
+            cells.append(f"{name} {value:.1f}{error}{scaled}")
+        elif tag == f"eval/{name}/action_error":
+            cells.append(f"{name} action error {value:.3f}")
     if "eval/iid/value_above_best" in results:
         above = results["eval/iid/value_above_best"]
         cells.append(f"value {results['eval/iid/value']:.2f}, {above:+.2f} above the best episodes")
@@ -2194,9 +2193,9 @@ def advice(results):
 class Run:
     """The run directory of one training: args.json, metrics.csv, TensorBoard events, checkpoint.pt, result.json.
 
-    A training has one or more phases, the last of which is "policy"; --{phase}-updates is a phase's length. agent: the
-    module with all networks and, as attributes, all optimizers; generator: draws the batches; free: arguments that a
-    resumed run may change besides FREE."""
+    phases: parts of the training, the last is "policy"; --{phase}-updates is a phase's length. agent: the module with
+    all networks and, as attributes, all optimizers. generator draws the batches. free: arguments that a resumed run may
+    change besides FREE."""
 
     def __init__(self, args, data, agent, generator, phases=("policy",), free=frozenset()):
         self.args, self.data, self.agent, self.generator = args, data, agent, generator
@@ -2250,7 +2249,7 @@ class Run:
             raise SystemExit(f"--total-updates {self.args.total_updates}: {done}")
 
     def open_files(self):
-        """args.json, TensorBoard events and metrics.csv, of which the rows up to the checkpoint stay."""
+        """args.json, TensorBoard events and metrics.csv, whose rows up to the checkpoint stay."""
         args, data = self.args, self.data
         if not lock(self.closing.enter_context(open(self.dir / "lock", "w"))):
             raise SystemExit(f"--resume {self.dir}: another process is training this run")

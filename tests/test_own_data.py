@@ -52,7 +52,7 @@ def test_document_brings_own_arrays(folder, capsys):
     assert tags == expected | {"eval/iid/value", "eval/iid/value_above_best"}  # no return, no fake one
     assert all(0.4 < result[tag] < 0.8 for tag in expected)  # the actions are uniform, so 1 / sqrt(3)
     out = capsys.readouterr().out
-    assert "returns left out: there is no simulator" in out and "eval  action error: iid 0." in out
+    assert "returns left out: there is no simulator" in out and "eval  iid action error 0." in out
     again = focal.train(focal.Args(env="offline", resume=result["run_dir"], dataset="own.npz", **SHORT, eval_only=True))
     assert again["eval/iid/action_error"] == result["eval/iid/action_error"]
     assert len(BLOCKS[1].strip().splitlines()) <= 12
