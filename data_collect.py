@@ -13,6 +13,7 @@ rewards; angles in radians, positions in meters, velocities in meters per second
 
 import contextlib
 import copy
+import difflib
 import functools
 import importlib
 import io
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -729,7 +731,8 @@ def family_of(env):
     if env == "offline":
         return Offline()
     if env not in FAMILIES and not name:
-        raise SystemExit(f"--env {env}: choose from {', '.join(FAMILIES)}, offline, my_file:MyFamily")
+        near = difflib.get_close_matches(env, FAMILIES, 1) or [*FAMILIES, "offline", "my_file:MyFamily"]
+        raise SystemExit(f"--env {env}: no such family; did you mean {', '.join(near)}?")
     if env not in FAMILIES:
         sys.path.append(os.getcwd())
         with user_code(f"--env {env}, FILE:FAMILY of FILE.py in {os.getcwd()}"):
@@ -1938,6 +1941,9 @@ def command_line(args_class, train, doc, env_defaults=None, arguments=None):
     description = doc.split("\n\n")[0] + describe(env_defaults or {})
     parse = functools.partial(tyro.cli, args_class, description=description, args=words)
     with one_line_errors():
+        if seeds := re.search(r"--seed[ =](\d+( \d+)+)", " ".join(words)):
+            several = f"for s in {seeds[1]}; do python {Path(sys.argv[0]).name} .. --seed $s; done"
+            raise SystemExit(f"--seed takes one number; for several: {several}")
         args = parse()
         if args.resume:
             stored = load_checkpoint(args.resume, args_class)["args"]
@@ -1997,6 +2003,9 @@ def one_line_errors():
         raise SystemExit(f"interrupted; {saved}")
     except ActionError as error:
         raise SystemExit(f"stopped: {error}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails again
+        raise SystemExit(f"stopped: nobody reads the output any more; {saved}")
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         raise SystemExit(f"{place}{error.strerror or error}; {saved}")

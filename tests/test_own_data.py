@@ -369,7 +369,7 @@ def test_family_of_a_file_is_found_or_named(folder):
     assert "x of mine.py must be a Family" in stop_message(dc.family_of, "mine:x")
     assert "Env of mine.py must be a Family or GymFamily" in stop_message(dc.family_of, "mine:Env")
     assert "ModuleNotFoundError: No module named 'yours'" in stop_message(dc.family_of, "yours:Far")
-    assert "--env point-robo: choose from point-robot, " in stop_message(dc.family_of, "point-robo")
+    assert "did you mean point-robot?" in stop_message(dc.family_of, "point-robo")
     assert "nothing to collect" in stop_message(dc.collect, dc.Args(env="offline"))
 
 

@@ -466,7 +466,8 @@ def test_resume_refuses_what_does_not_fit(tmp_path, copied):
 
 
 MISTAKES = {
-    "--env ant-dri": "--env ant-dri: choose from point-robot, ",
+    "--env ant-dri": "did you mean ant-dir?",
+    "--env ant-dir --seed 0 3 --width 9": "for s in 0 3; do python",
     "--env hopper-rand-params": "data_collect.py --env hopper-rand-params",
     "--eval-only": "--resume",
     "--resume nowhere": "nowhere",
