@@ -746,10 +746,6 @@ def family_of(env):
 # ---- batched simulation -----------------------------------------------------
 
 
-class ActionError(ValueError):
-    """A policy returned an action that is not finite."""
-
-
 class TaskEnv(gym.vector.VectorEnv):
     """B rows of one family, each bound to a task; a MuJoCo step of all rows is one rollout call.
 
@@ -802,7 +798,7 @@ class TaskEnv(gym.vector.VectorEnv):
         """actions [B, act_dim] -> obs [B, obs_dim], rew [B], terminated [B], truncated [B], info."""
         if not np.isfinite(actions).all():
             task = self.task_ids[~np.isfinite(actions).all(1)][0]
-            raise ActionError(f"the policy's action on task {task} is not finite")
+            raise SystemExit(f"stopped: the policy's action on task {task} is not finite")
         act = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
         live, params = self.live.copy(), self.params[self.task_ids]
         next_state, diverged = self.state.copy(), np.zeros(self.num_envs, bool)
@@ -2001,8 +1997,6 @@ def one_line_errors():
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; {saved}")
-    except ActionError as error:
-        raise SystemExit(f"stopped: {error}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails again
         raise SystemExit(f"stopped: nobody reads the output any more; {saved}")
