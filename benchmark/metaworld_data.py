@@ -1,12 +1,12 @@
 """Two benchmarks of Meta-World ML1, as families: data by the package's scripted policies, and success rates of runs.
 
-Meta-World pins an older MuJoCo, so it has an environment of its own (needs 1.5 GB of memory):
+Meta-World pins an older MuJoCo, so it has an environment of its own (1.5 GB of memory):
 
     python -m venv metaworld-venv && metaworld-venv/bin/pip install -r benchmark/requirements-metaworld.txt
     . metaworld-venv/bin/activate
     python benchmark/metaworld_data.py collect Reach       # or Push
     python focal.py --env benchmark.metaworld_data:Reach --final-episodes 2
-    python benchmark/metaworld_data.py success RUN_DIR ..  # beside behavior cloning (bc)
+    python benchmark/metaworld_data.py success RUN_DIR ..  # of the policy and of behavior cloning (bc)
 """
 
 import argparse
@@ -60,15 +60,14 @@ class Push(ML1):
 
 
 def collect(name, episodes):
-    """Write `episodes` per noise level and training task; two per level and test task, and as many foreign contexts."""
+    """Record, for each noise level, `episodes` on each training task, two and a foreign context on each test task."""
     env = f"benchmark.metaworld_data:{name}"
     family, rng = dc.family_of(env), np.random.default_rng(0)
     params, train_ids, test_ids = family.draw()
     scripted, path = ENV_POLICY_MAP[family.name](), dc.default_path(env)
 
     def play(tasks, noise, goals=None):
-        """One episode on each task by the policy that heads for the goals of other tasks, or is random (noise None)
-        -> [(observations, actions, rewards)]."""
+        """One episode on each task, heading for the goals of the tasks `goals`; noise None: random actions."""
         goals = params[tasks if goals is None else goals, -3:]
 
         def policy(obs, rew):
@@ -98,29 +97,27 @@ def collect(name, episodes):
     print(f"wrote {path}; train: --env {env}")
 
 
-def success(script, agent, data, args):
-    """-> share of the episodes on test tasks that solve the task, by the run's policy and by behavior cloning."""
-    rates = {}
-    for name, adapt in {"iid": script.adapt, "bc": partial(script.adapt, bc=True)}.items():
+def success(run_dir):
+    """Print how often the run's policy, and behavior cloning, solve the test tasks (two episodes on each)."""
+    from report import revisit
+
+    def look(script, agent, data, args):
         traced = []
-        dc.evaluate(data, partial(adapt, agent), ("iid",), trace=traced)
-        rates[name] = (traced[0]["rewards"] >= 1).any(1).mean()
-    return rates
+        dc.evaluate(data, partial(script.adapt, agent), ("iid",), trace=traced)
+        dc.evaluate(data, partial(script.adapt, agent, bc=True), ("iid",), trace=traced)
+        return [100 * (played["rewards"] >= 1).any(1).mean() for played in traced]
+
+    policy, bc = revisit(run_dir, look)
+    print(f"{run_dir}: {policy:.0f} % of the episodes on test tasks solved, behavior cloning {bc:.0f} %")
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*too high")  # of the scripted policies: actions are clipped
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    new = commands.add_parser("collect")
-    new.add_argument("name", choices=("Reach", "Push"))
-    new.add_argument("--episodes", type=int, default=5, help="per noise level and training task")
-    commands.add_parser("success").add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+    parser.add_argument("command", choices=("collect", "success"))
+    parser.add_argument("what", nargs="+", help="Reach or Push; of success, run directories")
+    parser.add_argument("--episodes", type=int, default=5, help="per noise level and training task")
     given = parser.parse_args()
     with dc.one_line_errors():
-        if given.command == "collect":
-            collect(given.name, given.episodes)
-        for run_dir in getattr(given, "runs", ()):
-            from report import revisit  # with the scripts, which a collection does not need
-
-            print(run_dir, *(f"{name} {100 * rate:.0f} %" for name, rate in revisit(run_dir, success).items()))
+        for what in given.what:
+            collect(what, given.episodes) if given.command == "collect" else success(Path(what))
