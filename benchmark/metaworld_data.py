@@ -64,7 +64,7 @@ def collect(name, episodes):
     env = f"benchmark.metaworld_data:{name}"
     family, rng = dc.family_of(env), np.random.default_rng(0)
     params, train_ids, test_ids = family.draw()
-    scripted, path = ENV_POLICY_MAP[family.name](), dc.default_path(env)
+    scripted = ENV_POLICY_MAP[family.name]()
 
     def play(tasks, noise, goals=None):
         """One episode on each task, heading for the goals of the tasks `goals`; noise None: random actions."""
@@ -90,11 +90,10 @@ def collect(name, episodes):
         for contexts, episode in zip(foreign, play(test_ids, noise, rng.choice(train_ids, len(test_ids)))):
             contexts.append(episode)
         print(f"noise {noise}: return {np.mean([own[task][-1][2].sum() for task in train_ids]):.1f}", flush=True)
-    scale = {"random_returns": [rew.sum() for _, _, rew in play(tasks, None)]}
-    scale["expert_returns"] = [rew.sum() for _, _, rew in play(tasks, 0.0)]
-    print(", ".join(f"{key} {np.mean(values):.1f}" for key, values in scale.items()))
-    dc.write_dataset(path, env, own, train_ids, test_ids, foreign, task_params=params, **scale)
-    print(f"wrote {path}; train: --env {env}")
+    worst, best = ([rew.sum() for _, _, rew in play(tasks, noise)] for noise in (None, 0.0))
+    scale = {"task_params": params, "random_returns": worst, "expert_returns": best}
+    data = dc.write_dataset(dc.default_path(env), env, own, train_ids, test_ids, foreign, **scale)
+    print("\n".join([f"wrote {data.path}; train: --env {env}", *data.about()]))
 
 
 def success(run_dir):
@@ -118,6 +117,5 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="+", help="Reach or Push; of success, run directories")
     parser.add_argument("--episodes", type=int, default=5, help="per noise level and training task")
     given = parser.parse_args()
-    with dc.one_line_errors():
-        for what in given.what:
-            collect(what, given.episodes) if given.command == "collect" else success(Path(what))
+    for what in given.what:
+        collect(what, given.episodes) if given.command == "collect" else success(Path(what))
