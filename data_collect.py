@@ -69,7 +69,7 @@ class Family:
       step(state, act [B, act_dim], params) -> next state (MuJoCo families inherit it)
       observe(state) -> obs [B, obs_dim]
       outcome(state, next_state) -> [B, k]: what the reward depends on besides the action
-      reward(outcome, act, params) -> [B]; of numpy arrays or torch tensors; any transition can be scored for any task"""
+      reward(outcome, act, params) -> [B]; numpy arrays or torch tensors, any transition for any task"""
 
     gamma = 0.99  # discount of the behavior policies
     horizon = 200  # environment steps per episode (a time limit, never a termination)
@@ -1802,8 +1802,8 @@ def initial_context(data, protocol, tasks, episodes):
 
 
 def returns_of(data, tasks, played):
-    """Returns [R] of `rollout`'s episodes on tasks [R]. An episode whose physics broke counts as the random policy's, or
-    else the worst recorded: breaking off must not pay where rewards are negative."""
+    """Returns [R] of `rollout`'s episodes on tasks [R]. An episode whose physics broke counts as the random policy's, if
+    unknown as the worst recorded: breaking off must not pay where rewards are negative."""
     returns, worst = played["rewards"].sum(1, dtype=np.float64), data.random_returns[tasks]
     worst = np.where(np.isnan(worst), data.episode_returns.min(1)[tasks], worst)
     return np.where(played["diverged"], worst, returns)

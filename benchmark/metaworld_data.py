@@ -35,8 +35,7 @@ NOISE = 0.1, 0.5, 2.0, 8.0  # of the recorded episodes: standard deviation of wh
 
 class ML1(dc.GymFamily):
     """The 50 tasks of the package's list: 40 for training, 10 for test. params = position of the object, of the goal.
-
-    The goal is hidden, its place in the observation is 0. Rewards are divided by 10: the task is solved at 1."""
+    The goal is hidden: its place in the observation is 0. Rewards are divided by 10: the task is solved at 1."""
 
     def __init__(self):
         benchmark = metaworld.ML1(self.name, seed=1337)

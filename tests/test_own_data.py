@@ -218,7 +218,8 @@ def test_rollout_needs_a_simulator(folder):
 
 def test_relative_dataset_is_found_from_elsewhere(folder, monkeypatch):
     write("own.npz", [[episode(n) for n in (24, 27, 25)] for _ in range(4)], test=(2, 3))
-    run_dir = focal.train(focal.Args(env="offline", dataset="own.npz", run_dir=str(folder / "runs"), **SHORT))["run_dir"]
+    args = focal.Args(env="offline", dataset="own.npz", run_dir=str(folder / "runs"), **SHORT)
+    run_dir = focal.train(args)["run_dir"]
     (folder / "deeper").mkdir()
     monkeypatch.chdir(folder / "deeper")
     stored = dc.load_checkpoint(run_dir, focal.Args)["args"]
