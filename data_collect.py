@@ -17,11 +17,11 @@ import difflib
 import functools
 import importlib
 import io
-import itertools
 import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -63,13 +63,13 @@ class Family:
     """What a family of tasks defines, and the defaults. `params` [T, P] float64 are the hidden task parameters, `state`
     [B, S] is the full simulator state of B rows.
 
-    Each family defines obs_dim, act_dim, draw() and
+    Each family defines obs_dim, act_dim and
+      draw() -> params [T, P], ids of training tasks, ids of test tasks; the same on every call
       reset(rng, params [B, P]) -> state
       step(state, act [B, act_dim], params) -> next state (MuJoCo families inherit it)
       observe(state) -> obs [B, obs_dim]
       outcome(state, next_state) -> [B, k]: what the reward depends on besides the action
-      reward(outcome, act, params) -> [B]; numpy arrays and torch tensors alike, so that any recorded transition can be
-        scored for any task"""
+      reward(outcome, act, params) -> [B]; numpy arrays or torch tensors, any transition for any task"""
 
     gamma = 0.99  # discount of the behavior policies
     horizon = 200  # environment steps per episode (a time limit, never a termination)
@@ -82,10 +82,6 @@ class Family:
     scripted = False  # True where `behave` acts instead of trained policies
     measured = True  # False where the parameters are names, not quantities
     simulated = True  # False where there are only recorded data
-
-    def draw(self):
-        """-> params [T, P], ids of training tasks, ids of test tasks; the same on every call."""
-        raise NotImplementedError
 
     def one_draw_per_seed(self):
         """-> [T] uniform in [0, 1): the first draws of the generators with seeds 1, 2, .. (CORRO's tasks)."""
@@ -173,8 +169,8 @@ class PointRobotSquare(PointRobot):
 class SparsePointRobot(PointRobot):
     """Goals on the half circle, rewarded only within 0.2 m: from 0 at the rim to 1 at the goal.
 
-    As in the papers, behavior policies are trained on the dense reward, since a random walk hardly ever meets the goal.
-    The methods' critics learn from the sparse reward (FOCAL's code: from the dense one)."""
+    As in the papers, behavior policies are trained on the dense reward. The methods' critics learn from the sparse
+    reward (FOCAL's code: from the dense one)."""
 
     counts = (80, 20)
 
@@ -244,7 +240,7 @@ class Mujoco(Family):
         return state[:, 1:]  # qpos and qvel, position included
 
     def outcome(self, state, next_state):
-        """Mean velocity of the torso over the step [m/s]: forward, or in the plane where outcome_dim is 2."""
+        """Mean velocity of the torso [m/s]: forward, or in the plane where outcome_dim is 2."""
         axes = slice(1, 1 + self.outcome_dim)
         return (next_state[:, axes] - state[:, axes]) / self.dt
 
@@ -335,10 +331,10 @@ class AntGoal(Ant):
 
 
 class RandomParams(Mujoco):
-    """Physical parameters differ between tasks: each entry is multiplied by base ** params, params uniform in [-3, 3].
+    """Each physical parameter is multiplied by base ** params, params uniform in [-3, 3].
 
-    More than half of the entries have no effect on a planar body, for example inertias about other axes. As in CORRO's
-    files, random.Random(seed) draws them in the order of `randomized`, and mj_setConst is not called afterwards."""
+    As in CORRO's files, random.Random(seed) draws them in the order of `randomized`, and mj_setConst is not called
+    afterwards. More than half of the entries have no effect on a planar body."""
 
     frame_skip, timestep = 4, 0.004
     noise = (0.005, "uniform")
@@ -610,7 +606,7 @@ class AnyMDP(Family):
 
 @contextlib.contextmanager
 def user_code(call):
-    """In its block a fault of a user's code ends the program with one line: the call, the fault, and where it is."""
+    """A fault of a user's code ends the program with one line: the call, the fault, and where it is."""
     try:
         yield
     except Exception as error:
@@ -624,8 +620,8 @@ class GymFamily(Family):
     """Any gymnasium environment with Box spaces: make(params [P]) -> gym.Env. params [T, P]; test_ids: which are test
     tasks; settings: attributes of Family, such as horizon (by default the environment's time limit).
 
-    state = [number of the row's environment, reward, terminated, truncated, observation]. The environment itself keeps
-    the rest, so a row is stepped alone, and an interrupted collection begins its episodes anew."""
+    state = [number of the row's environment, reward, terminated, truncated, observation]; the environment keeps the
+    rest. Rows are stepped one by one. An interrupted collection begins its episodes anew."""
 
     dynamics_vary = None  # the reward is known only for the task that was played
 
@@ -735,9 +731,8 @@ def family_of(env):
     if env == "offline":
         return Offline()
     if env not in FAMILIES and not name:
-        guess = difflib.get_close_matches(env, FAMILIES, 1)
-        hint = f"did you mean {guess[0]}?" if guess else f"choose from {', '.join(FAMILIES)}, offline, my_file:MyFamily"
-        raise SystemExit(f"--env {env}: no such family; {hint}")
+        near = difflib.get_close_matches(env, FAMILIES, 1) or [*FAMILIES, "offline", "my_file:MyFamily"]
+        raise SystemExit(f"--env {env}: no such family; did you mean {', '.join(near)}?")
     if env not in FAMILIES:
         sys.path.append(os.getcwd())
         with user_code(f"--env {env}, FILE:FAMILY of FILE.py in {os.getcwd()}"):
@@ -751,23 +746,17 @@ def family_of(env):
 # ---- batched simulation -----------------------------------------------------
 
 
-class ActionError(ValueError):
-    """A policy returned an action that is not finite."""
-
-
 class TaskEnv(gym.vector.VectorEnv):
     """B rows of one family, each bound to a task; a MuJoCo step of all rows is one rollout call.
 
-    Nothing resets by itself (AutoresetMode.DISABLED): a row that terminated, reached the time limit or diverged stands
-    still with reward 0 until `reset` names it in options["reset_mask"] [B] bool. options["task_ids"] [B] rebinds the
-    rows that are reset. `step` returns, besides gymnasium's five, info["outcome"] [B, k] and info["diverged"] [B]: rows
-    whose physics broke in this step (their transition is void). An action that is not finite is an ActionError.
-    """
+    Nothing resets by itself: a row that terminated, reached the time limit or diverged stands still with reward 0 until
+    `reset` names it in options["reset_mask"] [B] bool. options["task_ids"] [B] rebinds the rows that are reset. `step`
+    adds info["outcome"] [B, k] and info["diverged"] [B]: rows whose physics broke, so that their transition is void."""
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED, "render_modes": []}
 
     def __init__(self, family, params, task_ids):
-        """family: a value of FAMILIES; params [T, P]; task_ids [B] rows of params."""
+        """params [T, P]; task_ids [B] rows of params."""
         self.family, self.params = family, np.asarray(params, np.float64)
         self.task_ids = np.array(task_ids)
         self.num_envs = len(self.task_ids)
@@ -786,8 +775,8 @@ class TaskEnv(gym.vector.VectorEnv):
         self.live = np.zeros(self.num_envs, bool)
 
     def reset(self, *, seed=None, options=None):
-        """seed: None continues the generator, an int seeds row i with seed + i, or one int per row.
-        -> obs [B, obs_dim] float32, {}. Unlike gymnasium's default, rows not in the mask keep theirs."""
+        """seed: None continues the generator, an int seeds row i with seed + i, or one int per row. -> obs [B, obs_dim]
+        float32, {}. Rows outside the mask keep their state."""
         options = options or {}
         mask = options.get("reset_mask", np.ones(self.num_envs, bool))
         if "task_ids" in options:
@@ -809,7 +798,7 @@ class TaskEnv(gym.vector.VectorEnv):
         """actions [B, act_dim] -> obs [B, obs_dim], rew [B], terminated [B], truncated [B], info."""
         if not np.isfinite(actions).all():
             task = self.task_ids[~np.isfinite(actions).all(1)][0]
-            raise ActionError(f"the policy's action on task {task} is not finite")
+            raise SystemExit(f"stopped: the policy's action on task {task} is not finite")
         act = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
         live, params = self.live.copy(), self.params[self.task_ids]
         next_state, diverged = self.state.copy(), np.zeros(self.num_envs, bool)
@@ -843,7 +832,7 @@ class TaskEnv(gym.vector.VectorEnv):
         return next_state, diverged
 
     def get_state(self):
-        """Everything needed to continue bit for bit, as tensors and numbers, for a checkpoint."""
+        """What continues bit for bit, for a checkpoint."""
         arrays = {name: torch.tensor(getattr(self, name)) for name in ("state", "steps", "live", "task_ids")}
         return {"arrays": arrays, "rng": self.np_random.bit_generator.state}
 
@@ -875,9 +864,8 @@ def empty_episodes(family, shape):
 
 def rollout(env, policy, seeds, device="cpu", standardize=lambda obs: obs):
     """One episode per row of `env`. policy(obs [B, obs_dim], rew [B]) -> act [B, act_dim], tensors on `device`; rew is
-    the reward of the previous step, 0 at first; standardize: what is done to every obs, also in the result.
-
-    -> `empty_episodes` filled, with zeros after an episode's end, and diverged [B] bool."""
+    the previous reward, 0 at first. standardize changes every observation, also in the result.
+    -> `empty_episodes`, filled up to each episode's end, and diverged [B] bool."""
     obs, _ = env.reset(seed=seeds)
     rew = np.zeros(env.num_envs)
     out = empty_episodes(env.family, (env.num_envs,)) | {"diverged": np.zeros(env.num_envs, bool)}
@@ -1005,8 +993,8 @@ PHASES = 20  # snapshots of a behavior policy, evenly over its training
 def train_behavior(family, params, task_ids, args, device, saved, save, signals, label):
     """Train one SAC agent on the tasks `task_ids` (all: shared; one: per-task) -> list of PHASES actor state dicts.
 
-    saved: what an interrupted run gave to `save`, or None; save(state) is called at every phase. signals: `Signals`;
-    one that is received saves and ends the program. Updates start after one episode of random actions in every row."""
+    saved: what an interrupted run gave to `save`, or None; save(state) is called at every phase. A received signal
+    saves and ends the program. Updates start after one episode of random actions in every row."""
     torch.manual_seed(args.seed + 1000 * int(task_ids[0]))
     agent = SAC(family, params.shape[1], args).to(device)
     warmup = family.horizon  # vector steps
@@ -1163,62 +1151,45 @@ POLICY_SETTINGS = ("env", "seed", "train_tasks", "test_tasks", "tasks", "behavio
 POLICY_SETTINGS += ("rows", "updates_per_step", "batch_size", "width", "lr")
 
 
-def own_episode(episode):
-    """An episode as `write_dataset` takes it -> observations [n + 1, O], actions [n, A], rewards [n], terminated bool;
-    a ValueError says what is wrong."""
-    needed = "observations", "actions", "rewards"
-    if not isinstance(episode, dict):
-        episode = dict(zip((*needed, "terminated", "unknown"), episode))
-    if "unknown" in episode or not episode.keys() >= {*needed}:
-        raise ValueError("an episode has observations, actions, rewards and, optionally, terminated")
-    obs, act, rew = (np.asarray(episode[key], np.float32) for key in needed)
-    if not len(rew):
-        raise ValueError("it is empty")
-    rew, ends = rew.reshape(len(rew), -1), np.ravel(episode.get("terminated", episode.get("terminals", False)))
-    if "next_observations" in episode:
-        after = np.asarray(episode["next_observations"], np.float32)
-        if after.shape != obs.shape or not np.allclose(after[:-1], obs[1:], atol=1e-4):
-            raise ValueError("next_observations do not lead to the next observation; is it more than one episode?")
-        obs = np.concatenate([obs, after[-1:]])
-    shapes = ", ".join(str(np.shape(x)) for x in (obs, act, episode["rewards"]))
-    last = ends.dtype.kind in "biuf" and len(ends) in (1, len(rew)) and not ends[:-1].any()
-    fits = obs.ndim == act.ndim == 2 and len(obs) - 1 == len(act) == rew.size
-    complaints = {
-        f"shapes {shapes}, expected [n + 1, obs_dim], [n, act_dim], [n]": not fits,
-        "a number is not finite": not all(np.isfinite(x).all() for x in (obs, act, rew)),
-        f"actions reach {abs(act).max(initial=0):.6g}; rescale them to [-1, 1]": abs(act).max(initial=0) > 1 + 1e-5,
-        "terminated must be one bool, or one per step and False before its last step (split it there)": not last,
-    }
-    if any(complaints.values()):
-        raise ValueError(", ".join(text for text, holds in complaints.items() if holds))
-    return obs, act.clip(-1, 1), rew[:, 0], bool(ends[-1])
+def own_episode(episode, family):
+    """An episode as `write_dataset` takes it -> observations, actions, rewards, terminated; a ValueError says what is
+    wrong. The sizes of `Offline` become those of the data."""
+    *parts, ended = episode if len(episode) == 4 else (*episode, False)
+    if len(parts) != 3 or not isinstance(ended, (bool, np.bool_)):
+        raise ValueError("an episode is (observations, actions, rewards) or (.., terminated: bool)")
+    obs, act, rew = (np.asarray(part, np.float32) for part in parts)
+    if obs.ndim != 2 or act.ndim != 2 or not len(obs) - 1 == len(act) == rew.size > 0:
+        shapes = ", ".join(str(part.shape) for part in (obs, act, rew))
+        raise ValueError(f"shapes {shapes}, expected [n + 1, obs_dim], [n, act_dim], [n], n >= 1")
+    if not all(np.isfinite(part).all() for part in (obs, act, rew)):
+        raise ValueError("a number is not finite")
+    if abs(act).max() > 1 + 1e-5:
+        raise ValueError(f"actions reach {abs(act).max():.6g}; rescale them to [-1, 1]")
+    found = obs.shape[1], act.shape[1]
+    if not family.simulated:
+        family.obs_dim, family.act_dim = family.obs_dim or found[0], family.act_dim or found[1]
+        family.horizon = max(len(act), family.horizon)
+    if found != (family.obs_dim, family.act_dim) or len(act) > family.horizon:
+        most = f"expected {(family.obs_dim, family.act_dim)} and at most {family.horizon} steps"
+        raise ValueError(f"observations and actions have sizes {found}, {len(act)} steps; {most}")
+    return obs, act.clip(-1, 1), np.ravel(rew), ended
 
 
-def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), quality="own", **optional):
+def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), **optional):
     """Check own data and write them to a dataset file -> Dataset.
 
-    env: "offline" for data without a simulator, else as of `family_of`. episodes: for each task a list of episodes of
-    any lengths n >= 1. An episode is a tuple (observations [n + 1, obs_dim], actions [n, act_dim] in [-1, 1],
-    rewards [n], terminated: bool, or left out) or a dict with these keys; with next_observations [n, obs_dim], its
-    observations are [n, obs_dim]. foreign: for each test task a list of episodes by policies of other tasks, equally
-    many. optional: further arrays of FILE_LAYOUT, such as task_params [T, P], random_returns [T], expert_returns [T].
-    What is left out leaves out the figures that need it."""
+    env: "offline" for data without a simulator, else as of `family_of`. episodes: for each task a list of episodes
+    (observations [n + 1, obs_dim], actions [n, act_dim] in [-1, 1], rewards [n]) or (.., terminated: bool), of any
+    lengths n. foreign: for each test task equally many episodes by policies of other tasks. optional: further arrays of
+    FILE_LAYOUT, such as task_params. What is left out leaves out the figures that need it."""
     if not all(isinstance(own, (list, tuple)) for own in (*episodes, *foreign)):
         raise SystemExit(f"{path} is not written: episodes must be a list with a list of episodes for each task")
     problems = [f"there is no array {key} in FILE_LAYOUT" for key in optional if key not in FILE_LAYOUT]
     problems += ["foreign needs equally many episodes for each test task"] * (len(set(map(len, foreign))) > 1)
     arrays, family, tables, read = {}, family_of(env), {"": episodes, "ood_": foreign}, {}
-    for prefix, task, number in ((p, t, n) for p in tables for t, own in enumerate(tables[p]) for n in range(len(own))):
+    for prefix, task, number in [(p, t, n) for p in tables for t, own in enumerate(tables[p]) for n in range(len(own))]:
         try:
-            obs, act, rew, ended = own_episode(tables[prefix][task][number])
-            found, n = (obs.shape[1], act.shape[1]), len(act)
-            if not family.simulated:  # the data tell the sizes
-                family.obs_dim, family.act_dim = (family.obs_dim or found[0], family.act_dim or found[1])
-                family.horizon = max(n, family.horizon)
-            if found != (family.obs_dim, family.act_dim) or n > family.horizon:
-                most = f"expected {(family.obs_dim, family.act_dim)} and at most {family.horizon} steps"
-                raise ValueError(f"observations and actions have sizes {found}, {n} steps; {most}")
-            read[prefix, task, number] = obs, act, rew, ended
+            read[prefix, task, number] = own_episode(tables[prefix][task][number], family)
         except Exception as error:
             problems.append(f"{'context of ' * bool(prefix)}task {task}, episode {number}: {error}")
     if problems:
@@ -1227,12 +1198,12 @@ def write_dataset(path, env, episodes, train_ids, test_ids, foreign=(), quality=
     for prefix, table in tables.items():
         shape = len(table), max(map(len, table), default=0)
         arrays |= {prefix + key: array for key, array in empty_episodes(family, shape).items() if len(table)}
-    for (prefix, *place), parts in read.items():
-        for key, part in zip(("observations", "actions", "rewards"), parts):
+    for (prefix, *place), (obs, act, rew, ended) in read.items():
+        for key, part in (("observations", obs), ("actions", act), ("rewards", rew)):
             arrays[prefix + key][*place, : len(part)] = part
-        arrays[prefix + "lengths"][*place], arrays[prefix + "terminated"][*place] = len(parts[1]), parts[3]
+        arrays[prefix + "lengths"][*place], arrays[prefix + "terminated"][*place] = len(act), ended
     arrays |= optional | {"train_ids": np.array(train_ids), "test_ids": np.array(test_ids)}
-    return save_dataset(Path(path), env, arrays, {"settings": {"quality": quality}})
+    return save_dataset(Path(path), env, arrays, {})
 
 
 def save_dataset(path, env, arrays, about):
@@ -1247,13 +1218,12 @@ def save_dataset(path, env, arrays, about):
 
 
 def collect(args):
-    """Train the behavior policies, roll them out and write the dataset file. An interrupted collection goes on, and
-    nothing is done if the file is already there with the same settings."""
+    """Train the behavior policies, roll them out and write the dataset file. An interrupted collection goes on; a file
+    with the same settings is left alone."""
     family = family_of(args.env)
     if not family.simulated:
         raise SystemExit("--env offline: nothing to collect; data_collect.write_dataset writes your own data")
     fill_in(args, {"": {"total_updates": family.sac_total_updates, "width": family.sac_width}})
-    check_numbers(args)
     path = shown(Path(args.out or default_path(args.env, args.quality)).expanduser())
     if path.suffix != ".npz":
         raise SystemExit(f"--out {path}: the name must end in .npz")
@@ -1292,7 +1262,6 @@ def collect(args):
     worst, data, best = arrays["random_returns"], note["behavior_return"], arrays["expert_returns"]
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) after {duration(time.time() - start)}")
     print(f"  mean return random {worst.mean():.1f}, data {data:.1f}, expert {best.mean():.1f}")
-    print(f"  {note['diverged_episodes']} diverged episodes were played again")
     if (best <= worst).mean() > 0.5:
         print("warning: for most tasks the expert is no better than the random policy; use more --total-updates")
     if not family.scripted:
@@ -1313,8 +1282,8 @@ def given_tasks(path, family):
 
 
 def train_policies(family, params, args, path, device, signals):
-    """The behavior policies, continued from the file `path` if it is there -> for each SAC agent (one, or one per task)
-    a list of PHASES actor state dicts."""
+    """Train, or continue from the file `path` -> for each SAC agent (one, or one per task) a list of PHASES actor state
+    dicts."""
     groups = [np.arange(len(params))] if args.behavior == "shared" else [np.array([i]) for i in range(len(params))]
     wanted = {k: getattr(args, k) for k in POLICY_SETTINGS}
     wanted["tasks"] = params.tolist()
@@ -1343,7 +1312,7 @@ def train_policies(family, params, args, path, device, signals):
 
 
 def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
-    """Roll out the behavior policies; groups: as of `train_policies` -> arrays of the file, entries of its header."""
+    """Roll out the policies of `train_policies` -> arrays of the file, entries of its header."""
     actor = BehaviorActor(family.obs_dim, family.act_dim, params.shape[1], args.width).to(device)
     scaled = torch.as_tensor(params / family.param_scale, dtype=torch.float32, device=device)
     rng = np.random.default_rng([args.seed, 1])
@@ -1351,8 +1320,8 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
     tasks, diverged = np.arange(len(params)), 0
 
     def play(phase, task_ids, policy_ids, deterministic=False):
-        """One episode per entry of task_ids by the snapshot `phase` (None: uniform random actions) of the policies of
-        the tasks policy_ids. Episodes whose physics broke are played again."""
+        """One episode per entry of task_ids by the snapshot `phase` (None: random actions) of the policies of the tasks
+        policy_ids. Episodes whose physics broke are played again."""
         nonlocal diverged
         env = TaskEnv(family, params, task_ids)
         row_tasks = None if phase is None else scaled[torch.as_tensor(policy_ids, device=device)]
@@ -1412,7 +1381,8 @@ def roll_out_dataset(family, params, train_ids, test_ids, groups, args, device):
     arrays |= {"task_params": params, "train_ids": train_ids.astype(np.int64), "test_ids": test_ids.astype(np.int64)}
     arrays |= {"random_returns": random_returns, "expert_returns": expert_returns}
     arrays |= {key: arrays[key].astype(family.storage_dtype) for key in MAY_BE_HALF}
-    arrays["ood_distance"] = foreign_distance(family, arrays)
+    distance = family.distance(params[test_ids, None], params[foreign.clip(0)])
+    arrays["ood_distance"] = np.where(foreign == RANDOM, -1.0, distance)
     recorded = arrays["rewards"][phase_of != NO_EPISODE].sum(-1)
     return arrays, {"behavior_return": float(recorded.mean()), "diverged_episodes": diverged}
 
@@ -1445,8 +1415,8 @@ def choose_foreign(family, params, train_ids, test_ids, count):
     int; RANDOM in the last column.
 
     The other training tasks are sorted by their distance from the test task and cut into `count` bins, one per column.
-    The phase of training rotates over rows and columns. Each bin gives the policy least used in this phase, then least
-    used overall. So every task meets near and far policies, and neither column nor policy tells the phase."""
+    Each bin gives the policy least used in this phase of training, then least used overall. The phase rotates over rows
+    and columns, so that neither column nor policy tells it."""
     stages = PHASES // 5 - 1, 3 * PHASES // 5 - 1, PHASES - 1  # 20, 60 and 100 % of the training
     foreign, phases = np.full((2, len(test_ids), count + 1), RANDOM)
     acted = np.zeros((PHASES, len(params)), int)  # contexts so far
@@ -1461,14 +1431,6 @@ def choose_foreign(family, params, train_ids, test_ids, count):
             foreign[row, column], phases[row, column] = policy, phase
             acted[phase, policy] += 1
     return foreign, phases
-
-
-def foreign_distance(family, arrays):
-    """-> [V, C]: `Family.distance` from each test task to the task whose policy played the context; -1 where the random
-    policy acted."""
-    behavior, params = arrays["ood_behavior_task"], arrays["task_params"]
-    distance = family.distance(params[arrays["test_ids"], None], params[behavior.clip(0)])
-    return np.where(behavior == RANDOM, -1.0, distance)
 
 
 # ---- the dataset file: reading ------------------------------------------------
@@ -1502,7 +1464,7 @@ class Dataset:
 
     Observations are standardized: mean 0 and standard deviation 1 over the training tasks' transitions, clipped to
     +-OBS_LIMIT. A transition is one row [obs, act, rew, next_obs, term] of width ctx_dim + 1. A context has the first
-    context_dim columns: all except term, unless a method needs it and sets context_dim to ctx_dim + 1."""
+    context_dim columns: all except term, unless a method sets context_dim to ctx_dim + 1."""
 
     def __init__(self, env, family, header, arrays, device, path=None):
         self.env, self.family, self.header, self.device, self.path = env, family, header, device, path
@@ -1553,13 +1515,11 @@ class Dataset:
 
     def about(self):
         """-> lines that a run prints when it begins."""
-        lines = [f"{len(self.train_ids)} training and {len(self.test_ids)} test tasks"]
+        returns = f"mean return of the training data {self.behavior_return:.1f}"
         if self.has_scale:
             worst, best = self.random_returns[self.test_ids].mean(), self.expert_returns[self.test_ids].mean()
-            returns = f"random {worst:.1f}, expert {best:.1f}; of the training data {self.behavior_return:.1f}"
-            lines += [f"mean return on the test tasks: {returns}"]
-        else:
-            lines += [f"mean return of the training data: {self.behavior_return:.1f}"]
+            returns += f", on the test tasks random {worst:.1f}, expert {best:.1f}"
+        lines = [f"{len(self.train_ids)} training and {len(self.test_ids)} test tasks", returns]
         return lines + [f"{tag} left out: {reason}" for tag, reason in unmeasurable(self).items()]
 
     def standardize(self, obs):
@@ -1587,7 +1547,7 @@ class Dataset:
         return self.episodes.view(-1, self.ctx_dim + 1)[self.draw(task_ids, size, generator, share)]
 
     def sample_batch(self, task_ids, size, generator, share=1.0):
-        """The same as a Batch."""
+        """The transitions of `draw` -> Batch."""
         return self.unpack(self.sample(task_ids, size, generator, share))
 
     def sample_segments(self, task_ids, size, steps, gamma, generator):
@@ -1636,46 +1596,43 @@ def transitions(arrays, prefix="", device="cpu"):
 
 def load_dataset(env, path=None, device="cpu"):
     """Read and check {env}.npz in DATASETS (or path) -> Dataset on the device, also "auto". One line says what is wrong
-    with a file, and what to do, before any training."""
-    family, device, path = family_of(env), resolve_device(device), Path(path or default_path(env)).expanduser()
-    quality = next((q for q in QUALITIES[1:] if path.stem == f"{env}-{q}"), "mixed")
-    make = f"python {shown(DATASETS.parent / 'data_collect.py')} --env {env}"
-    make += f" --quality {quality}" if quality != "mixed" else ""
-    ours = path.resolve() == default_path(env, quality)
-    make += "" if ours else f" --out {shown(path)}"
+    with a file, and what to do."""
+    family, device, path = family_of(env), resolve_device(device), shown(Path(path or default_path(env)).expanduser())
+    ours = path.resolve() == default_path(env)
+    make = f"python {shown(DATASETS.parent / 'data_collect.py')} --env {env}" + ("" if ours else f" --out {path}")
     own = "docs/OWN_DATA.md tells how to write your data"
     if not path.is_file():
         what = f"Make it: {make}" if family.simulated else f"Give the right path with --dataset; {own}"
-        raise SystemExit(f"{shown(path)} not found. {what}")
+        raise SystemExit(f"{path} not found. {what}")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         header = {"env": env, "format_version": FORMAT_VERSION} | json.loads(str(arrays.pop("header", "{}")))
     except Exception:  # zipfile, numpy and json raise a dozen kinds on damaged bytes
         remedy = f"Move it away and run: {make}" if ours else f"Choose another --dataset; {own}"
-        raise SystemExit(f"{shown(path)}: damaged, or not a dataset. {remedy}")
-    remedy = f"Move it away and run: {make}" if ours or "command" in header else own
+        raise SystemExit(f"{path}: damaged, or not a dataset. {remedy}")
     header["settings"] = made = {"quality": "own"} | header.get("settings", {})
     if family.simulated and header["env"] != env:
-        raise SystemExit(f"{shown(path)} holds {header['env']}, not {env}. Use --env {header['env']} or another file")
+        raise SystemExit(f"{path} holds {header['env']}, not {env}. Use --env {header['env']} or another file")
+    problems = check_arrays(family, arrays)
     if header["format_version"] != FORMAT_VERSION:
-        what = f"has format {header['format_version']}, this code reads {FORMAT_VERSION}"
-        raise SystemExit(f"{shown(path)} {what}. {remedy}")
-    if problems := check_arrays(family, arrays):
-        raise SystemExit(f"{shown(path)}: {'; '.join(problems)}. {remedy}")
-    if family.simulated and "train_tasks" in made and not made.get("tasks"):  # collected on the family's own tasks
-        params, *ids = family.draw()
-        for name, own in zip(("train", "test"), ids):
-            drawn, found = params[own[: made[f"{name}_tasks"]]], arrays["task_params"][arrays[f"{name}_ids"]]
+        problems = [f"format {header['format_version']}, this code reads {FORMAT_VERSION}"]
+    elif not problems and family.simulated and "train_tasks" in made and not made.get("tasks"):
+        params, *ids = family.draw()  # the file was collected on these
+        for name, own_ids in zip(("train", "test"), ids):
+            drawn, found = params[own_ids[: made[f"{name}_tasks"]]], arrays["task_params"][arrays[f"{name}_ids"]]
             if drawn.shape != found.shape or not np.allclose(drawn, found):
-                raise SystemExit(f"{shown(path)} was made for other {name} tasks than {env} has now. {remedy}")
-    return Dataset(env, family, header, arrays, device, shown(path))
+                problems.append(f"made for other {name} tasks than {env} has now")
+    if problems:
+        remedy = f"Move it away and run: {make}" if ours or "command" in header else own
+        raise SystemExit(f"{path}: {'; '.join(problems)}. {remedy}")
+    return Dataset(env, family, header, arrays, device, path)
 
 
 def check_arrays(family, arrays):
     """Convert the arrays of a file to their types and add the optional ones, in place -> what is wrong, as phrases.
-    Unknown returns are NaN, other unknown numbers 0; there may be no foreign contexts (C = 0). Sizes of `Offline` are
-    taken from the arrays."""
+    Unknown returns are NaN, other unknown numbers 0; there may be no foreign contexts (C = 0). The sizes of `Offline`
+    become those of the arrays."""
     problems = [f"array {key} is missing" for key in REQUIRED if key not in arrays]
     sizes = {"H": family.horizon, "H+1": family.horizon + 1, "O": family.obs_dim, "A": family.act_dim}
     sizes = sizes if family.simulated else {}
@@ -1738,60 +1695,49 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
 
     adapt(context [R, K, context_dim], mask [R, K], explore) -> policy(obs [R, obs_dim], rew [R]) -> act [R, act_dim],
     tensors on data.device, observations standardized as in the data. mask is 1 for real transitions; K = 0 means no
-    context. explore asks for a sample of the belief over the task instead of its mean. rew is the reward of the
-    previous step, for policies that keep a history. Reset seeds and contexts are the same for every method and call.
+    context. explore asks for a sample of the belief over the task instead of its mean. rew is the previous reward, for
+    policies that keep a history. Reset seeds and contexts are the same for every method and call.
 
     iid        context = one episode of the test task's own offline data, another one for each episode while they last
     ood        context = an episode on the test task by another training task's policy, each of these policies in turn
     ood_random context = an episode on the test task by the uniform random policy
-    online     no offline data: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES; the last is reported.
-               Before each, adapt sees all episodes played so far. Then MORE_EPISODES, which tell whether more
-               experience helps
-    online_random_start  as online, without MORE_EPISODES; the first episode has uniform random actions (CSRO calls this
-               non-prior collection)
+    online     contexts = all own episodes so far: EXPLORATION_EPISODES with explore, then EXPLOITATION_EPISODES, whose
+               last is reported, then MORE_EPISODES
+    online_random_start  as online, without MORE_EPISODES; the first episode has uniform random actions
     zero_shot  no context at all
     train      as iid, on the first ten training tasks
 
-    trace: a list to which each protocol's last episodes are appended, as of `rollout` (observations standardized), with
-    the "context" and "mask" that adapt was given.
-    -> {"eval/iid/return": mean over tasks, "eval/iid/return_se": its standard error over tasks x episodes, if any,
-    "eval/iid/normalized": 0 = random, 100 = expert, per task, then averaged, "eval/iid/return_task_07": ...,
-    "eval/online/return_ep_1": ..., "eval/ood/normalized_near", "_middle", "_far": thirds of the rows by the distance of
-    the acting policy's task, "eval/iid/diverged": number of episodes whose physics broke, if any; see
-    `returns_of`}. An action that is not finite ends the program.
-
-    Data without a simulator give "eval/iid/action_error" instead, see `retrace`, and no protocol with own episodes."""
+    trace: a list to which each protocol's reported episodes are appended, as of `rollout`, with "context" and "mask".
+    -> {"eval/iid/return": ..} as of `summary`, with returns by task, by own episode and, for ood, by thirds of the
+    distance. Without a simulator: {"eval/iid/action_error": ..}, see `retrace`, and no online protocols."""
     results = {}
     for protocol in protocols:
         tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
         row_tasks, number = tasks.repeat(episodes), np.tile(np.arange(episodes), len(tasks))  # of each row
         context, lengths, distance = initial_context(data, protocol, tasks, episodes)
-        if context is None:
-            continue  # a dataset collected with --ood-contexts 0
+        own = protocol in ("online", "online_random_start")  # contexts are the agent's own episodes
+        if context is None or own and not data.family.simulated:
+            continue  # a dataset collected with --ood-contexts 0, or nothing to play
         mask = data.recorded(lengths)[:, : context.shape[1]].float()
         if not data.family.simulated:
-            if "online" not in protocol:
-                seen = context[..., : data.context_dim]
-                last, error = retrace(data, adapt(seen, mask, False), row_tasks, context)
-                results[f"eval/{protocol}/action_error"] = error
-                if trace is not None:
-                    trace.append(last | {"context": seen, "mask": mask})
+            seen = context[..., : data.context_dim]
+            last, error = retrace(data, adapt(seen, mask, False), row_tasks, context)
+            results[f"eval/{protocol}/action_error"] = error
+            if trace is not None:
+                trace.append(last | {"context": seen, "mask": mask})
             continue
         env = TaskEnv(data.family, data.task_params, row_tasks)
-        own = protocol in ("online", "online_random_start")  # contexts are the agent's own episodes
         reported, diverged = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1, 0
         for k in range(reported + MORE_EPISODES * (protocol == "online")):
-            policy = adapt(context[..., : data.context_dim], mask, own and k < EXPLORATION_EPISODES)
+            seen = context[..., : data.context_dim]
+            policy = adapt(seen, mask, own and k < EXPLORATION_EPISODES)
             if protocol == "online_random_start" and k == 0:
                 rng = np.random.default_rng(10_000)
-                policy = functools.partial(random_policy, rng, data.act_dim)
-            try:
-                played = rollout(env, policy, reset_seeds(row_tasks, number, k), data.device, data.standardize)
-            except ActionError as error:
-                raise SystemExit(f"evaluation {protocol}: {error}") from None
+                policy = lambda obs, rew: torch.as_tensor(rng.uniform(-1, 1, (len(obs), data.act_dim)))  # noqa: E731
+            played = rollout(env, policy, reset_seeds(row_tasks, number, k), data.device, data.standardize)
             diverged += played["diverged"].sum()
             if k < reported:
-                last = played | {"context": context[..., : data.context_dim], "mask": mask}
+                last = played | {"context": seen, "mask": mask}
             if own:
                 results[f"eval/{protocol}/return_ep_{k + 1}"] = returns_of(data, row_tasks, played).mean()
                 context = torch.cat([context, transitions(played, device=data.device)], 1)
@@ -1815,10 +1761,9 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
 
 
 def retrace(data, policy, tasks, context):
-    """Let a policy choose an action at every step of a recorded episode, which goes on with the recorded ones: the best
-    of each of the tasks [R], the second best where the best is the row's context [R, K, ..]. A policy with a history
-    sees its own actions there. -> these episodes as of `rollout`, root mean square difference between the chosen and
-    the recorded actions, per dimension."""
+    """Let a policy choose actions along each task's best recorded episode (the second best where the best is the row's
+    context): tasks [R], context [R, K, ..] -> these episodes as of `rollout`, root mean square difference between
+    chosen and recorded actions, per dimension. A policy with a history sees its own actions there."""
     returns = np.where(data.lengths.cpu() > 0, data.episode_returns, -np.inf)
     best = (-returns).argsort(1)[tasks]  # [R, N]
     pick = best[:, 0]
@@ -1834,15 +1779,10 @@ def retrace(data, policy, tasks, context):
     return played | {"lengths": lengths, "terminated": term.any(1)}, error
 
 
-def random_policy(rng, act_dim, obs, rew):
-    """Uniform actions: obs [R, obs_dim] -> [R, act_dim]."""
-    return torch.as_tensor(rng.uniform(-1, 1, (len(obs), act_dim)))
-
-
 def initial_context(data, protocol, tasks, episodes):
-    """What a protocol of `evaluate` gives before the first episode, for R = len(tasks) * episodes rows -> context
-    [R, K, ctx_dim + 1] (None if the data have none), lengths [R], and for ood the distance [R] of the acting policy's
-    task (else None)."""
+    """What a protocol of `evaluate` gives before the first episode of R = len(tasks) * episodes rows -> context
+    [R, K, ctx_dim + 1] (None if the data have none), lengths [R]; for ood the distance [R] of the acting policy's task,
+    else None."""
     if protocol in ("ood", "ood_random"):
         wanted = (data.ood_behavior_task == RANDOM) == (protocol == "ood_random")  # [V, C]
         if not wanted.any():
@@ -1862,8 +1802,8 @@ def initial_context(data, protocol, tasks, episodes):
 
 
 def returns_of(data, tasks, played):
-    """Returns [R] of `rollout`'s episodes on tasks [R]. An episode whose physics broke counts as the random policy's:
-    a policy must not gain by breaking off where rewards are negative. (If that is unknown: as the worst recorded.)"""
+    """Returns [R] of `rollout`'s episodes on tasks [R]. An episode whose physics broke counts as the random policy's, if
+    unknown as the worst recorded: breaking off must not pay where rewards are negative."""
     returns, worst = played["rewards"].sum(1, dtype=np.float64), data.random_returns[tasks]
     worst = np.where(np.isnan(worst), data.episode_returns.min(1)[tasks], worst)
     return np.where(played["diverged"], worst, returns)
@@ -1881,20 +1821,18 @@ def summary(data, name, tasks, returns):
 
 
 def normalize(data, tasks, returns):
-    """Returns [len(tasks)] -> the same on each task's own scale: 0 = random policy, 100 = expert; 0 where the expert is
-    no better, so that there is no scale."""
+    """Returns [len(tasks)] -> on each task's own scale: 0 = random policy, 100 = expert; 0 where the expert is no
+    better."""
     worst, best = data.random_returns[tasks], data.expert_returns[tasks]
     return 100 * (returns - worst) / np.where(best > worst, best - worst, np.inf)
 
 
 def q_error(played, value, gamma):
-    """How far a critic is from what its policy reaches, on episodes that `evaluate` traced: Q(s_0, pi(s_0)) minus the
-    discounted return that followed (first curve of the FLORA paper's Figure 1).
+    """The critic's error on episodes that `evaluate` traced: Q(s_0, pi(s_0)) minus the discounted return that followed.
 
     value(context [R, K, context_dim], mask [R, K], obs [R, 2, obs_dim]) -> Q(s, pi(s)) [R, 2] in units of the reward.
-    The critic bootstraps across the time limit, so its value of the last state continues the return, except after a
-    termination. -> {"eval/iid/value": mean Q(s_0, pi(s_0)), "eval/iid/q_error": mean over rows, "eval/iid/q_relative":
-    the same divided by the size of the mean return}"""
+    At a time limit the critic's value of the last state continues the return. -> {"eval/iid/value": mean
+    Q(s_0, pi(s_0)), "eval/iid/q_error": mean error, "eval/iid/q_relative": divided by the size of the mean return}"""
     context, mask = played["context"], played["mask"]
     obs, rew, length, terminated = (
         torch.as_tensor(played[key], device=mask.device) for key in ("observations", "rewards", "lengths", "terminated")
@@ -1910,9 +1848,9 @@ def q_error(played, value, gamma):
 
 
 def evaluate_actor_critic(data, adapt, value, gamma, protocols, episodes, bc=None):
-    """`evaluate`, with the critic's error on iid by `q_error` (value, gamma), and with the returns of bc, an adapt like
-    the other, on the contexts of iid ("eval/bc/return" ..): behavior cloning, which the actor is kept close to
-    -> dict tag -> float. Without a simulator the critic is compared with the recorded episodes of `retrace`."""
+    """`evaluate`, the critic's error on iid by `q_error` (value, gamma), and returns of behavior cloning, with iid
+    contexts (bc: an adapt like the other; "eval/bc/return" ..) -> dict tag -> float. Without a simulator the critic is
+    compared with the recorded episodes of `retrace`."""
     traced = []
     results = evaluate(data, adapt, protocols, episodes, traced)
     critic = q_error(traced[protocols.index("iid")], value, gamma)
@@ -1938,10 +1876,10 @@ def label_contexts(data, embed, tasks=None, limit=10):
 def embedding_quality(data, embed):
     """How well z tells the tasks apart, from contexts of one episode each (embed: see label_contexts).
 
-    z/nearest_task_acc  training tasks: share of odd-numbered contexts whose nearest centroid, over the
-                        even-numbered contexts of each task, is that of their own task
-    z/probe_r2          linear regression from z to the task parameters, fitted on the training tasks,
-                        coefficient of determination on the test tasks (1 = perfect, 0 = the mean)
+    z/nearest_task_acc  each training task has a centroid of its even-numbered contexts: the share of odd-numbered
+                        contexts nearest to their own task's
+    z/probe_r2          linear regression from z to the task parameters, fitted on the training tasks: coefficient of
+                        determination on the test tasks (1 = perfect, 0 = the mean)
     What `unmeasurable` names is left out."""
     z, task = label_contexts(data, embed, data.train_ids)
     z, task, odd = z.double(), torch.tensor(task), torch.arange(len(task)) % 2 == 1
@@ -1980,9 +1918,8 @@ def unmeasurable(data):
 
 # ---- runs -------------------------------------------------------------------
 #
-# The machinery around a training. A script's train() reads: `resolve` the arguments, load the data, make the agent.
-# Then, in `with Run(..) as run`: update for each step of `run.updates()`, `run.log` what should be seen, and
-# `run.finish` the last evaluation.
+# A script's train() reads: `resolve` the arguments, load the data, make the agent. Then, in `with Run(..) as run`:
+# update for each step of `run.updates()`, `run.log` what should be seen, `run.finish` the last evaluation.
 
 RUN_VERSION = 3  # of run directories and policies files; another version is refused
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a user or a cluster wants the program to stop
@@ -2000,7 +1937,9 @@ def command_line(args_class, train, doc, env_defaults=None, arguments=None):
     description = doc.split("\n\n")[0] + describe(env_defaults or {})
     parse = functools.partial(tyro.cli, args_class, description=description, args=words)
     with one_line_errors():
-        check_words(words, script_path(args_class))
+        if seeds := re.search(r"--seed[ =](\d+( \d+)+)", " ".join(words)):
+            several = f"for s in {seeds[1]}; do python {Path(sys.argv[0]).name} .. --seed $s; done"
+            raise SystemExit(f"--seed takes one number; for several: {several}")
         args = parse()
         if args.resume:
             stored = load_checkpoint(args.resume, args_class)["args"]
@@ -2018,18 +1957,6 @@ def describe(env_defaults):
     return "\n\nDefaults that depend on the family, by a part of its name: " + "; ".join(texts) + "." if texts else ""
 
 
-def check_words(words, script):
-    """One line for a frequent slip of the command line, several seeds."""
-    words = [part for word in words for part in word.split("=", 1)]
-    for i, (flag, value, after) in enumerate(zip(words, words[1:], [*words[2:], ""])):
-        if flag == "--seed" and value.isdigit() and after.isdigit():
-            rest = itertools.dropwhile(str.isdigit, words[i + 1 :])
-            seeds = itertools.takewhile(str.isdigit, words[i + 1 :])
-            line = f"python {script} {shlex.join([*words[:i], *rest])}".strip()
-            several = f"for s in {' '.join(seeds)}; do {line} --seed $s; done"
-            raise SystemExit(f"--seed takes one number; for several: {several}")
-
-
 def resolve(args, env_defaults):
     """Fill in the arguments left at None and check the numbers -> args.
 
@@ -2038,23 +1965,22 @@ def resolve(args, env_defaults):
         raise SystemExit("--eval-only needs --resume RUN_DIR")
     if Path(args.exp_name).name != args.exp_name:
         raise SystemExit(f"--exp-name {args.exp_name}: must be the name of one folder")
+    if getattr(args, "dataset", None):
+        args.dataset = str(Path(args.dataset).expanduser().absolute())  # a resumed run may start in another directory
     fill_in(args, env_defaults)
-    check_numbers(args)
     return args
 
 
 def fill_in(args, env_defaults):
-    """Give the arguments left at None, in place, what `resolve` says."""
+    """Give the arguments left at None, in place, what `resolve` says, and check the numbers."""
     for part, values in reversed(env_defaults.items()):
         for name, value in values.items() if part in args.env.split(":")[-1] else ():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-
-
-def check_numbers(args):
-    """One line for a senseless number: whole ones are positive, or 0 where that means none; others at least 0."""
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')} {value}", int(name not in MAY_BE_ZERO)
+        if value == "rollout" and args.env == "offline":
+            raise SystemExit(f"{flag}: --env offline has no simulator")
         if type(value) is int and not least <= value < 2**63:
             raise SystemExit(f"{flag}: must be at least {least}")
         if type(value) is float and not (0 <= value < math.inf or (name in MAY_BE_NEGATIVE and math.isfinite(value))):
@@ -2063,7 +1989,7 @@ def check_numbers(args):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """In its block an interruption, and faults of disk, pipe and memory, end the program with one line."""
+    """An interruption, and faults of disk, pipe and memory, end the program with one line."""
     threading.excepthook = lambda _: None  # TensorBoard's thread meets the disk's faults too; they are reported here
     saved = "what was saved stays and can be continued"
     try:
@@ -2071,8 +1997,6 @@ def one_line_errors():
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; {saved}")
-    except ActionError as error:
-        raise SystemExit(f"stopped: {error}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails again
         raise SystemExit(f"stopped: nobody reads the output any more; {saved}")
@@ -2086,8 +2010,8 @@ def one_line_errors():
 
 
 class Signals:
-    """In its block the first of SIGNALS is only noted while `may_save` is set, so that the program can save; every
-    other one ends it at once. how: text that tells how to go on."""
+    """While `may_save` is set the first signal asks for a save; any other one ends the program at once. how: text that
+    tells how to go on."""
 
     def __init__(self, how):
         self.how, self.received, self.may_save = how, None, False
@@ -2113,8 +2037,8 @@ class Signals:
 
 
 def atomic_save(path, write):
-    """write(file) to memory, from there to a temporary name, then rename: a reader never meets half a file. If the disk
-    is full, an OSError names the file, and its old content stays."""
+    """write(file) to memory, then to a temporary name, then rename: a reader never meets half a file. If the disk is
+    full, the old content stays."""
     temporary, content = path.with_name(path.name + ".tmp"), io.BytesIO()
     write(content)
     try:
@@ -2136,14 +2060,13 @@ def read_saved(path, remedy):
     """The dict in a file of torch.save, on the CPU; one line with the remedy if it is damaged or of another version."""
     try:
         with zipfile.ZipFile(path) as file:
-            intact = file.testzip() is None  # torch.load reads damaged numbers without a word
-        saved = torch.load(path, map_location="cpu", weights_only=True) if intact else {}
+            if file.testzip():  # torch.load reads damaged numbers without a word
+                raise ValueError
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # zipfile and torch raise a dozen kinds on damaged bytes
-        intact = False
-    if not intact:
-        raise SystemExit(f"{path} is damaged; {remedy}")
+        raise SystemExit(f"{path} is damaged; {remedy}") from None
     if not isinstance(saved, dict) or saved.get("version") != RUN_VERSION:
         raise SystemExit(f"{path} is not of this version of the repository; {remedy}")
     return saved
@@ -2152,12 +2075,6 @@ def read_saved(path, remedy):
 def script_name(args_class):
     """Name of the script that defines the class of its arguments, without .py."""
     return Path(getattr(sys.modules[args_class.__module__], "__file__", "notebook")).stem
-
-
-def script_path(args_class):
-    """The same as one types it: the script may have been imported by a program that trains many."""
-    path, name = Path(sys.argv[0]), script_name(args_class)
-    return str(path if path.stem == name else f"{name}.py")
 
 
 def load_checkpoint(directory, args_class):
@@ -2175,26 +2092,25 @@ def load_checkpoint(directory, args_class):
 
 
 def lock(file):
-    """Lock an open file until it is closed -> whether no other process holds it. Some network file systems have no
-    locks: there it warns once and goes on."""
+    """Lock an open file until it is closed -> whether no other process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        print(f"note: no lock on {file.name} ({error.strerror}); do not start this twice", file=sys.stderr)
+    except OSError:
+        pass  # some network file systems have no locks
     return True
 
 
 def resolve_device(name):
-    """ "auto" | "cpu" | "cuda" -> torch.device; one line if there is no GPU."""
+    """auto, cpu or cuda -> torch.device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU here; use --device auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def versions():
-    """{name: version} of all that the results depend on: Python, packages, commit of this code, number of threads."""
+    """{name: version} of what the results depend on: Python, packages, commit, number of threads."""
     git = ["git", "-C", str(DATASETS.parent), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -2229,8 +2145,8 @@ def training_state(agent):
 
 
 def restore_training(agent, saved, weights_only=False):
-    """Take over what `training_state` gave; ValueError if it is of other networks. Weights alone may lack what only
-    training uses, such as target networks."""
+    """Take over what `training_state` gave; ValueError if it is of other networks. Weights alone may lack parts that
+    only training uses, such as target networks."""
     try:
         agent.load_state_dict(agent.state_dict() | saved["agent"] if weights_only else saved["agent"])
         for name, opt in optimizers(agent).items() if not weights_only else ():
@@ -2245,14 +2161,16 @@ def restore_training(agent, saved, weights_only=False):
 
 
 def eval_line(results):
-    """One line of the returns per protocol with standard errors, normalized in brackets, and of the quality of z."""
+    """Returns per protocol with standard errors, normalized in brackets, and the quality of z, as one line."""
     cells = []
-    for p in [tag.split("/")[1] for tag in results if tag.startswith("eval/") and tag.endswith("/return")]:
-        error = f" ± {results[f'eval/{p}/return_se']:.1f}" if f"eval/{p}/return_se" in results else ""
-        scaled = f" ({results[f'eval/{p}/normalized']:.0f})" if f"eval/{p}/normalized" in results else ""
-        cells.append(f"{p} {results[f'eval/{p}/return']:.1f}{error}{scaled}")
-    errors = [f"{tag.split('/')[1]} {value:.3f}" for tag, value in results.items() if tag.endswith("/action_error")]
-    cells += ["action error: " + "  ".join(errors)] if errors else []
+    for tag, value in results.items():
+        name = tag.split("/")[1]
+        if tag == f"eval/{name}/return":
+            error = f" ± {results[f'{tag}_se']:.1f}" if f"{tag}_se" in results else ""
+            scaled = f" ({results[f'eval/{name}/normalized']:.0f})" if f"eval/{name}/normalized" in results else ""
+            cells.append(f"{name} {value:.1f}{error}{scaled}")
+        elif tag == f"eval/{name}/action_error":
+            cells.append(f"{name} action error {value:.3f}")
     if "eval/iid/value_above_best" in results:
         above = results["eval/iid/value_above_best"]
         cells.append(f"value {results['eval/iid/value']:.2f}, {above:+.2f} above the best episodes")
@@ -2278,9 +2196,9 @@ def advice(results):
 class Run:
     """The run directory of one training: args.json, metrics.csv, TensorBoard events, checkpoint.pt, result.json.
 
-    A training has one or more phases, the last of which is "policy"; --{phase}-updates is a phase's length. agent: the
-    module with all networks and, as attributes, all optimizers; generator: draws the batches; free: arguments that a
-    resumed run may change besides FREE."""
+    phases: parts of the training, the last is "policy"; --{phase}-updates is a phase's length. agent: the module with
+    all networks and, as attributes, all optimizers. generator draws the batches. free: arguments that a resumed run may
+    change besides FREE."""
 
     def __init__(self, args, data, agent, generator, phases=("policy",), free=frozenset()):
         self.args, self.data, self.agent, self.generator = args, data, agent, generator
@@ -2293,8 +2211,9 @@ class Run:
             name = f"seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
             self.dir = Path(args.run_dir).expanduser() / args.env.replace(":", "-") / args.exp_name / name
             self.dir.mkdir(parents=True)
-        again = shlex.join(["python", script_path(type(args)), "--resume", str(self.dir)])
-        self.signals, self.closing = Signals(f"continue with: {again}"), contextlib.ExitStack()
+        path, name = Path(sys.argv[0]), script_name(type(args))  # a program that trains many has another path
+        again = ["python", str(path if path.stem == name else f"{name}.py"), "--resume", str(self.dir)]
+        self.signals, self.closing = Signals(f"continue with: {shlex.join(again)}"), contextlib.ExitStack()
 
     def __enter__(self):
         self.closing.enter_context(self.signals)
@@ -2328,14 +2247,12 @@ class Run:
             torch.manual_seed(self.args.seed + sum(self.steps.values()))
             self.generator.manual_seed(self.args.seed + sum(self.steps.values()))
             print(f"note: the run comes from another device; on {self.data.device} it does not go on bit for bit")
-        planned, total = saved["args"]["total_updates"], self.args.total_updates
-        if self.steps["policy"] > total:
-            raise SystemExit(f"--total-updates {total}: the run has done {self.steps['policy']}; nothing to do")
-        if self.args.lr_decay and self.steps["policy"] > planned / 2 and total != planned:
-            print(f"note: the learning rates fell towards update {planned}; now they fall towards {total}")
+        if self.steps["policy"] > self.args.total_updates:
+            done = f"the run has done {self.steps['policy']}; nothing to do"
+            raise SystemExit(f"--total-updates {self.args.total_updates}: {done}")
 
     def open_files(self):
-        """args.json, TensorBoard events and metrics.csv, of which the rows up to the checkpoint stay."""
+        """args.json, TensorBoard events and metrics.csv, whose rows up to the checkpoint stay."""
         args, data = self.args, self.data
         if not lock(self.closing.enter_context(open(self.dir / "lock", "w"))):
             raise SystemExit(f"--resume {self.dir}: another process is training this run")
@@ -2368,16 +2285,13 @@ class Run:
         self.phase, self.timed = phase, [0, 1e-9]
         if self.args.eval_only:
             return
-        self.signals.may_save, told = True, False
+        self.signals.may_save = True
         for step in range(self.steps[phase] + 1, self.total + 1):
             start = time.perf_counter()
             yield step
             self.steps[phase] = step
             if step % self.args.eval_every or phase != "policy":
                 self.timed = [self.timed[0] + 1, self.timed[1] + time.perf_counter() - start]
-            if not told and self.timed[1] > 3:  # seconds; the first line of losses may be a minute away
-                print(f"  {self.speed()}", flush=True)
-                told = True
             if step % self.args.save_every == 0 or step == self.total or self.signals.received:
                 self.save()
             if self.signals.received:
@@ -2431,8 +2345,8 @@ class Run:
             atomic_save(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
     def finish(self, results):
-        """Keep the last evaluation in result.json, or in eval.json with --eval-only -> the same as a dict, with
-        run_dir, step, updates_per_sec and cpu_s (of all threads, resumed runs together)."""
+        """Keep the last evaluation in result.json, or in eval.json with --eval-only -> the same, with run_dir, step,
+        updates_per_sec and cpu_s (of all threads, resumed runs together)."""
         step = self.steps["policy"]
         if self.args.eval_only:
             self.must_be_finite(step, results)
@@ -2452,5 +2366,4 @@ class Run:
 if __name__ == "__main__":
     sys.modules["data_collect"] = sys.modules["__main__"]  # for families in other files
     with one_line_errors():
-        check_words(sys.argv[1:], "data_collect.py")
         collect(tyro.cli(Args, description="Train behavior policies, roll them out and write a dataset file."))

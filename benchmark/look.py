@@ -90,6 +90,9 @@ def draw_paths(axis, family, tasks, params, states):
 def embedded(script, agent, data, args):
     """-> z of up to ten episodes of each test task, on its two principal components [R, 2], and the parameters of their
     tasks [R, P]."""
+    if not hasattr(script, "embed"):
+        remedy = "write embed(agent, context, mask), as focal.py does"
+        raise SystemExit(f"--z: {script.__name__}.py has no z to draw; {remedy}, or leave this run out")
     z, tasks = dc.label_contexts(data, partial(script.embed, agent), data.test_ids)
     centered = z - z.mean(0)
     return (centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T).numpy(), data.task_params[tasks]
@@ -167,8 +170,6 @@ def draw_strip(family, params, states, path, count=5):
             axis.annotate("", 0.42 * np.array([320, 240]) * (param * [1, -1] + 1.19), (160, 120), arrowprops=ARROW)
             axis.set(xticks=[], yticks=[], xlabel=f"{family.dt * t:.1f} s")
     figure.savefig(path, dpi=110)
-
-
 
 
 def main():

@@ -48,6 +48,18 @@ def cosines(embed, data):
     return [value.mean().item() for value in values]
 
 
+def probed(run_dir):
+    """-> `cosines` of a finished run."""
+
+    def look(script, agent, data, args):
+        if not hasattr(script, "embed"):
+            remedy = "write embed(agent, context, mask), as focal.py does, or leave this run out"
+            raise SystemExit(f"{run_dir}: {script.__name__}.py has no z to read; {remedy}")
+        return cosines(partial(script.embed, agent), data)
+
+    return revisit(run_dir, look)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the --run-dir of the runs")
@@ -55,10 +67,7 @@ def main():
     for name, seeds in finished_runs(folder).items():
         if name.startswith("known-task"):  # references.py: no z of a context
             continue
-        found = [
-            revisit(run_dir, lambda script, agent, data, args: cosines(partial(script.embed, agent), data))
-            for run_dir in seeds.values()
-        ]
+        found = [probed(run_dir) for run_dir in seeds.values()]
         cells = [f"{mean:.2f}" for mean in np.mean(found, 0)]
         if len(found) > 1:
             cells = [f"{cell} ± {spread:.2f}" for cell, spread in zip(cells, np.std(found, 0, ddof=1))]

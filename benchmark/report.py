@@ -201,7 +201,11 @@ def refuse_mixture(rows):
 
 def add(folder, directory):
     """Copy all finished runs below folder into the files of directory."""
-    runs = [d for env in sorted(folder.glob("*/")) for seeds in finished_runs(env).values() for d in seeds.values()]
+    families = sorted(folder.glob("*/"))
+    for family in [family for family in families if family.name == "offline"]:
+        print(f"{family} is left out: without a simulator there are no returns")
+        families.remove(family)
+    runs = [d for family in families for seeds in finished_runs(family).values() for d in seeds.values()]
     if not runs:
         raise SystemExit(f"no finished run below {folder}; make them: see benchmark/README.md")
     both = []

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {"data_collect": ["data_collect", "any_mdp", "dataset_file", "runs"]}  # tests/test_{..}.py; others: their name
+OF_DATA_COLLECT = ["data_collect", "any_mdp", "dataset_file", "evaluation", "own_data", "runs"]
+TESTS = {"data_collect": OF_DATA_COLLECT}  # tests/test_{..}.py; other scripts: of their name
 
 # ---- edits ------------------------------------------------------------------
 

@@ -205,8 +205,7 @@ def test_action_not_finite_is_refused(name, bad):
     env.reset(seed=0)
     before, act = env.state.copy(), np.zeros((3, env.family.act_dim), np.float32)
     act[1, -1] = bad
-    with pytest.raises(dc.ActionError, match="task 1 is not finite"):
-        env.step(act)
+    assert "task 1 is not finite" in stop_message(env.step, act)
     assert np.array_equal(env.state, before)
 
 

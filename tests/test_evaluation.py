@@ -171,7 +171,7 @@ def test_diverged_episode_counts_as_random(protocol, rounds, uneven, monkeypatch
 def test_action_not_finite_ends_the_evaluation(uneven):
     act = lambda *_: lambda obs, rew: torch.full((len(obs), 2), math.nan)  # noqa: E731
     message = stop_message(dc.evaluate, uneven[0], act, ("online",))
-    assert message == "evaluation online: the policy's action on task 6 is not finite"
+    assert message == "stopped: the policy's action on task 6 is not finite"
 
 
 def test_train_protocol_takes_ten_tasks(uneven, monkeypatch):

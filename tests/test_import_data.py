@@ -114,3 +114,39 @@ def test_damaged_pickle_gets_one_line(tmp_path, monkeypatch, content):
 def test_empty_folder_is_named(tmp_path, monkeypatch):
     message = stop_message(run, monkeypatch, "t2da", tmp_path, "--out", tmp_path / "file.npz")
     assert message.startswith(f"{tmp_path}: nothing there is named like dataset_task_")
+
+
+def test_minari_data_become_a_dataset(tmp_path, monkeypatch):
+    """With the library, where it is installed."""
+    minari, gym = pytest.importorskip("minari"), pytest.importorskip("gymnasium")
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    rng, tables = np.random.default_rng(0), {}
+    for task in range(3):
+        for n in range(2):
+            length = 4 + task + n
+            obs, act = rng.normal(size=(length + 1, 3)).astype(np.float32), rng.uniform(1, 5, (length, 2))
+            tables[task, n] = obs, act, rng.normal(size=length)
+        buffers = [EpisodeBuffer(id=n, observations=tables[task, n][0], actions=tables[task, n][1].astype(np.float32),
+                                 rewards=tables[task, n][2], terminations=[False] * (3 + task + n) + [n == 1],
+                                 truncations=[False] * (3 + task + n) + [n == 0]) for n in range(2)]  # fmt: skip
+        spaces = {"observation_space": gym.spaces.Box(-9, 9, (3,)), "action_space": gym.spaces.Box(1, 5, (2,))}
+        minari.create_dataset_from_buffers(f"own/task{task}-v0", buffers, **spaces)
+    names = [f"own/task{task}-v0" for task in range(3)]
+    run(monkeypatch, "minari", *names, "--out", tmp_path / "file.npz")
+    data = dc.load_dataset("offline", tmp_path / "file.npz")
+    assert data.lengths.tolist() == [[4 + task, 5 + task] for task in range(3)] and data.test_ids.tolist() == [2]
+    for (task, n), (obs, act, rew) in tables.items():
+        rows = data.unpack(data.episodes[task, n, : len(act)])
+        np.testing.assert_allclose(rows.act, act / 2 - 1.5, atol=1e-6)
+        np.testing.assert_allclose(rows.rew, rew, rtol=1e-6)
+        np.testing.assert_allclose(rows.next_obs * data.obs_std + data.obs_mean, obs[1:], atol=1e-5)
+        assert rows.term.tolist() == [0.0] * (len(act) - 1) + [float(n)]
+    assert stop_message(run, monkeypatch, "minari", "own/none-v0", "--out", tmp_path / "b.npz").startswith("own/none")
+
+
+def test_missing_minari_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    message = stop_message(run, monkeypatch, "minari", "own/task-v0", "--out", tmp_path / "file.npz")
+    assert message.startswith("minari is missing: pip install 'minari[hdf5]==") and not list(tmp_path.iterdir())

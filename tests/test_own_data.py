@@ -15,6 +15,7 @@ from test_smoke import NAMES
 from test_smoke import SHORT as FEW
 
 import data_collect as dc
+import flora
 import focal
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/OWN_DATA.md").read_text(), flags=re.DOTALL)
@@ -51,7 +52,7 @@ def test_document_brings_own_arrays(folder, capsys):
     assert tags == expected | {"eval/iid/value", "eval/iid/value_above_best"}  # no return, no fake one
     assert all(0.4 < result[tag] < 0.8 for tag in expected)  # the actions are uniform, so 1 / sqrt(3)
     out = capsys.readouterr().out
-    assert "returns left out: there is no simulator" in out and "eval  action error: iid 0." in out
+    assert "returns left out: there is no simulator" in out and "eval  iid action error 0." in out
     again = focal.train(focal.Args(env="offline", resume=result["run_dir"], dataset="own.npz", **SHORT, eval_only=True))
     assert again["eval/iid/action_error"] == result["eval/iid/action_error"]
     assert len(BLOCKS[1].strip().splitlines()) <= 12
@@ -90,9 +91,7 @@ def test_written_file_holds_the_episodes(folder):
     plain[1][0][1][0] = 1 + 1e-6, -1 - 1e-6  # as rounding leaves them
     obs, act, rew = plain[0][1]
     given = [list(of_task) for of_task in plain]
-    given[0][1] = {"observations": obs[:-1], "next_observations": obs[1:], "actions": act, "rewards": rew[:, None]}
-    given[0][1]["terminals"] = [False] * 6 + [True]
-    given[2][0] = (*plain[2][0], True)
+    given[0][1], given[2][0] = (obs, act, rew[:, None], np.True_), (*plain[2][0], True)
     data = write("own.npz", given, foreign=[[episode(3), episode(1)]], expert_returns=[1.0, 2, 3])
     assert (data.obs_dim, data.act_dim, data.family.horizon) == (3, 2, 7) and data.ood_lengths.tolist() == [[3, 1]]
     for task, number in ((t, n) for t in range(3) for n in range(len(plain[t]))):
@@ -108,22 +107,15 @@ def test_written_file_holds_the_episodes(folder):
 
 BROKEN = {  # what becomes of (observations, actions, rewards) -> the complaint
     "rewards too short": (lambda o, a, r: (o, a, r[1:]), "expected [n + 1, obs_dim], [n, act_dim], [n]"),
-    "two at once": (lambda o, a, r: (o[1:], 9 * a, r), "[n + 1, obs_dim], [n, act_dim], [n], actions"),
     "not finite": (lambda o, a, r: (o * np.nan, a, r), "not finite"),
-    "empty": (lambda o, a, r: (o[:1], a[:0], r[:0]), "it is empty"),
+    "empty": (lambda o, a, r: (o[:1], a[:0], r[:0]), "n >= 1"),
     "action above 1": (lambda o, a, r: (o, 9 * a, r), "rescale them to [-1, 1]"),
     "other size": (lambda o, a, r: (o[:, :2], a, r), "expected (3, 2)"),
-    "no action": (lambda o, a, r: {"observations": o, "rewards": r}, "has observations, actions, rewards and"),
-    "nothing": (lambda o, a, r: (), "has observations, actions, rewards and"),
-    "five entries": (lambda o, a, r: (o, a, r, True, False), "has observations, actions, rewards and"),
-    "end in words": (lambda o, a, r: (o, a, r, "False"), "terminated must be one bool"),
-    "flags too short": (lambda o, a, r: (o, a, r, [False] * 4), "terminated must be one bool"),
-    "no array": (lambda o, a, r: 3, "not iterable"),
+    "no rewards": (lambda o, a, r: (o, a), "an episode is (observations, actions, rewards)"),
+    "end of each step": (lambda o, a, r: (o, a, r, [False] * 5), "(.., terminated: bool)"),
+    "no array": (lambda o, a, r: 3, "has no len"),
     "text": (lambda o, a, r: (o, a, ["a"] * 5), "could not convert"),
-    "ends early": (lambda o, a, r: (o, a, r, [True] * 5), "False before its last step"),
-    "two in one": (lambda o, a, r: {"observations": o[:-1], "next_observations": o[:-1], "actions": a, "rewards": r},
-                   "more than one episode"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -217,6 +209,21 @@ def test_every_script_trains_without_a_simulator(folder, name):
     result = script.train(script.Args(env="offline", dataset="own.npz", **few))
     assert 0.3 < result["eval/iid/action_error"] < 1.2 and 0.3 < result["eval/zero_shot/action_error"] < 1.2
     assert not any("return" in tag for tag in result) and result["step"] == 2
+
+
+def test_rollout_needs_a_simulator(folder):
+    args = flora.Args(env="offline", bandit_feedback="rollout")
+    assert stop_message(flora.train, args) == "--bandit-feedback rollout: --env offline has no simulator"
+
+
+def test_relative_dataset_is_found_from_elsewhere(folder, monkeypatch):
+    write("own.npz", [[episode(n) for n in (24, 27, 25)] for _ in range(4)], test=(2, 3))
+    args = focal.Args(env="offline", dataset="own.npz", run_dir=str(folder / "runs"), **SHORT)
+    run_dir = focal.train(args)["run_dir"]
+    (folder / "deeper").mkdir()
+    monkeypatch.chdir(folder / "deeper")
+    stored = dc.load_checkpoint(run_dir, focal.Args)["args"]
+    assert focal.train(focal.Args(**stored | {"resume": run_dir, "eval_only": True}))["step"] == 2
 
 
 # ---- families of a user ---------------------------------------------------------
@@ -340,13 +347,13 @@ def test_file_of_other_tasks_is_refused(tiny_path, monkeypatch):
     for changed in ((params + 0.01, *ids), (params, *ids[::-1])):
         monkeypatch.setattr(family, "draw", lambda changed=changed: changed)
         message = stop_message(dc.load_dataset, "point-robot", tiny_path)
-        assert "was made for other train tasks than point-robot has now. Move it away and run: python" in message
-        assert "was made for other train tasks" in stop_message(dc.collect, same)
+        assert "made for other train tasks than point-robot has now" in message and "Move it away and run" in message
+        assert "made for other train tasks" in stop_message(dc.collect, same)
         assert "holds policies with other settings" in stop_message(dc.collect, anew)
     monkeypatch.setattr(family, "draw", lambda: (params, ids[0], ids[1][::-1]))
-    assert "was made for other test tasks" in stop_message(dc.load_dataset, "point-robot", tiny_path)
+    assert "made for other test tasks" in stop_message(dc.load_dataset, "point-robot", tiny_path)
     monkeypatch.setattr(family, "draw", lambda: (params, ids[0][:5], ids[1]))
-    assert "was made for other train tasks" in stop_message(dc.load_dataset, "point-robot", tiny_path)
+    assert "made for other train tasks" in stop_message(dc.load_dataset, "point-robot", tiny_path)
     assert not dc.load_dataset("offline", tiny_path).family.simulated  # there the file alone counts
 
 
@@ -363,7 +370,7 @@ def test_family_of_a_file_is_found_or_named(folder):
     assert "x of mine.py must be a Family" in stop_message(dc.family_of, "mine:x")
     assert "Env of mine.py must be a Family or GymFamily" in stop_message(dc.family_of, "mine:Env")
     assert "ModuleNotFoundError: No module named 'yours'" in stop_message(dc.family_of, "yours:Far")
-    assert "did you mean point-robot" in stop_message(dc.family_of, "point-robo")
+    assert "did you mean point-robot?" in stop_message(dc.family_of, "point-robo")
     assert "nothing to collect" in stop_message(dc.collect, dc.Args(env="offline"))
 
 
