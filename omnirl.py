@@ -27,7 +27,7 @@ Ablations: algorithm distillation, --supervision behavior --oracle-share 0 --own
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -66,8 +66,9 @@ class Args:
     temperature: float = 0.5  # of the action distribution in own episodes
     think_every: int = 8  # own steps between two readings of the context (counts)
     # contexts
-    streams: int = 128  # streams per update (B)
-    context_rows: int | None = None  # rows of a stream (T), a multiple of --every
+    streams: int | None = None  # streams per update (B)
+    context_rows: int = 1024  # rows of a stream (T), a multiple of --every
+    grow: bool = True  # in the first half of the training, four times as many streams, a quarter as long (transformer)
     every: int = 64  # rows between two contexts of a stream (counts); learners plan twice as often
     oracle_share: float = 0.5  # share of the streams that begin with episodes of the noisy optimal policy
     own_share: float = 0.5  # share of the streams in which the model acts (counts)
@@ -90,9 +91,18 @@ class Args:
 
 
 DEFAULTS = {  # for arguments left at None
-    "counts": dict(total_updates=40, width=32, depth=8, batch_size=64, context_rows=1024, final_episodes=50),
-    "transformer": dict(total_updates=160, width=64, depth=3, batch_size=16, context_rows=256, final_episodes=20),
+    "counts": dict(total_updates=40, streams=128, width=32, depth=8, batch_size=64, final_episodes=50),
+    "transformer": dict(total_updates=200, streams=32, width=64, depth=3, batch_size=4, final_episodes=20),
 }
+
+
+def stage(args, step):
+    """-> arguments of an update: short streams teach a transformer faster, long ones what it meets at test."""
+    if args.memory == "counts" or not args.grow or 2 * step > args.total_updates:
+        return args
+    return replace(args, streams=4 * args.streams, batch_size=4 * args.batch_size, context_rows=args.context_rows // 4)
+
+
 
 # ---- tasks and streams ------------------------------------------------------
 
@@ -109,14 +119,15 @@ class Tasks:
 
     def about(self):
         """-> list of lines for the head of a run's output."""
-        count = self.args.train_tasks or self.args.total_updates * self.args.streams
+        steps = range(1, self.args.total_updates + 1)
+        count = self.args.train_tasks or sum(stage(self.args, step).streams for step in steps)
         return [f"{count} training and {len(self.test_ids)} test tasks", "normalized: uniform policy 0, optimal 100"]
 
-    def draw(self, rng):
+    def draw(self, streams, rng):
         """-> tasks of an update, numbers of its streams' tasks [B]."""
         if self.fixed is None:
-            return FAMILY.draw_tasks(self.args.streams, rng), np.arange(self.args.streams)
-        return self.fixed, rng.integers(self.args.train_tasks, size=self.args.streams)
+            return FAMILY.draw_tasks(streams, rng), np.arange(streams)
+        return self.fixed, rng.integers(self.args.train_tasks, size=streams)
 
 
 class Worlds:
@@ -595,7 +606,7 @@ def train(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args = dc.resolve(args, {})
-    if args.context_rows % args.every:
+    if stage(args, 1).context_rows % args.every:
         raise SystemExit(f"--context-rows {args.context_rows}: must be a multiple of --every {args.every}")
     data = Tasks(args)
     torch.manual_seed(args.seed)
@@ -604,21 +615,22 @@ def train(args):
     free = {"final_plays", "temperature", "think_every"}
     with dc.Run(args, data, agent, generator, free=free) as run:
         for step in run.updates():
+            now = stage(args, step)
             rng = np.random.default_rng([args.seed, step])  # so a resumed run draws the same
             # 1 tasks
-            tasks, ids = data.draw(rng)
+            tasks, ids = data.draw(now.streams, rng)
             worlds = Worlds(tasks, ids, rng, args.renumber)
             # 2 contexts
             own = args.own_share if step > args.own_after and args.memory == "counts" else 0.0
-            behavior = Behavior(worlds, agent, args, rng, own)
-            rows = roll_out(worlds, behavior, args.context_rows, rng)
+            behavior = Behavior(worlds, agent, now, rng, own)
+            rows = roll_out(worlds, behavior, now.context_rows, rng)
             if not args.tags:
                 rows.tag[:] = 0
             # 3 targets
             make = contexts_of_counts if args.memory == "counts" else contexts_of_tokens
-            context, target = make(rows, worlds, args, rng)
+            context, target = make(rows, worlds, now, rng)
             dc.set_lr(agent.opt, args.lr * run.decay * min(1, step / args.warmup))
-            metrics = update(agent, context, target, args, generator)
+            metrics = update(agent, context, target, now, generator)
             if step % args.log_every == 0:
                 run.log(step, metrics)
             if step % args.eval_every == 0 and step < args.total_updates:
