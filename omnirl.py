@@ -193,18 +193,17 @@ class Counts(NamedTuple):
 
 def count(rows, steps, states, actions):
     """-> Counts of the first steps of all streams."""
-    size, known = len(rows.act), slice(1, steps + 1)
-    b, t = np.nonzero(rows.act[:, known] < actions)
-    after, over, before, act, rew, tag = (x[:, known][b, t] for x in rows)
-    pair, after = (b * states + before) * actions + act, b * states + after
+    b, t = np.nonzero(rows.act[:, 1 : steps + 1] < actions)  # the first row tells of no step
+    after, over, before, act, rew, tag = (x[b, t + 1] for x in rows)
+    size, pair = len(rows.act), (b * states + before) * actions + act
 
     def total(index, values, *shape):
         sums = np.bincount(index, values, size * math.prod(shape)).astype(np.float32)
         return torch.from_numpy(sums.reshape(size, *shape))
 
-    moves = total(pair * states + after % states, None, states, actions, states)
+    moves = total(pair * states + after, None, states, actions, states)
     by_pair = [total(pair, values, states, actions) for values in (rew, rew**2, tag)]
-    return Counts(moves, *by_pair, total(after, over == 1, states))
+    return Counts(moves, *by_pair, total(b * states + after, over == 1, states))
 
 
 def plan(counts, value, gamma, bonus, sweeps=30):
