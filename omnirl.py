@@ -3,31 +3,29 @@
 Wang et al., NeurIPS 2025, https://arxiv.org/abs/2502.02869; official code: airs-cuhk/airsoul, FutureAGI/Xenoverse.
 A model reads a context, all earlier steps in one task, and names the best action. It is trained on a stream of random
 tasks whose optimal actions are known. In a new task it improves by reading on; no weight changes. Shapes: B streams,
-one task each; T rows of a stream; S states, A actions; K contexts of a stream, its first 0, every, 2 every, .. rows.
-  rows    state, act, rew, over, tag [B, T]; the last state of an episode is a row of its own, with act = A
-  tag     1 where the noisy optimal policy acted        over  1 the task ended here, 2 the time limit did
+one task each; T steps of a stream; S states, A actions; K contexts of a stream, its first 0, 64, 128, .. steps.
+  rows    what one knows before each step: the state, and how one came there [B, T + 1]
   counts  a context as sums over each pair (s, a): next states, rewards, their squares, tags
   target  [.., A] one-hot optimal action, zeros where nothing is asked
 One update; the numbers are in `train` and `update`:
   1 tasks     draw B tasks; number their states and actions anew
-  2 contexts  play T rows in each: noisy optimal policy, learners, uniform policy, the model itself
-  3 targets   the optimal action, in every row or, for counts, in every state (step-wise supervision)
+  2 contexts  play T steps in each: noisy optimal policy, learners, uniform policy, the model itself
+  3 targets   the optimal action, in every step or, for counts, in every state (step-wise supervision)
   4 model     one pass of minibatches over  - sum target . log p(act | context, state)
-Two models: --memory counts, the default, is ours; --memory transformer is the paper's kind.
 Differences from the paper, tagged [ours: ..] in the code:
-  O1  counts: a graph network on the counts of a context (paper: RWKV-7 with 43.6 M parameters)
-  O2  transformer: attention, one token per row, and heads that match states and actions, --no-matching (paper: neither)
+  O1  --memory counts, the default: a graph network on the counts of a context (paper: RWKV-7 with 43.6 M parameters)
+  O2  --memory transformer: attention, a token per step, heads that match states and actions: --no-matching (paper)
   O3  each stream has new numbers of states and actions: --no-renumber (paper: each task has)
   O4  two tags: the noisy optimal policy, or anyone else (paper: eight); --no-tags
   O5  learners count and plan (paper: Q-learners too); the model plays in half of the streams: --own-share 0 (paper)
   O6  the loss has the policy alone, all positions weigh the same (paper: a ramp; code: a world model too)
-Closest to the paper: --memory transformer --no-matching --own-share 0. No flag reaches O4, O6, the paper's sizes.
-Ablations: algorithm distillation, --supervision behavior --oracle-share 0 --own-share 0; one query per context as in
-  DPT, --supervision query; tasks learned by heart, --train-tasks 32 --no-renumber --memory transformer --no-matching.
+  O7  a transformer's streams are short first, then long: --no-grow (paper: one length)
+Closest to the paper: --memory transformer --no-matching --no-grow. No flag reaches O4, O6, the paper's sizes.
+Algorithm distillation: --supervision behavior --oracle-share 0 --own-share 0. DPT: --supervision query.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -39,6 +37,8 @@ import data_collect as dc
 
 FAMILY = dc.FAMILIES["any-mdp"]
 LIMIT = FAMILY.horizon  # steps of an episode
+HEADER = {"env": "any-mdp", "settings": {"quality": "drawn"}}  # stands where others have that of a dataset
+EVERY = 64  # steps between two contexts of a stream (counts); learners plan twice as often
 
 # ---- arguments --------------------------------------------------------------
 
@@ -60,18 +60,16 @@ class Args:
     env: Literal["any-mdp"] = "any-mdp"  # task family
     train_tasks: int | None = None  # number of training tasks; by default new ones in every update
     renumber: bool = True  # number the states and actions of every stream anew
-    eval_episodes: int = 10  # own episodes per test task in an evaluation during training
     final_episodes: int | None = None  # own episodes per test task in the last evaluation, and with --eval-only
     final_plays: int = 2  # times that each test task is played in the last evaluation
     temperature: float = 0.5  # of the action distribution in own episodes
     think_every: int = 8  # own steps between two readings of the context (counts)
     # contexts
-    streams: int = 128  # streams per update (B)
-    context_rows: int | None = None  # rows of a stream (T), a multiple of --every
-    every: int = 64  # rows between two contexts of a stream (counts); learners plan twice as often
+    streams: int | None = None  # streams per update (B)
+    context_rows: int = 1024  # steps of a stream (T), a multiple of 64
+    grow: bool = True  # in the first half of the training, four times as many streams, a quarter as long (transformer)
     oracle_share: float = 0.5  # share of the streams that begin with episodes of the noisy optimal policy
     own_share: float = 0.5  # share of the streams in which the model acts (counts)
-    own_after: int = 3  # first updates in which it does not act
     tags: bool = True  # tell the model which rows are of the noisy optimal policy
     # model
     memory: Literal["counts", "transformer"] = "counts"  # what reads the context
@@ -79,20 +77,25 @@ class Args:
     """targets: the optimal action of every step, the action taken, or the optimal action of one step per stream"""
     width: int | None = None  # hidden units of the model
     depth: int | None = None  # rounds of messages (counts) or layers (transformer)
-    heads: int = 8  # attention heads (transformer)
     matching: bool = True  # heads that find equal states and actions (transformer)
     batch_size: int | None = None  # contexts (counts) or streams (transformer) per gradient step
     lr: float = 2e-3  # learning rate
-    warmup: int = 3  # first updates, in which the learning rate rises
+    warmup: int = 3  # first updates, in which the learning rate rises and the model does not act
     lr_decay: bool = True  # let the learning rate fall linearly to 0 in the second half of the training
-    weight_decay: float = 0.01  # weight decay
-    max_grad_norm: float = 1.0  # the gradient is clipped to this norm
 
 
 DEFAULTS = {  # for arguments left at None
-    "counts": dict(total_updates=40, width=32, depth=8, batch_size=64, context_rows=1024, final_episodes=50),
-    "transformer": dict(total_updates=160, width=64, depth=3, batch_size=16, context_rows=256, final_episodes=20),
+    "counts": dict(total_updates=40, streams=128, width=32, depth=8, batch_size=64, final_episodes=50),
+    "transformer": dict(total_updates=200, streams=32, width=64, depth=3, batch_size=4, final_episodes=20),
 }
+
+
+def stage(args, step):
+    """-> arguments of an update: short streams teach faster, long ones what a transformer meets at test. [ours: O7]"""
+    if args.memory == "counts" or not args.grow or 2 * step > args.total_updates:
+        return args
+    return replace(args, streams=4 * args.streams, batch_size=4 * args.batch_size, context_rows=args.context_rows // 4)
+
 
 # ---- tasks and streams ------------------------------------------------------
 
@@ -101,7 +104,7 @@ class Tasks:
     """Training and test tasks; stands where other scripts have a dataset."""
 
     def __init__(self, args):
-        self.header, self.path, self.device = {"env": args.env}, None, dc.resolve_device(args.device)
+        self.header, self.path, self.device = HEADER, None, dc.resolve_device(args.device)
         self.test, self.test_ids = FAMILY.tables, FAMILY.draw()[2]
         self.fixed, self.args = None, args
         if args.train_tasks:
@@ -109,14 +112,14 @@ class Tasks:
 
     def about(self):
         """-> list of lines for the head of a run's output."""
-        count = self.args.train_tasks or self.args.total_updates * self.args.streams
-        return [f"{count} training and {len(self.test_ids)} test tasks", "normalized: uniform policy 0, optimal 100"]
+        count = self.args.train_tasks or "a stream of"
+        return [f"{count} training tasks, {len(self.test_ids)} test tasks", "normalized: uniform policy 0, optimal 100"]
 
-    def draw(self, rng):
+    def draw(self, streams, rng):
         """-> tasks of an update, numbers of its streams' tasks [B]."""
         if self.fixed is None:
-            return FAMILY.draw_tasks(self.args.streams, rng), np.arange(self.args.streams)
-        return self.fixed, rng.integers(self.args.train_tasks, size=self.args.streams)
+            return FAMILY.draw_tasks(streams, rng), np.arange(streams)
+        return self.fixed, rng.integers(self.args.train_tasks, size=streams)
 
 
 class Worlds:
@@ -137,13 +140,18 @@ class Worlds:
 
 
 class Rows(NamedTuple):
-    """Steps of B streams. state and over have one more row, for the next step."""
+    """What one knows before each step of B streams: the state, and the step that led to it. All are [B, T + 1]."""
 
-    state: np.ndarray  # [B, T + 1]
-    over: np.ndarray  # [B, T + 1] 0 = the episode goes on, 1 = the task ended it here, 2 = the time limit did
-    act: np.ndarray  # [B, T]; A in the last row of an episode, where nobody acts
-    rew: np.ndarray  # [B, T]
-    tag: np.ndarray  # [B, T] 1 = the noisy optimal policy acted [ours: O4]
+    state: np.ndarray
+    over: np.ndarray  # 0 = the episode goes on, 1 = the task ended it here, 2 = the time limit did
+    before: np.ndarray  # state of the last step; S in the first row
+    act: np.ndarray  # its action; A where a new episode begins, A + 1 in the first row
+    rew: np.ndarray  # its reward
+    tag: np.ndarray  # 1 = the noisy optimal policy acted [ours: O4]
+
+    def tensors(self, first, last):
+        """Rows first <= t < last as tensors."""
+        return Rows(*(torch.as_tensor(x[:, first:last]) for x in self))
 
 
 def draw(cumulative, rng):
@@ -151,24 +159,22 @@ def draw(cumulative, rng):
     return (rng.random((len(cumulative), 1)) >= cumulative).sum(1).clip(max=cumulative.shape[1] - 1)
 
 
-def roll_out(worlds, policy, steps, rng, episodes=math.inf):
-    """Play on and on -> Rows; stop early when every stream has `episodes` episodes. policy(rows, t) -> actions [B] and
-    tags [B]; it reads the rows before t, and state and over of row t."""
-    size, actions, b = len(worlds.ends), worlds.chances.shape[2], np.arange(len(worlds.ends))
-    state, over, tag = (np.zeros((size, steps + extra), int) for extra in (1, 1, 0))
-    rows = Rows(state, over, np.full((size, steps), actions), np.zeros((size, steps), np.float32), tag)
-    state[:, 0], clock = draw(worlds.start, rng), np.zeros(size, int)
+def roll_out(worlds, policy, steps, rng):
+    """Play one episode after the other -> Rows. policy(rows, t) -> actions [B], tags [B]; it reads rows 0 to t."""
+    size, states, actions = worlds.chances.shape[:3]
+    b, clock = np.arange(size), np.zeros(size, int)
+    rows = Rows(*(np.zeros((size, steps + 1), kind) for kind in (int, int, int, int, np.float32, int)))
+    rows.state[:, 0], rows.before[:, 0], rows.act[:, 0] = draw(worlds.start, rng), states, actions + 1
     for t in range(steps):
-        s, acted = state[:, t], over[:, t] == 0
-        act, rows.tag[:, t] = policy(rows, t)
+        s, acted = rows.state[:, t], rows.over[:, t] == 0
+        act, tag = policy(rows, t)
         after = draw(worlds.chances[b, s, act], rng)
         rew = worlds.rewards[b, s, act, after] + worlds.noise[b, s, act, after] * rng.standard_normal(size)
-        rows.act[:, t], rows.rew[:, t] = np.where(acted, act, actions), acted * rew
         clock = np.where(acted, clock + 1, 0)
-        over[:, t + 1] = acted * np.where(worlds.ends[b, after], 1, 2 * (clock >= LIMIT))
-        state[:, t + 1] = np.where(acted, after, draw(worlds.start, rng))  # after the last row a new episode begins
-        if t % LIMIT == 0 and ((rows.act[:, : t + 1] == actions).sum(1) >= episodes).all():
-            break
+        over = acted * np.where(worlds.ends[b, after], 1, 2 * (clock >= LIMIT))
+        after = np.where(acted, after, draw(worlds.start, rng))  # nobody acts in the last state of an episode
+        for x, value in zip(rows, (after, over, s, np.where(acted, act, actions), acted * rew, tag)):
+            x[:, t + 1] = value
     return rows
 
 
@@ -176,7 +182,7 @@ def roll_out(worlds, policy, steps, rng, episodes=math.inf):
 
 
 class Counts(NamedTuple):
-    """What contexts say of each pair of state and action; sums of contexts are sums of counts."""
+    """What contexts say of each pair of state and action."""
 
     moves: torch.Tensor  # [B, S, A, S] how often it led to each state
     rew: torch.Tensor  # [B, S, A] sum of rewards
@@ -184,30 +190,20 @@ class Counts(NamedTuple):
     tag: torch.Tensor  # [B, S, A] how often the noisy optimal policy took it
     ends: torch.Tensor  # [B, S] how often the task ended in a state
 
-    def plus(self, other):
-        return Counts(*(x + y for x, y in zip(self, other)))
 
-
-def count(rows, first, last, states, actions):
-    """Counts of rows first <= t < last, including where row last - 1 led to."""
-    b, t = np.nonzero(rows.act[:, first:last] < actions)
-    t, size = t + first, len(rows.act)
-    pair, after = (b * states + rows.state[b, t]) * actions + rows.act[b, t], rows.state[b, t + 1]
+def count(rows, steps, states, actions):
+    """-> Counts of the first steps of all streams."""
+    b, t = np.nonzero(rows.act[:, 1 : steps + 1] < actions)  # the first row tells of no step
+    after, over, before, act, rew, tag = (x[b, t + 1] for x in rows)
+    size, pair = len(rows.act), (b * states + before) * actions + act
 
     def total(index, values, *shape):
         sums = np.bincount(index, values, size * math.prod(shape)).astype(np.float32)
         return torch.from_numpy(sums.reshape(size, *shape))
 
-    rew = rows.rew[b, t]
     moves = total(pair * states + after, None, states, actions, states)
-    by_pair = [total(pair, values, states, actions) for values in (rew, rew**2, rows.tag[b, t])]
-    return Counts(moves, *by_pair, total(b * states + after, rows.over[b, t + 1] == 1, states))
-
-
-def nothing(size, states, actions):
-    """Counts of empty contexts."""
-    pairs = size, states, actions
-    return Counts(torch.zeros(*pairs, states), *(torch.zeros(pairs) for _ in range(3)), torch.zeros(size, states))
+    by_pair = [total(pair, values, states, actions) for values in (rew, rew**2, tag)]
+    return Counts(moves, *by_pair, total(b * states + after, over == 1, states))
 
 
 def plan(counts, value, gamma, bonus, sweeps=30):
@@ -230,8 +226,8 @@ def plan(counts, value, gamma, bonus, sweeps=30):
 
 
 class Behavior:
-    """The policies of the training streams. The noisy optimal policy plays no, the first one to four, or all episodes;
-    then the model, a uniform policy, or a learner acts, whose random actions become fewer. [ours: O5]"""
+    """Who acts in the training streams. The noisy optimal policy plays no, the first one to four, or all episodes. Then
+    the model, a uniform policy, or a learner acts; a learner's random actions become fewer. [ours: O5]"""
 
     def __init__(self, worlds, agent, args, rng, own):
         size, (states, actions) = len(worlds.ends), worlds.chances.shape[1:3]
@@ -247,21 +243,18 @@ class Behavior:
         self.bonus = torch.as_tensor(rng.exponential(0.5, size) * (rng.random(size) < 0.8)).float()
         self.episode, self.value = np.zeros(size, int), torch.zeros(size, states)
         self.q, self.probs = rng.random((size, states, actions)), np.full((size, states, actions), 1 / actions)
-        self.counts = nothing(size, states, actions)
 
     def __call__(self, rows, t):
-        every, (states, actions) = self.args.every // 2, self.q.shape[1:]
-        if t and t % every == 0:  # think again
-            self.counts = self.counts.plus(count(rows, t - every, t, states, actions))
-            noise = torch.as_tensor(1e-4 * self.rng.random(self.q.shape))
-            q, self.value = plan(self.counts, self.value, self.gamma, self.bonus)
-            self.q = (q + noise).numpy()
+        states, actions = self.q.shape[1:]
+        if t and t % (EVERY // 2) == 0:  # think again
+            counts = count(rows, t, states, actions)
+            q, self.value = plan(counts, self.value, self.gamma, self.bonus)
+            self.q = q.numpy() + 1e-4 * self.rng.random(self.q.shape)  # ties are broken by chance
             if self.own.any():
-                self.probs[self.own] = self.agent.probs(self.counts, self.own, self.temperature)
-        if t:
-            new = rows.act[:, t - 1] == actions
-            self.episode += new
-            self.skill = np.where(new, self.rng.random(len(new)), self.skill)
+                self.probs[self.own] = self.agent.probs(counts, self.own, self.temperature)
+        new = rows.act[:, t] == actions  # an episode begins
+        self.episode += new
+        self.skill = np.where(new, self.rng.random(len(new)), self.skill)
         s, oracle = rows.state[:, t], self.episode < self.oracle_episodes
         own = draw(self.probs[self.b, s].cumsum(-1), self.rng)
         act = np.where(self.own, own, self.q[self.b, s].argmax(-1))
@@ -271,57 +264,30 @@ class Behavior:
         return np.where(random, self.rng.integers(actions, size=len(s)), act), oracle
 
 
-class Tokens(NamedTuple):
-    """What one knows when one acts in row t: the state, and what the row before brought."""
-
-    state: torch.Tensor  # [B, T]
-    over: torch.Tensor  # [B, T] whether this state ends the episode
-    before: torch.Tensor  # [B, T] the state before; act, rew, tag are of its row
-    act: torch.Tensor  # [B, T] A after the last row of an episode, A + 1 in the first row of all
-    rew: torch.Tensor  # [B, T]
-    tag: torch.Tensor  # [B, T]
-
-
-def tokens_of(rows, first, last):
-    """Rows first <= t < last, only what is known before acting -> Tokens."""
-    t = np.arange(first, last)
-    earlier = lambda x, none: np.where(t > 0, x[:, t - 1], np.asarray(none, x.dtype))  # noqa: E731
-    before, act = earlier(rows.state, 0), earlier(rows.act, FAMILY.actions + 1)
-    parts = rows.state[:, t], rows.over[:, t], before, act, earlier(rows.rew, 0), earlier(rows.tag, 0)
-    return Tokens(*map(torch.as_tensor, parts))
-
-
-def contexts_of_tokens(rows, worlds, args, rng):
-    """-> Tokens [B, T], targets [B, T, A], 0 where nobody acts."""
-    b, actions = np.arange(len(rows.act))[:, None], worlds.chances.shape[2]
-    acted = rows.act < actions
-    wanted = rows.act if args.supervision == "behavior" else worlds.optimal[b, rows.state[:, :-1]]
-    if args.supervision == "query":
-        asked = (rng.random(rows.act.shape) * acted).argmax(1)
-        acted = np.arange(args.context_rows) == asked[:, None]
-    target = np.eye(actions, dtype=np.float32)[np.where(acted, wanted, 0)] * acted[..., None]
-    return tokens_of(rows, 0, args.context_rows), torch.as_tensor(target)
+def contexts_of_rows(rows, worlds, args, rng):
+    """-> Rows [B, T] as tensors, targets [B, T, A], 0 where nobody acts."""
+    state, asked = rows.state[:, :-1], rows.over[:, :-1] == 0
+    wanted = rows.act[:, 1:] if args.supervision == "behavior" else np.take_along_axis(worlds.optimal, state, 1)
+    if args.supervision == "query":  # one step of each stream
+        asked = np.arange(args.context_rows) == (rng.random(asked.shape) * asked).argmax(1)[:, None]
+    target = np.eye(FAMILY.actions, dtype=np.float32)[np.where(asked, wanted, 0)] * asked[..., None]
+    return rows.tensors(0, args.context_rows), torch.as_tensor(target)
 
 
 def contexts_of_counts(rows, worlds, args, rng):
-    """The first 0, every, 2 every, .. rows of each stream -> Counts [K B, ..], targets [K B, S, A]."""
+    """The first 0, 64, 128, .. steps of each stream -> Counts [K B, ..], targets [K B, S, A]."""
     size, states, actions = worlds.chances.shape[:3]
-    counts, contexts, taken = nothing(size, states, actions), [], []
-    for first in range(0, args.context_rows, args.every):
-        new = count(rows, first, first + args.every, states, actions)
-        contexts.append(counts)
-        taken.append(new.moves.sum(-1))
-        counts = counts.plus(new)
+    counts = [count(rows, steps, states, actions) for steps in range(0, args.context_rows + 1, EVERY)]
     target = torch.as_tensor(np.eye(actions, dtype=np.float32)[worlds.optimal] * ~worlds.ends[..., None])
-    target = target.repeat(len(contexts), 1, 1)
+    target = target.repeat(len(counts) - 1, 1, 1, 1)  # [K, B, S, A]
     if args.supervision == "behavior":  # what was done next, in the states that came next
-        target = torch.cat(taken)
+        target = torch.stack([after.moves.sum(-1) - before.moves.sum(-1) for before, after in zip(counts, counts[1:])])
     elif args.supervision == "query":  # one context and one state of each stream
-        row, state = rng.integers(len(contexts), size=size), (rng.random((size, states)) - worlds.ends).argmax(1)
-        asked = torch.zeros(len(contexts), size, states, 1)
-        asked[row, np.arange(size), state] = 1
-        target = target * asked.flatten(0, 1)
-    return Counts(*(torch.cat(x) for x in zip(*contexts))), target
+        k, state = rng.integers(len(target), size=size), (rng.random((size, states)) - worlds.ends).argmax(1)
+        asked = torch.zeros(len(target), size, states, 1)
+        asked[k, np.arange(size), state] = 1
+        target = target * asked
+    return Counts(*(torch.cat(x) for x in zip(*counts[:-1]))), target.flatten(0, 1)
 
 
 # ---- models -----------------------------------------------------------------
@@ -380,7 +346,7 @@ class Block(nn.Module):
     times learned numbers: from the first update on head i < A looks up what action i once led to in my state.
     [ours: O2]"""
 
-    def __init__(self, width, heads, matching):
+    def __init__(self, width, matching, heads=8):
         super().__init__()
         size, states, actions = width // heads, FAMILY.states, FAMILY.actions
         self.heads, self.matching, self.size = heads, matching, size + matching * (states + actions + 2)
@@ -400,8 +366,8 @@ class Block(nn.Module):
                 self.query_key.weight *= 0.3
 
     def forward(self, x, seen, did, cache=None, t=0):
-        """x [B, T, W]; seen [B, T, 2, S] one-hot of a row's state and of the state before it; did [B, T, A + 2] one-hot
-        of the action between them. With a cache (keys, values) of earlier rows, row t alone is computed."""
+        """x [B, T, W]; seen [B, T, 2, S] one-hot of a row's state and of the state before; did [B, T, A + 2] one-hot of
+        the action between them. With a cache (keys, values) of earlier rows, row t alone is computed."""
         y = self.norm(x)
         query, key = self.query_key(y).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T, size]
         value = self.values(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -422,30 +388,26 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The paper's kind of model, one token per row. Without matching, states are embedded by their numbers."""
 
-    def __init__(self, width, layers, heads, matching):
+    def __init__(self, width, layers, matching):
         super().__init__()
-        self.matching = matching
-        self.names = nn.Embedding(2 * FAMILY.states, width) if not matching else None  # of a state, of the one before
+        self.names = None if matching else nn.Embedding(2 * FAMILY.states + 1, width)  # of a state, of the one before
         self.act, self.over = nn.Embedding(FAMILY.actions + 2, width), nn.Embedding(3, width)
         self.tag = nn.Embedding(2, width)
         self.rew, self.mix = nn.Linear(4, width), nn.Sequential(nn.LayerNorm(width), mlp(width, 4 * width, width))
-        self.blocks = nn.ModuleList([Block(width, heads, matching) for _ in range(layers)])
+        self.blocks = nn.ModuleList([Block(width, matching) for _ in range(layers)])
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, FAMILY.actions))
         for table in self.modules():
             if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=0.5)
 
-    def forward(self, tokens, caches=None, t=0):
-        """tokens: Tokens [B, T], or [B, 1] of row t with the caches of earlier rows -> logits [B, T, A]."""
-        x = self.act(tokens.act) + self.rew(scales(tokens.rew)) + self.over(tokens.over) + self.tag(tokens.tag)
-        if not self.matching:
-            x = x + self.names(tokens.state) + self.names(tokens.before + FAMILY.states)
+    def forward(self, rows, caches=None, t=0):
+        """rows [B, T], or row t alone [B, 1] with the caches of earlier rows -> logits [B, T, A]."""
+        x = self.act(rows.act) + self.rew(scales(rows.rew)) + self.over(rows.over) + self.tag(rows.tag)
+        if self.names:
+            x = x + self.names(rows.state) + self.names(rows.before + FAMILY.states)
         x = x + self.mix(x)
-        first = (tokens.act == FAMILY.actions + 1)[..., None]  # nothing came before it
-        states = torch.stack([tokens.state, tokens.before], -1)
-        seen = F.one_hot(states, FAMILY.states).float()
-        seen = seen * torch.cat([torch.ones_like(first), ~first], -1)[..., None]
-        did = F.one_hot(tokens.act, FAMILY.actions + 2).float()
+        seen = F.one_hot(torch.stack([rows.state, rows.before], -1), FAMILY.states + 1)[..., :-1].float()
+        did = F.one_hot(rows.act, FAMILY.actions + 2).float()
         for i, block in enumerate(self.blocks):
             x = block(x, seen, did, caches and caches[i], t)
         return self.head(x)
@@ -465,8 +427,8 @@ class Agent(nn.Module):
         if args.memory == "counts":
             self.model = CountNet(args.width, args.depth)
         else:
-            self.model = Transformer(args.width, args.depth, args.heads, args.matching)
-        self.opt = torch.optim.AdamW(self.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+            self.model = Transformer(args.width, args.depth, args.matching)
+        self.opt = torch.optim.AdamW(self.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     @torch.no_grad()
     def probs(self, counts, streams, temperature):
@@ -486,10 +448,10 @@ def cross_entropy(logits, target):
 
 
 def update(agent, context, target, args, generator):
-    """A pass over all contexts. context: Counts or Tokens [N, ..], target [N, .., A], both on the CPU -> dict of
+    """A pass over all contexts. context: Counts or Rows [N, ..], target [N, .., A], both on the CPU -> dict of
     detached 0-d tensors."""
     device = next(agent.parameters()).device
-    losses, hits, asked = sums = torch.zeros(3, *target.shape[:2])
+    losses, asked = sums = torch.zeros(2, *target.shape[:2])
     for batch in torch.randperm(len(target), generator=generator).split(args.batch_size):
         # 4 model
         logits = agent.model(type(context)(*(x[batch].to(device) for x in context)))
@@ -497,18 +459,17 @@ def update(agent, context, target, args, generator):
         loss, rows = cross_entropy(logits, wanted)
         agent.opt.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
         agent.opt.step()
 
-        # metrics
         losses[batch], asked[batch] = rows.detach().cpu(), wanted.sum(-1).cpu()
-        hits[batch] = wanted.gather(-1, logits.argmax(-1, keepdim=True))[..., 0].cpu()
-    metrics = {"losses/cross_entropy": losses.sum() / asked.sum(), "stats/accuracy": hits.sum() / asked.sum()}
+
+    # metrics
     if args.memory == "transformer":
         sums = sums.transpose(1, 2)  # rows first
-    sums = sums.reshape(3, args.context_rows // args.every, -1).sum(-1)  # by length of the context
-    by_length = enumerate(sums[0] / sums[2].clamp(min=1))
-    return metrics | {f"context/cross_entropy_{k * args.every:04d}": value for k, value in by_length}
+    losses, asked = sums.reshape(2, args.context_rows // EVERY, -1).sum(-1)  # by length of the context
+    by_length = {f"context/cross_entropy_{k * EVERY:04d}": x for k, x in enumerate(losses / asked.clamp(min=1))}
+    return {"losses/cross_entropy": losses.sum() / asked.sum()} | by_length
 
 
 # ---- own episodes -----------------------------------------------------------
@@ -517,36 +478,34 @@ def update(agent, context, target, args, generator):
 class CountReader:
     """The graph network acts on the counts of all rows so far."""
 
-    def __init__(self, agent, size, states, actions, args, rng):
-        self.agent, self.every, self.rng, self.b = agent, args.think_every, rng, np.arange(size)
-        self.counts, self.temperature = nothing(size, states, actions), torch.full((size, 1, 1), args.temperature)
+    def __init__(self, agent, worlds, steps, args, rng):
+        self.agent, self.every, self.rng, (size, *self.shape) = agent, args.think_every, rng, worlds.chances.shape[:3]
+        self.b, self.temperature = np.arange(size), torch.full((size, 1, 1), args.temperature)
 
     def __call__(self, rows, t):
-        states, actions = self.counts.rew.shape[1:]
         if t % self.every == 0:
-            self.counts = self.counts.plus(count(rows, max(0, t - self.every), t, states, actions))
-            self.probs = self.agent.probs(self.counts, self.b, self.temperature)
+            self.probs = self.agent.probs(count(rows, t, *self.shape), self.b, self.temperature)
         return draw(self.probs[self.b, rows.state[:, t]].cumsum(-1), self.rng), 0
 
 
 class SequenceReader:
     """The transformer acts on all rows so far; it keeps their keys and values."""
 
-    def __init__(self, agent, size, steps, args, rng):
+    def __init__(self, agent, worlds, steps, args, rng):
         self.model, self.temperature, self.rng = agent.model, args.temperature, rng
         self.device = next(agent.parameters()).device
-        self.caches = self.model.empty_caches(size, steps, self.device)
+        self.caches = self.model.empty_caches(len(worlds.ends), steps, self.device)
 
     @torch.no_grad()
     def __call__(self, rows, t):
-        tokens = Tokens(*(x.to(self.device) for x in tokens_of(rows, t, t + 1)))
-        probs = (self.model(tokens, self.caches, t)[:, 0] / self.temperature).softmax(-1)
+        now = Rows(*(x.to(self.device) for x in rows.tensors(t, t + 1)))
+        probs = (self.model(now, self.caches, t)[:, 0] / self.temperature).softmax(-1)
         return draw(probs.cpu().numpy().cumsum(-1), self.rng), 0
 
 
 def normalized_returns(rows, tasks, ids, episodes):
     """-> [B, episodes]: 0 = the uniform policy's mean return, 100 = the optimal policy's."""
-    number = (rows.act == FAMILY.actions).cumsum(1).clip(max=episodes)  # of a row's episode; the last row earns nothing
+    number = (rows.act == FAMILY.actions).cumsum(1).clip(max=episodes)  # of a row's episode, from 0
     number += (episodes + 1) * np.arange(len(ids))[:, None]
     returns = np.bincount(number.ravel(), rows.rew.ravel(), (episodes + 1) * len(ids)).reshape(len(ids), -1)
     return returns[:, :episodes] - tasks.uniform[ids][:, None]
@@ -556,25 +515,20 @@ def own_episodes(agent, tasks, ids, episodes, plays, args, name):
     """Episodes of the model from an empty context, `plays` times in each task -> dict: mean and standard error over
     tasks of single episodes and, "normalized", of the last ten together."""
     rng = np.random.default_rng(11)  # evaluation leaves training's draws alone
-    row_ids = np.repeat(ids, plays)
+    row_ids, steps = np.repeat(ids, plays), episodes * (LIMIT + 1)
     worlds = Worlds(tasks, row_ids, rng, args.renumber)
-    steps = episodes * (LIMIT + 1)
-    if args.memory == "counts":
-        policy = CountReader(agent, *worlds.chances.shape[:3], args, rng)
-    else:
-        policy = SequenceReader(agent, len(row_ids), steps, args, rng)
-    rows = roll_out(worlds, policy, steps, rng, episodes)
+    reader = CountReader if args.memory == "counts" else SequenceReader
+    rows = roll_out(worlds, reader(agent, worlds, steps, args, rng), steps, rng)
     returns = normalized_returns(rows, tasks, row_ids, episodes).reshape(len(ids), plays, episodes).mean(1)
-    returns = np.concatenate([returns, returns[:, -10:].mean(1, keepdims=True)], 1)
-    mean, error = returns.mean(0), returns.std(0, ddof=1) / len(ids) ** 0.5
-    shown = [k for k in (1, 2, 3, 5, 10, 20, 50, 100) if k <= episodes]
-    cells = [f"{k}: {mean[k - 1]:.0f} ± {error[k - 1]:.0f}" for k in shown]
-    cells += [f"last ten: {mean[-1]:.0f} ± {error[-1]:.0f}"]
-    print(f"  {name}, own episode {'  '.join(cells)}", flush=True)
-    results = {f"eval/{name}/normalized_ep_{k + 1}": float(mean[k]) for k in range(episodes)}
-    results |= {f"eval/{name}/normalized_se_ep_{k}": float(error[k - 1]) for k in shown}
-    results |= {f"eval/{name}/normalized": float(mean[-1]), f"eval/{name}/normalized_se": float(error[-1])}
-    return results | {f"eval/{name}/return": float(mean[-1] + tasks.uniform[ids].mean())}
+    columns = {f"normalized_ep_{k + 1}": returns[:, k] for k in range(episodes)}
+    columns |= {"normalized": returns[:, -10:].mean(1)}
+    results = {f"eval/{name}/return": float(columns["normalized"].mean() + tasks.uniform[ids].mean())}
+    for column, values in columns.items():
+        results[f"eval/{name}/{column}"] = mean = float(values.mean())
+        results[f"eval/{name}/{column}_se"] = error = float(values.std(ddof=1) / len(ids) ** 0.5)
+        if column.split("_")[-1] in ("1", "2", "5", "10", "20", "50", "normalized"):
+            print(f"  {name}, {column:16} {mean:4.0f} ± {error:.0f}", flush=True)
+    return results
 
 
 def evaluate_all(agent, data, args, episodes, plays):
@@ -591,12 +545,9 @@ def evaluate_all(agent, data, args, episodes, plays):
 
 def train(args):
     """Train and evaluate -> dict of the last evaluation, see `dc.Run.finish`."""
-    for name, value in DEFAULTS[args.memory].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args = dc.resolve(args, {})
-    if args.context_rows % args.every:
-        raise SystemExit(f"--context-rows {args.context_rows}: must be a multiple of --every {args.every}")
+    args = dc.resolve(args, {"": DEFAULTS[args.memory]})
+    if stage(args, 1).context_rows % EVERY:
+        raise SystemExit(f"--context-rows {args.context_rows}: a stream must have a multiple of {EVERY} steps")
     data = Tasks(args)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -604,25 +555,26 @@ def train(args):
     free = {"final_plays", "temperature", "think_every"}
     with dc.Run(args, data, agent, generator, free=free) as run:
         for step in run.updates():
+            now = stage(args, step)
             rng = np.random.default_rng([args.seed, step])  # so a resumed run draws the same
             # 1 tasks
-            tasks, ids = data.draw(rng)
+            tasks, ids = data.draw(now.streams, rng)
             worlds = Worlds(tasks, ids, rng, args.renumber)
             # 2 contexts
-            own = args.own_share if step > args.own_after and args.memory == "counts" else 0.0
-            behavior = Behavior(worlds, agent, args, rng, own)
-            rows = roll_out(worlds, behavior, args.context_rows, rng)
+            own = args.own_share if step > args.warmup and args.memory == "counts" else 0.0
+            behavior = Behavior(worlds, agent, now, rng, own)
+            rows = roll_out(worlds, behavior, now.context_rows, rng)
             if not args.tags:
                 rows.tag[:] = 0
             # 3 targets
-            make = contexts_of_counts if args.memory == "counts" else contexts_of_tokens
-            context, target = make(rows, worlds, args, rng)
+            make = contexts_of_counts if args.memory == "counts" else contexts_of_rows
+            context, target = make(rows, worlds, now, rng)
             dc.set_lr(agent.opt, args.lr * run.decay * min(1, step / args.warmup))
-            metrics = update(agent, context, target, args, generator)
+            metrics = update(agent, context, target, now, generator)
             if step % args.log_every == 0:
                 run.log(step, metrics)
             if step % args.eval_every == 0 and step < args.total_updates:
-                run.log(step, evaluate_all(agent, data, args, args.eval_episodes, 1))
+                run.log(step, evaluate_all(agent, data, args, episodes=10, plays=1))
         return run.finish(evaluate_all(agent, data, args, args.final_episodes, args.final_plays))
 
 

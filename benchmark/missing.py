@@ -46,11 +46,11 @@ def being_trained(run_dir):
         return not dc.lock(file)
 
 
-def recorded(rows, args):
+def recorded(rows, args, data):
     """Rows of a results.csv of the run that args ask for; where the dataset's file is not here, of any data."""
     asked = {"env": args.env, "name": args.exp_name, "seed": str(args.seed), "updates": str(args.total_updates)}
-    if about := header(args.dataset or dc.default_path(args.env)):
-        asked["quality"] = about["settings"]["quality"]
+    if data:
+        asked["quality"] = data["settings"]["quality"]
     return [row for row in rows if asked.items() <= row.items()]
 
 
@@ -63,9 +63,11 @@ def state(line, run_dir, rows=()):
         args = tyro.cli(module.Args, args=flags, prog=line)  # a wrong flag is reported with the line
     except (ValueError, ImportError) as fault:
         raise SystemExit(f"not a command of a list: {line} ({fault})")
-    dc.fill_in(args, module.ENV_DEFAULTS)  # a run made when another value was the default is another run
-    kind = script, args.env
-    if kept := recorded(rows, args):
+    drawn = getattr(module, "HEADER", None)  # of omnirl.py, which draws its tasks
+    defaults = {"": module.DEFAULTS[args.memory]} if drawn else module.ENV_DEFAULTS
+    dc.fill_in(args, defaults)  # a run made when another value was the default is another run
+    data, kind = drawn or header(args.dataset or dc.default_path(args.env)), (script, args.env)
+    if kept := recorded(rows, args, data):
         return "finished", kept[0]["cpu_s"] and float(kept[0]["cpu_s"]), kind
     asked = {k: v for k, v in asdict(args).items() if v is not None and k not in SETTINGS_ASIDE}
     folder = Path(run_dir, args.env, args.exp_name)
@@ -73,8 +75,7 @@ def state(line, run_dir, rows=()):
         if not (found / "args.json").exists():
             continue
         about = json.loads((found / "args.json").read_text())
-        same_data = about["dataset"] == header(args.dataset or dc.default_path(args.env))
-        if not same_data or any(about["args"].get(k) != v for k, v in asked.items()):
+        if about["dataset"] != data or any(about["args"].get(k) != v for k, v in asked.items()):
             continue
         if (found / "result.json").exists():
             return "finished", json.loads((found / "result.json").read_text()).get("cpu_s"), kind

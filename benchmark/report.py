@@ -36,11 +36,12 @@ KEY = ("env", "quality", "name", "seed")  # of a run
 RESULTS = (*KEY, "protocol", "updates", "return", "return_se", "normalized", "q_relative", "nearest_task_acc")
 RESULTS += ("probe_r2", "updates_per_sec", "cpu_s", "commit", "torch")
 RESULTS += ("by_task", "arms")  # returns of the tasks; last probabilities of FLORA's bandit, alpha from -1 to 0
-RESULTS += ("diverged", "args")  # episodes whose physics diverged; arguments of the run as JSON, in its row "iid"
+RESULTS += ("diverged", "args")  # episodes whose physics diverged; arguments as JSON, in the row "iid" or "own"
 CURVES = (*KEY, "updates", "cpu_s", "iid", "train", "q_error", "divergence")
 PROTOCOLS = ("iid", "bc", "ood", "ood_random", "online", "online_random_start", "idaq", "zero_shot", "train")
 BRIEF = ("iid", "bc", "ood", "online", "train")
 GAINS = ("iid", "ood", "ood_random", "online", "online_random_start")
+OWN = "own"  # omnirl.py's last ten own episodes
 TENTH = "tenth"  # column of the tenth own episode: of IDAQ's adaptation if a run has it, else of the protocol online
 UNCOMPARED = dc.FREE - {"total_updates", "final_episodes"} | {"env", "exp_name", "seed"}  # may differ among seeds
 DIVERGED = "†"  # marks a cell with diverged episodes
@@ -105,7 +106,7 @@ def cpu_seconds(run_dir):
     """-> {updates of the policy: CPU seconds since the start, earlier phases included}, of TensorBoard's events, whose
     steps count the updates of all phases; {} where there are none."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    if "charts/cpu_s" not in events.Tags()["scalars"]:
+    if not {"charts/cpu_s", "eval/iid/return"} <= set(events.Tags()["scalars"]):
         return {}
     before = events.Scalars("eval/iid/return")[-1].step - curve(run_dir, "eval/iid/return")[0][-1]
     return {event.step - before: event.value for event in events.Scalars("charts/cpu_s")}
@@ -130,7 +131,7 @@ def rows_of(run_dir):
     compared |= {f"dataset's {k}": v for k, v in about["dataset"].get("settings", {}).items()}
     compared |= {"script": about["script"]} if "script" in about else {}
     rows = []
-    for protocol in PROTOCOLS:
+    for protocol in (*PROTOCOLS, OWN):
         tag = f"eval/{protocol}/"
         if f"{tag}return" not in result:
             continue
@@ -138,7 +139,7 @@ def rows_of(run_dir):
         row = run | made | {"protocol": protocol, "by_task": " ".join(f"{result[t]:.5g}" for t in tasks)}
         numbers = ("return", "return_se", "normalized", "q_relative", "diverged")
         row |= {name: result.get(tag + name) for name in numbers}
-        if protocol == "iid":
+        if protocol in ("iid", OWN):
             row |= {name: result.get(f"z/{name}") for name in ("nearest_task_acc", "probe_r2")}
             row["arms"] = " ".join(f"{p:.4f}" for p in last_probabilities(run_dir))
             row["args"] = json.dumps(compared, separators=(",", ":"))
@@ -149,6 +150,9 @@ def rows_of(run_dir):
             tag = part.format(protocol.split("_")[1])
             if tag in result:
                 rows.append(run | made | {"protocol": protocol, "return": result[tag]})
+    for k in (1, 2, 5, 10, 20, 50):
+        if (tag := f"eval/{OWN}/normalized_ep_{k}") in result:
+            rows.append(run | made | {"protocol": f"ep_{k}", "normalized": result[tag]})
     for third in PARTS["ood, normalized, by distance"]:
         if f"eval/ood/normalized_{third}" in result:
             rows.append(run | made | {"protocol": third, "normalized": result[f"eval/ood/normalized_{third}"]})
@@ -608,7 +612,7 @@ def main():
     parser.add_argument("--compare", metavar="NAME", help="this experiment with all others, over the families --env")
     parser.add_argument("--gain", metavar="NAME", help="what all others have more than this experiment, seed by seed")
     parser.add_argument("--brief", action="store_true", help="five protocols; with --compare no probabilities")
-    parser.add_argument("--columns", nargs="+", choices=(*PROTOCOLS, TENTH), help="these protocols only")
+    parser.add_argument("--columns", nargs="+", choices=(*PROTOCOLS, OWN, TENTH), help="these protocols only")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="make the tables in these files anew")
     args = parser.parse_args()
     if args.only and (unknown := set(args.only) - {row["name"] for row in read(args.files / "results.csv")}):

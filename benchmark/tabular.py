@@ -111,14 +111,14 @@ class Planner:
     """Plays the best action in an optimistic counted model."""
 
     def __init__(self, bonus, worlds, rng, gamma=0.99):
-        self.shape = size, states, _ = worlds.chances.shape[:3]
-        self.counts, self.value, self.rng = omnirl.nothing(*self.shape), torch.zeros(size, states), rng
+        size, *self.shape = worlds.chances.shape[:3]
+        self.value, self.rng = torch.zeros(size, self.shape[0]), rng
         self.bonus, self.gamma = torch.full((size,), bonus), torch.full((size,), gamma)
 
     def __call__(self, rows, t):
         if t % 4 == 0:
-            self.counts = self.counts.plus(omnirl.count(rows, max(0, t - 4), t, *self.shape[1:]))
-            q, self.value = omnirl.plan(self.counts, self.value, self.gamma, self.bonus, sweeps=15)
+            counts = omnirl.count(rows, t, *self.shape)
+            q, self.value = omnirl.plan(counts, self.value, self.gamma, self.bonus, sweeps=15)
             self.q = q.numpy() + 1e-4 * self.rng.random(q.shape)  # ties are broken by chance
         return self.q[np.arange(len(self.q)), rows.state[:, t]].argmax(-1), 0
 
@@ -133,9 +133,9 @@ class QLearner:
 
     def __call__(self, rows, t):
         if t:
-            s, act, rew, after = rows.state[:, t - 1], rows.act[:, t - 1], rows.rew[:, t - 1], rows.state[:, t]
+            after, over, s, act, rew, _ = (x[:, t] for x in rows)
             acted, act = act < ACTIONS, act.clip(max=ACTIONS - 1)
-            next_q = np.where(rows.over[:, t] == 1, 0.0, self.q[self.b, after].max(-1))
+            next_q = np.where(over == 1, 0.0, self.q[self.b, after].max(-1))
             self.q[self.b, s, act] += acted * self.rate * (rew + self.gamma * next_q - self.q[self.b, s, act])
             self.taken[self.b, s, act] += acted
             self.sums += acted * np.stack([np.ones_like(rew), rew, rew**2])
@@ -156,7 +156,7 @@ def uniform(worlds, rng):
 
 
 def reader(agent, args, worlds, rng):
-    return omnirl.CountReader(agent, *worlds.chances.shape[:3], args, rng)
+    return omnirl.CountReader(agent, worlds, None, args, rng)
 
 
 def world(name, rng):
@@ -196,7 +196,7 @@ def own_episodes(make, tasks, ids, episodes):
     """-> normalized returns [tasks, episodes], means of two plays."""
     rng, row_ids = np.random.default_rng(11), np.repeat(ids, 2)
     worlds = omnirl.Worlds(tasks, row_ids, rng)
-    rows = omnirl.roll_out(worlds, make(worlds, rng), episodes * (omnirl.LIMIT + 1), rng, episodes)
+    rows = omnirl.roll_out(worlds, make(worlds, rng), episodes * (omnirl.LIMIT + 1), rng)
     return omnirl.normalized_returns(rows, tasks, row_ids, episodes).reshape(len(ids), 2, episodes).mean(1)
 
 

@@ -89,6 +89,20 @@ def test_finished_runs_are_copied_with_all_numbers(tmp_path):
     assert points == [("20", "9", "-8", "-6", "2", "0.2"), ("30", "12", "-5", "", "3", "0.3")]
 
 
+def test_own_episodes_of_drawn_tasks_are_copied(tmp_path):
+    run_dir = write_run(tmp_path / "runs", "omnirl", 0, [], quality="drawn", lr=0.5)
+    result = {"step": 40, "updates_per_sec": 1.0, "cpu_s": 200.0, "eval/own/return": 70.0, "eval/own/normalized": 80.0}
+    result |= {"eval/own/normalized_se": 3.0, "eval/own/normalized_ep_10": 60.0, "eval/own/normalized_ep_10_se": 4.0}
+    (run_dir / "result.json").write_text(json.dumps(result))
+    with SummaryWriter(str(run_dir)) as writer:
+        writer.add_scalar("charts/cpu_s", 6.0, 10)
+    report.add(tmp_path / "runs", tmp_path)
+    rows = {row["protocol"]: row for row in table(tmp_path / "results.csv")}
+    assert set(rows) == {"own", "ep_10"} and rows["ep_10"]["normalized"] == "60"
+    wanted = {"quality": "drawn", "return": "70", "normalized": "80", "updates": "40", "cpu_s": "200"}
+    assert rows["own"].items() >= wanted.items() and json.loads(rows["own"]["args"])["lr"] == 0.5
+
+
 def test_new_run_replaces_only_its_own_rows(tmp_path):
     for name, quality in (("flora", "mixed"), ("flora-x", "random"), ("focal", "mixed")):
         write_run(tmp_path / "old", name, 0, [-6.0, -2.0], quality)
@@ -510,6 +524,18 @@ def test_runs_are_missing_running_begun_or_finished(finished, tmp_path):
         assert state()[0] == "running"
     (path / "checkpoint.pt").unlink()
     assert state()[0] == "missing"
+
+
+def test_runs_of_drawn_tasks_need_no_dataset(tmp_path):
+    settings = {"device": "cpu", "total_updates": 1, "streams": 2, "context_rows": 64, "width": 8, "depth": 2}
+    settings |= {"final_episodes": 1, "final_plays": 1}
+    line = " ".join(["python", "omnirl.py", *flags(settings)])
+    assert missing.state(line, str(tmp_path))[0] == "missing"
+    result = omnirl.train(omnirl.Args(**settings, run_dir=str(tmp_path)))
+    assert missing.state(line, str(tmp_path)) == ("finished", result["cpu_s"], ("omnirl.py", "any-mdp"))
+    assert missing.state(f"{line} --seed 1", str(tmp_path))[0] == "missing"
+    row = {"env": "any-mdp", "quality": "drawn", "name": "omnirl", "seed": "2", "updates": "40", "cpu_s": "9"}
+    assert missing.state("python omnirl.py --seed 2", str(tmp_path), [row])[:2] == ("finished", 9.0)
 
 
 @pytest.mark.parametrize("name", ["report", "claims", "look", "missing", "ood", "speed", "tabular", "weights"])
