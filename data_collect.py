@@ -1501,7 +1501,6 @@ class Dataset:
         self.min_episodes = int(self.present[self.train_ids].min())  # of any training task
         returns = self.episode_returns[self.train_ids][arrays["lengths"][self.train_ids] > 0]
         self.behavior_return = float(returns.mean())  # mean over the training data
-        self.return_std = float(nonzero_std(returns.std(), abs(returns).max()))
 
     def value_std(self, gamma):
         """Standard deviation of the discounted returns that follow the training tasks' transitions -> float > 0."""
