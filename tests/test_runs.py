@@ -421,7 +421,9 @@ def test_loss_not_finite_stops_the_run(tiny_path, tmp_path, monkeypatch):
     (run_dir,) = tmp_path.glob("*/*/*")
     assert re.search(r"update 30: .* is not finite", message) and str(run_dir / "checkpoint.pt") in message
     saved = load(run_dir)
-    assert saved["steps"]["policy"] == 20 and all(value.isfinite().all() for value in saved["agent"].values())
+    unset = ("last_return", "usual_change")  # NaN until the bandit's second episode ends
+    assert saved["steps"]["policy"] == 20
+    assert all(value.isfinite().all() for name, value in saved["agent"].items() if name not in unset)
     assert not (run_dir / "result.json").exists()
 
 
