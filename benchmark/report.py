@@ -481,6 +481,8 @@ def draw(groups, data, path, over="updates"):
             seeds = {seed: rows for seed, rows in seeds.items() if all(row["cpu_s"] for row in rows)}
         if not seeds:
             continue
+        common = set.intersection(*({row["updates"] for row in rows} for rows in seeds.values()))
+        seeds = {seed: [row for row in rows if row["updates"] in common] for seed, rows in seeds.items()}
         x = np.mean([[float(row[over]) for row in rows] for rows in seeds.values()], 0)
         values = np.array([[float(row["iid"]) for row in rows] for rows in seeds.values()])
         label = f"{name} ({len(values)} seed{'s' * (len(values) > 1)})"
