@@ -29,7 +29,8 @@ Differences from the paper, tagged [ours: ..] in the code; D are FLORA's, B the 
   B4  layer norm in class MLP; --lr-decay: learning rates fall to 0 in the second half (paper: neither)
   B5  standardized observations, clamped log_std; a training context is of one episode; time limits never terminate
 Closest to the paper: --n-step 1 --target-noise 1 --bc-top-fraction 1 --bc-weight-decay 0 --no-lr-decay
-  --kl-coef-lr 1e-4 --bandit-feedback rollout. No flag reaches D4, B2, B5, layer norm.
+  --kl-coef-lr 1e-4 --bandit-feedback rollout. No flag reaches D4, B2, B5, layer norm; benchmark/flora_paper.py
+  also removes layer norm and makes pi a network of its own.
 Beyond the paper: --metric-weight 400; where rewards are linear, as on Ant-Dir, --no-phi-sees-z --inference likelihood.
 """
 

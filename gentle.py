@@ -228,7 +228,7 @@ def n_step(steps, final, segment):
 
 
 def squared_error(predicted, y):
-    """Both [.., y_dim] -> scalar: mean square of the reward's error, plus that of the other dimensions, if any."""
+    """Both [.., y_dim] -> scalar: mean squared error of the reward, plus the mean over the other dimensions, if any."""
     of_reward, of_state = (predicted - y).pow(2).tensor_split([1], -1)
     return of_reward.mean() + (of_state.mean() if of_state.numel() else 0.0)  # [ours: D4]
 
@@ -319,7 +319,7 @@ def rebuild(agent, rows, generator):
     """Replace all pseudo-transitions: rows [U, P, ctx_dim] of all training tasks."""
     obs, _, _ = agent.split(rows)
     act = agent.act(obs, agent.encoder(rows, torch.ones_like(rows[..., 0])))
-    # [ours: D2] on a circle in random order, a task labels its own states and those of the next N tasks
+    # [ours: D2] on a circle in random order, a task labels its own states and the states of the next N tasks
     tasks, labels = len(rows), agent.pseudo.shape[1] // rows.shape[1]
     circle = torch.randperm(tasks, generator=generator, device=rows.device)
     source = circle[(circle.argsort()[:, None] + torch.arange(labels, device=rows.device)) % tasks]  # [U, 1 + N]

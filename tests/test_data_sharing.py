@@ -412,7 +412,7 @@ def test_shared_blocks_equal_those_of_focal():
 
 
 def learned(monkeypatch, tmp_path, broken=None):
-    """Normalized return on point-robot's training tasks, of each of which only the worst episode is labelled. Sharing
+    """Normalized return on point-robot's training tasks; only the worst episode of each is labelled. Sharing
     the others makes up for it, if their rewards are right."""
     original = data_sharing.Pool
 

@@ -27,7 +27,7 @@ def slow_y(agent, row):
 
 
 def slow_error(predicted, ys):
-    """Lists of [y_dim] -> mean square of the reward's error, plus that of all others, which count as much together."""
+    """Lists of [y_dim] -> mean squared error of the reward, plus the mean over all other dimensions."""
     squares = torch.stack([(a - b) ** 2 for a, b in zip(predicted, ys)])
     return squares[:, 0].mean() + (squares[:, 1:].mean() if squares.shape[1] > 1 else 0.0)
 
