@@ -1,13 +1,24 @@
-"""The ceiling of augmented contexts: FLORA that trains on contexts of other tasks' transitions with its own rewards.
+"""FLORA with relabelled contexts: half of them are another task's transitions with the rewards of the task at hand.
 
-Run:  python benchmark/relabelled.py --env point-robot --total-updates 1000 [flags of flora.py]
-Half of the training contexts are recorded on another training task and get the TRUE rewards of the task at hand, which
-no method knows. Only where the reward is a function of the next observation: point-robot, sparse-point-robot.
+Run:  python benchmark/relabelled.py --env ant-dir [flags of flora.py]
+
+FLORA's own contexts of a task are all recorded by that task's policy, so z may tell who acted instead of the task. In
+relabelled contexts only the rewards tell the task. The idea is GENTLE's (gentle.py); there the models see (s, a).
+  1 models    three networks r(s, a, s') for each training task, fitted to the task's own data
+  2 labels    the models of every task label all training episodes, also those of other tasks; the mean counts
+  3 trust     an episode may serve task i if the models of i disagree on it by less than --max-ratio of the spread of
+              its labels between the tasks; far from i's data, or where the labels name no task, they do not
+  4 contexts  half are a random trusted episode with its labels, half the task's own; FLORA's update stays as it is
+Nothing is relabelled if less than a third of the episodes are trusted, or where the dynamics vary, since there s' tells
+the task too. Then this is FLORA with --metric-weight 400.
+--labels true takes the true rewards, which no method knows, and trusts all: the ceiling. Point families without wind.
 """
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import data_collect as dc  # noqa: E402
 import flora  # noqa: E402
+from gentle import TaskModels  # noqa: E402
 
 load_dataset = dc.load_dataset
 
@@ -22,31 +34,99 @@ load_dataset = dc.load_dataset
 @dataclass
 class Args(flora.Args):
     exp_name: str = "flora-relabelled"
+    metric_weight: float = 400.0
+    labels: Literal["models", "true"] = "models"
+    model_updates: int = 1_000  # updates of the reward models [gradient steps]
+    max_ratio: float = 0.1  # largest disagreement of a task's models / spread of the labels between tasks
 
-    def __post_init__(self):
-        if self.env not in ("point-robot", "sparse-point-robot"):
-            raise SystemExit(f"the rewards of {self.env} are no function of the next observation")
+
+def rewards_by_models(data, args):
+    """-> labels [U, U, N, H] of each task's models (first) for the episodes of each task (second), which of these
+    episodes to trust [U, U, N]."""
+    torch.manual_seed(args.seed)
+    generator = torch.Generator(data.device).manual_seed(args.seed)
+    tasks, obs_dim, act_dim, members = len(data.train_ids), data.obs_dim, data.act_dim, 3
+    real = data.recorded(data.lengths[data.train_tasks])  # [U, N, H]
+
+    def split(rows):
+        """rows [.., 2 obs_dim + act_dim + 2] of (s, a, r, s', term) -> (s, a, s'), r."""
+        obs, act, rew, next_obs, _ = rows.split([obs_dim, act_dim, 1, obs_dim, 1], -1)
+        return torch.cat([obs, act, next_obs], -1), rew
+
+    # 1 models
+    x, rew = split(data.episodes[data.train_tasks])
+    std = rew[real].std()
+    models = TaskModels(tasks, members, x.shape[-1], 128, 1).to(data.device)
+    opt = torch.optim.Adam(models.parameters(), fused=True)
+    for step in range(args.model_updates):
+        dc.set_lr(opt, 3e-3 * min(1, 2 - 2 * step / args.model_updates))
+        batch, target = split(data.sample(data.train_tasks, 64 * members, generator).unflatten(1, (members, -1)))
+        loss = (models(batch) - target / std).pow(2).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+    # 2 labels
+    with torch.no_grad():
+        # one episode of each source task at a time -> [N, U, E, U H, 1]
+        each = torch.stack([models(rows.flatten(0, 1)[None, None]) for rows in x.unbind(1)])
+    each = each[..., 0].unflatten(-1, (tasks, -1)).permute(1, 3, 0, 4, 2)  # [U, U, N, H, E]
+    labels = each.mean(-1)
+
+    # 3 trust: root mean squares over an episode
+    disagreement = torch.where(real, each.var(-1), 0.0).sum(-1)  # [U, U, N]
+    spread = torch.where(real, labels.var(0), 0.0).sum(-1)  # [U, N], between the tasks that label
+    trusted = disagreement < args.max_ratio**2 * spread  # absent episodes: 0 < 0
+    share = trusted.sum() / (tasks * real.any(-1).sum())
+    print(f"reward models: loss {loss:.2g}; {share:.0%} of the relabelled episodes are trusted")
+    if share < 1 / 3:
+        print("this is less than a third: nothing is relabelled")
+        trusted = torch.zeros_like(trusted)
+    return labels * std, trusted
 
 
-def relabelled(env, path=None, device="cpu"):
-    """The dataset, with half of the contexts from other tasks."""
+def true_rewards(data):
+    """-> labels [U, U, N, H] by the family's reward, which must be a function of the next observation; all trusted."""
+    if data.env not in ("point-robot", "sparse-point-robot"):
+        raise SystemExit(f"--labels true: the rewards of {data.env} are no function of the next observation")
+    params = torch.as_tensor(data.task_params, dtype=torch.float32, device=data.device)[data.train_tasks]
+    rows, column = data.episodes[data.train_tasks], data.obs_dim + data.act_dim  # column: of the reward
+    next_obs = rows[..., column + 1 : -1] * data.obs_std + data.obs_mean
+    labels = torch.stack([data.family.reward(next_obs, None, task.expand(*next_obs.shape[:-1], -1)) for task in params])
+    return labels, (data.lengths[data.train_tasks] > 0).expand(len(params), -1, -1)
+
+
+def relabelled(env, path=None, device="cpu", args=Args()):
+    """The dataset, with half of the training contexts relabelled."""
     data = load_dataset(env, path, device)
-    sample_context = data.sample_context
-    params = torch.as_tensor(data.task_params, dtype=torch.float32, device=data.device)
-    column = data.obs_dim + data.act_dim
+    if data.family.dynamics_vary is not False or args.eval_only:
+        return data
+    labels, trusted = true_rewards(data) if args.labels == "true" else rewards_by_models(data, args)
+    sample_own, episodes = data.sample_context, data.episodes[data.train_tasks].flatten(0, 1)[..., :-1]  # [U N, H, ..]
+    lengths, column = data.lengths[data.train_tasks].flatten(), data.obs_dim + data.act_dim
+    labels, trusted = labels.flatten(1, 2), trusted.flatten(1)  # [U, U N, H], [U, U N]
 
-    def sample(task_ids, size, generator):
-        recorded_on = data.sample_tasks(len(task_ids), generator)
-        own, other = sample_context(task_ids, size, generator), sample_context(recorded_on, size, generator)
-        next_obs = other[..., column + 1 :] * data.obs_std + data.obs_mean
-        other[..., column] = data.family.reward(next_obs, other[..., data.obs_dim : column], params[task_ids, None])
-        half = torch.rand(len(task_ids), device=data.device, generator=generator) < 0.5
-        return torch.where(half[:, None, None], other, own)
+    def sample_context(task_ids, size, generator):
+        """4 contexts: task_ids [M] -> [M, size, ctx_dim]."""
+        own = sample_own(task_ids, size, generator)
+        i = (data.train_tasks == task_ids[:, None]).float().argmax(1)  # place among the training tasks
+        weight = trusted[i].float()
+        episode = (weight / torch.empty_like(weight).exponential_(generator=generator)).argmax(1, keepdim=True)
+        steps = torch.rand(len(i), size, device=data.device, generator=generator) * lengths[episode]
+        rows = episodes[episode, steps.long()]  # [M, size, ctx_dim]
+        rows[..., column] = labels[i[:, None], episode, steps.long()]
+        half = torch.rand(len(i), device=data.device, generator=generator) < 0.5
+        return torch.where((half & trusted[i].any(1))[:, None, None], rows, own)
 
-    data.sample_context = sample
+    data.sample_context = sample_context
     return data
 
 
+def train(args):
+    """`flora.train` on relabelled contexts."""
+    dc.load_dataset = partial(relabelled, args=args)
+    return flora.train(args)
+
+
 if __name__ == "__main__":
-    dc.load_dataset = relabelled
-    dc.command_line(Args, flora.train, __doc__, flora.ENV_DEFAULTS)
+    dc.command_line(Args, train, __doc__, flora.ENV_DEFAULTS)

@@ -404,7 +404,7 @@ def test_reference_counts_as_run_of_a_list(tiny_path, tmp_path):
 
 def test_relabelled_contexts_have_their_tasks_rewards(tiny_path):
     """Half of them start where another task's policy walked."""
-    data = relabelled.relabelled("point-robot", tiny_path)
+    data = relabelled.relabelled("point-robot", tiny_path, args=relabelled.Args(labels="true"))
     task_ids = data.train_tasks.repeat(50)
     context = data.sample_context(task_ids, 8, torch.Generator().manual_seed(0))
     goals = torch.as_tensor(data.task_params[task_ids]).float()
