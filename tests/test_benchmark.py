@@ -415,6 +415,45 @@ def test_relabelled_contexts_have_their_tasks_rewards(tiny_path):
     assert 0.4 < np.mean(shares) < 0.75  # a sixth of the other half is its own, too
 
 
+def test_reward_models_are_trusted_where_their_task_has_data(tiny_path):
+    """Task 2 is moved to a place where no other task has been."""
+    data = dc.load_dataset("point-robot", tiny_path)
+    moved = data.train_tasks[2]
+    data.episodes[moved][..., :2] += 20
+    data.episodes[moved][..., 5:7] += 20
+    labels, trusted = relabelled.rewards_by_models(data, relabelled.Args(model_updates=300, max_ratio=0.2))
+    own = torch.eye(len(labels), dtype=torch.bool)
+    rew = data.episodes[data.train_tasks][..., 4]
+    assert (labels[own] - rew)[:2].pow(2).mean() < 0.05 * rew.var()
+    assert trusted[own].float().mean() > 0.8
+    assert trusted[:2, :2].float().mean() > 0.6 and not trusted[:2, 2].any()
+
+
+def test_only_trusted_episodes_become_contexts(tiny_path, monkeypatch):
+    data = dc.load_dataset("point-robot", tiny_path)
+    tasks, episodes, steps = len(data.train_tasks), *data.episodes.shape[1:3]
+    trusted = torch.zeros(tasks, tasks, episodes, dtype=torch.bool)
+    trusted[0, 2, 1] = True  # task 0: the second episode of the third task; the others: none
+    labels = torch.full((tasks, tasks, episodes, steps), 7.0)
+    monkeypatch.setattr(relabelled, "rewards_by_models", lambda data, args: (labels, trusted))
+    made = relabelled.relabelled("point-robot", tiny_path)
+    context = made.sample_context(data.train_tasks.repeat(200), 4, torch.Generator().manual_seed(0))
+    context = context.unflatten(0, (200, tasks))
+    foreign = (context[..., 4] == 7).all(-1)  # [200, tasks]
+    assert 0.4 < foreign[:, 0].float().mean() < 0.6 and not foreign[:, 1:].any()
+    assert (context[~foreign][..., 4] != 7).all()
+    acts = data.episodes[data.train_tasks[2], 1, :, 2:4]
+    assert torch.isin(context[:, 0][foreign[:, 0]][..., 2:4], acts).all()
+
+
+def test_nothing_is_relabelled_with_little_trust(tiny_path):
+    task_ids = dc.load_dataset("point-robot", tiny_path).train_tasks
+    made = relabelled.relabelled("point-robot", tiny_path, args=relabelled.Args(model_updates=20, max_ratio=0.01))
+    context = made.sample_context(task_ids, 8, torch.Generator().manual_seed(0))
+    rows = made.episodes[task_ids].flatten(1, 2)[..., :-1]  # [tasks, N H, ..]
+    assert (context[:, :, None] == rows[:, None]).all(-1).any(-1).all()  # each is a recorded row of its task
+
+
 def test_papers_policy_is_a_network_of_its_own(tiny_path, monkeypatch):
     """And no network has layer norm."""
     monkeypatch.setattr(flora, "MLP", flora_paper.PlainMLP)
