@@ -54,7 +54,8 @@ PARTS = {  # further tables: title -> protocols
 }
 COLORS = {  # of an experiment in all figures; other names take matplotlib's colors
     "flora": "#d62728",
-    "flora-metric": "#ff8c1a",
+    "flora-metric": "#f2b880",
+    "flora-relabelled": "#ff8c1a",
     "focal": "#4a9fe0",
     "focal_pp": "#16398f",
     "meta_dt": "#2ca02c",
@@ -75,7 +76,7 @@ COLORS = {  # of an experiment in all figures; other names take matplotlib's col
 }
 STORY = {  # methods in the README's picture -> their names there
     "flora": "FLORA",
-    "flora-metric": "FLORA + metric",
+    "flora-relabelled": "FLORA, relabelled",
     "focal": "FOCAL",
     "focal_pp": "FOCAL++",
     "meta_dt": "Meta-DT",
