@@ -55,9 +55,10 @@ def rewards_by_models(data, args):
 
     # 1 models
     x, rew = split(data.episodes[data.train_tasks])
-    std = rew[real].std()
+    std = dc.nonzero_std(rew[real].std(), abs(rew).amax())
     models = TaskModels(tasks, members, x.shape[-1], 128, 1).to(data.device)
     opt = torch.optim.Adam(models.parameters(), fused=True)
+    print(f"{args.model_updates} updates of the reward models, about a minute")
     for step in range(args.model_updates):
         dc.set_lr(opt, 3e-3 * min(1, 2 - 2 * step / args.model_updates))
         batch, target = split(data.sample(data.train_tasks, 64 * members, generator).unflatten(1, (members, -1)))
@@ -110,7 +111,7 @@ def relabelled(env, path=None, device="cpu", args=Args()):
         """4 contexts: task_ids [M] -> [M, size, ctx_dim]."""
         own = sample_own(task_ids, size, generator)
         i = (data.train_tasks == task_ids[:, None]).float().argmax(1)  # place among the training tasks
-        weight = trusted[i].float()
+        weight = trusted[i].float()  # a uniform draw among the trusted, as in `Dataset.sample_context`
         episode = (weight / torch.empty_like(weight).exponential_(generator=generator)).argmax(1, keepdim=True)
         steps = torch.rand(len(i), size, device=data.device, generator=generator) * lengths[episode]
         rows = episodes[episode, steps.long()]  # [M, size, ctx_dim]
