@@ -32,7 +32,7 @@ Closest to the paper: --n-step 1 --target-noise 1 --bc-top-fraction 1 --bc-weigh
   --kl-coef-lr 1e-4 --bandit-feedback rollout. No flag reaches D4, B2, B5, layer norm; benchmark/flora_paper.py
   also removes layer norm and makes pi a network of its own.
 Beyond the paper: --metric-weight 400; where rewards are linear, as on Ant-Dir, --no-phi-sees-z --inference likelihood.
-The best with other policies' data: benchmark/relabelled.py, this script on contexts with learned rewards.
+For other policies' data: benchmark/relabelled.py, this script on contexts with learned rewards.
 """
 
 import copy

@@ -47,6 +47,8 @@ class Agent(flora.Agent):
         return flora.Gaussian(mean, log_std.clamp(-5, 2)), pi_beta
 
 
+ENV_DEFAULTS = flora.ENV_DEFAULTS
+
 if __name__ == "__main__":
     flora.MLP, flora.Agent = PlainMLP, Agent
-    dc.command_line(Args, flora.train, __doc__, flora.ENV_DEFAULTS)
+    dc.command_line(Args, flora.train, __doc__, ENV_DEFAULTS)

@@ -402,8 +402,16 @@ def test_reference_counts_as_run_of_a_list(tiny_path, tmp_path):
     assert missing.state(line, str(tmp_path))[0] == "finished"
 
 
+def test_every_script_of_the_lists_can_be_asked_for(tmp_path):
+    lines = [line for path in (ROOT / "benchmark").glob("*.txt") for line in path.read_text().splitlines()]
+    by_script = {line.split()[1]: line for line in lines if line.startswith("python ")}
+    assert len(by_script) > 12
+    for line in by_script.values():
+        assert missing.state(line, str(tmp_path))[0] == "missing"
+
+
 def test_relabelled_contexts_have_their_tasks_rewards(tiny_path):
-    """Half of them start where another task's policy walked."""
+    """Half of them are recorded on any task."""
     data = relabelled.relabelled("point-robot", tiny_path, args=relabelled.Args(labels="true"))
     task_ids = data.train_tasks.repeat(50)
     context = data.sample_context(task_ids, 8, torch.Generator().manual_seed(0))
