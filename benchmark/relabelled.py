@@ -1,4 +1,4 @@
-"""FLORA with relabelled contexts: half of them are any task's transitions with the predicted rewards of the task at hand.
+"""FLORA with relabelled contexts: half of them are episodes of any task with the predicted rewards of the task at hand.
 
 Run:  python benchmark/relabelled.py --env ant-dir [flags of flora.py]
 
