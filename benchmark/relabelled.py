@@ -6,8 +6,8 @@ FLORA's own contexts of a task are all recorded by that task's policy, so z may 
 relabelled contexts only the rewards tell the task. The idea is GENTLE's (gentle.py); there the models see (s, a).
   1 models    three networks r(s, a, s') for each training task, fitted to the task's own data
   2 labels    the models of every task predict the rewards of all training episodes; a label is the mean of three
-  3 trust     a task trusts an episode if the standard deviation of its models there is below --max-ratio times that of
-              the labels between tasks: not far from its own data, nor where all tasks have the same rewards
+  3 trust     a task trusts an episode if its models' standard deviation there is below --max-ratio times the labels'
+              standard deviation between tasks: not far from its own data, nor where all tasks have the same rewards
   4 contexts  half are a random trusted episode with its labels, half the task's own; FLORA's update stays as it is
 Nothing is relabelled if less than a third of the episodes are trusted, or where the dynamics vary, since there s' tells
 the task too. Then this is FLORA with --metric-weight 400.
