@@ -1568,13 +1568,18 @@ class Dataset:
     def sample_context(self, task_ids, size, generator, episodes=None):
         """Uniform transitions from one random episode per task: task_ids [M] -> [M, size, ctx_dim]. episodes
         [T, N, H, ..]: what to draw from, by default the data without term."""
-        present = (self.lengths[task_ids] > 0).float()  # [M, N]
-        # a uniform draw by an exponential race; torch.multinomial would synchronize with the device
-        episode = (present / torch.empty_like(present).exponential_(generator=generator)).argmax(1, keepdim=True)
+        episode = draw_one(self.lengths[task_ids] > 0, generator)
         length = self.lengths[task_ids[:, None], episode]
         step = (torch.rand(len(task_ids), size, device=self.device, generator=generator) * length).long()
         episodes = self.episodes[..., :-1] if episodes is None else episodes
         return episodes[task_ids[:, None], episode, step]
+
+
+def draw_one(allowed, generator):
+    """A uniform draw among the allowed places of each row: allowed [M, N] bool -> [M, 1], 0 in a row without any.
+    It is an exponential race, since torch.multinomial would synchronize with the device."""
+    weight = allowed.float()
+    return (weight / torch.empty_like(weight).exponential_(generator=generator)).argmax(1, keepdim=True)
 
 
 def nonzero_std(std, largest):

@@ -114,8 +114,7 @@ def relabelled(env, path=None, device="cpu", args=Args()):
         """4 contexts: task_ids [M] -> [M, size, ctx_dim]."""
         own = sample_own(task_ids, size, generator)
         place = (data.train_tasks == task_ids[:, None]).float().argmax(1)  # of each task among the training tasks
-        weight = trusted[place].float()  # a uniform draw among the trusted, as in `Dataset.sample_context`
-        episode = (weight / torch.empty_like(weight).exponential_(generator=generator)).argmax(1, keepdim=True)
+        episode = dc.draw_one(trusted[place], generator)
         step = (torch.rand(len(place), size, device=data.device, generator=generator) * lengths[episode]).long()
         rows = episodes[episode, step]  # [M, size, ctx_dim]
         rows[..., column] = labels[place[:, None], episode, step]
