@@ -3,7 +3,7 @@
 Run:  python benchmark/report.py --add runs         # copy what is finished below runs/ into results.csv and curves.csv
       python benchmark/report.py --env ant-dir      # tables of results.csv: mean and its standard error over seeds
       python benchmark/report.py --env ant-dir --columns iid ood tenth   # some columns alone
-      python benchmark/report.py --compare flora --env ant-dir point-robot   # over families, with 95 % intervals
+      python benchmark/report.py --compare focal --env ant-dir point-robot   # over families, with 95 % intervals
       python benchmark/report.py --story docs/story.png              # the README's picture
       python benchmark/report.py --write docs/RESULTS.md README.md   # the tables in these files anew
 results.csv has a row per run and protocol, curves.csv a row per run and evaluation during the training. A run that is
@@ -394,7 +394,7 @@ def interval(statistic, *methods, draws=2_000):
 
 def print_comparison(path, reference, envs, only, brief=False):
     """Means over families of the interquartile mean of normalized returns over tasks and seeds, and, unless brief, of
-    the probability that the reference is better; of the methods that all families have."""
+    the probability of being better than the reference; of the methods that all families have."""
     seeds, cells, protocols = {}, defaultdict(dict), ("iid", "ood", "online")
     for protocol in protocols:
         tables = [scores(path, env, protocol, only and [*only, reference]) for env in envs]
@@ -407,8 +407,8 @@ def print_comparison(path, reference, envs, only, brief=False):
             seeds[name] = "/".join(str(len(t)) for t in theirs)
             cells[name][protocol] = [interval(interquartile_mean, theirs)]
             if not brief:
-                cells[name][protocol].append("" if name == reference else interval(improvement, ours, theirs))
-    columns = [[p] if brief else [p, f"P({reference} is better), {p}"] for p in protocols]
+                cells[name][protocol].append("" if name == reference else interval(improvement, theirs, ours))
+    columns = [[p] if brief else [p, f"P(better than {reference}), {p}"] for p in protocols]
     found = {n: sum((cells[n].get(p, [""] * len(c)) for p, c in zip(protocols, columns)), []) for n in sorted(cells)}
     print_table(["method", "seeds", *sum(columns, [])], [[n, seeds[n], *row] for n, row in found.items()])
 
