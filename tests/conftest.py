@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 import data_collect  # noqa: E402
 
@@ -175,7 +175,8 @@ def pattern(shape):
 
 @pytest.fixture
 def known_noise(monkeypatch):
-    """Every standard normal draw is `pattern` of its shape."""
+    """Every standard normal draw is `pattern` of its shape, every uniform one `uniform` of it."""
+    monkeypatch.setattr(torch, "rand_like", lambda x: uniform(x.shape).to(x.dtype))
     monkeypatch.setattr(torch, "randn_like", lambda x, **_: pattern(x.shape).to(x.dtype))
     monkeypatch.setattr(torch, "randn", lambda *shape, **_: pattern(tuple(np.ravel(shape))))
 
@@ -230,19 +231,17 @@ class OnDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def uniform(shape):
+    """Numbers in [0.1, 0.9] that stand for a uniform draw."""
+    return 0.5 + pattern(shape) * 0.8 / 3
+
+
 def to_meta(module):
-    """Move an agent's parameters and buffers to "meta"; its optimizers, torch's own fused kernels, do nothing there."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                meta = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-                part._parameters[name] = meta
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = buffer if buffer is None else buffer.to("meta")
+    """Move an agent to "meta"; its optimizers, torch's own fused kernels, do nothing there."""
     for value in vars(module).values():
         if isinstance(value, torch.optim.Optimizer):
             value.step = value.zero_grad = lambda *_, **__: None
-    return module
+    return module.to("meta")
 
 
 def dataset_on_meta(data):

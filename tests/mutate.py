@@ -4,22 +4,20 @@
     python tests/mutate.py focal.py -n 0 --lines 190-220  # every edit of these lines
 
 A survivor is an edit that the tests let pass: it changes nothing that matters, or a test is missing. The working tree
-is only read. Tests that killed many edits in little time run first. A run that takes more than 60 seconds plus three
-times the unmodified run counts as killed. pytest does not collect this file."""
+is only read. What failed in the last run comes first. A run that takes more than 60 seconds plus three times the
+unmodified run counts as killed. pytest does not collect this file."""
 
 import argparse
 import ast
-import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,64 +125,34 @@ def operator_edits(node, source, first, last):
 # ---- tests ------------------------------------------------------------------
 
 
-class Watch:
-    """pytest plugin: sorts the tests by cost, notes their seconds and the first failure."""
-
-    def __init__(self, cost):
-        self.cost, self.seconds, self.failed = cost, Counter(), "an error outside of the tests"
-
-    def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: self.cost.get(item.nodeid, 0.0))
-
-    def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid] += report.duration
-        self.failed = report.nodeid if report.failed else self.failed
-
-
-def pytest_in_fork(tree, tests, cost):
-    os.setsid()  # so that the time limit ends the programs that tests start, too
-    os.chdir(tree)
-    sys.path[0] = str(tree)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
-    watch, options = Watch(cost), ["-x", "-q", "-p", "no:cacheprovider", "--basetemp=../tests", f"--rootdir={tree}"]
-    code = sys.modules["pytest"].main([*options, *tests], plugins=[watch])
-    Path("../result").write_text(json.dumps([watch.seconds, watch.failed]))
-    os._exit(code)
-
-
-def run_tests(tree, tests, cost, limit=None):
-    """-> are all green, seconds of each test, the first failure."""
-    result = tree.parent / "result"
-    result.write_text(json.dumps([{}, "the time limit or a crash"]))
-    process = multiprocessing.get_context("fork").Process(target=pytest_in_fork, args=(tree, tests, cost))
-    process.start()
-    try:
-        process.join(limit)
-        return process.exitcode == 0, *json.loads(result.read_text())
-    finally:
-        if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)
+def first_failure(tree, tests, limit=None):
+    """-> the test that fails first, None if all are green. What failed in the last run comes first (--ff)."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--ff", "--tb=no", "--basetemp=../tests", *tests]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=tree, **pipes) as process:
+        try:
+            printed, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the programs that tests start, too
+            return "the time limit"
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, flags=re.MULTILINE)
+    return None if process.returncode == 0 else failed[1] if failed else "an error outside of the tests"
 
 
 def examine(args, tree):
-    path, name, start = tree / args.script, Path(args.script).stem, time.time()
+    path, name, start, survivors = tree / args.script, Path(args.script).stem, time.time(), 0
     tests = args.tests or [f"tests/test_{test}.py" for test in TESTS.get(name, [name])]
     source = path.read_bytes().decode("latin-1")
     edits, possible = draw(source, args.n, args.seed, [int(line) for line in args.lines.split("-")])
-    import gymnasium, mujoco, pytest, torch.utils.tensorboard, tyro  # noqa: F401, E401
-    green, seconds, failed = run_tests(tree, tests, {})
-    if not green:
+    if failed := first_failure(tree, tests):
         sys.exit(f"STOPPED: the tests of {args.script} fail without any edit: {failed}")
-    limit, kills, survivors = 60 + 3 * (time.time() - start), Counter(), 0
-    print(f"{args.script}: {len(seconds)} tests pass in {time.time() - start:.0f} s; {len(edits)} of {possible} edits")
+    limit = 60 + 3 * (time.time() - start)
+    print(f"{args.script}: the tests pass in {time.time() - start:.0f} s; {len(edits)} of {possible} edits")
     for done, edit in enumerate(edits, 1):
-        for compiled in path.parent.glob(f"__pycache__/{name}.*"):  # Python may take it for the next edit's
-            compiled.unlink()
         path.write_bytes(edit.apply(source).encode("latin-1"))
-        green, _, failed = run_tests(tree, tests, {test: seconds[test] / (1 + kills[test]) for test in seconds}, limit)
-        kills[failed] += not green
-        survivors += green
-        verdict = f"SURVIVED {edit.show(source)}" if green else f"line {edit.line}: {edit.kind}, killed by {failed}"
+        failed = first_failure(tree, tests, limit)
+        survivors += failed is None
+        verdict = f"line {edit.line}: {edit.kind}, killed by {failed}" if failed else f"SURVIVED {edit.show(source)}"
         print(f"[{done}/{len(edits)}, {time.time() - start:.0f} s] {verdict}", flush=True)
     print(f"{args.script}, seed {args.seed}: {survivors} of {len(edits)} edits survived, {time.time() - start:.0f} s")
 

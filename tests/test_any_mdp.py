@@ -13,20 +13,12 @@ FAMILY = dc.FAMILIES["any-mdp"]
 PARAMS, TRAIN, TEST = FAMILY.draw()
 
 
-def value_iteration(transitions, expected, gamma, pick, sweeps=4000):
-    """Q by plain sweeps: pick = max or mean over actions."""
+def value_iteration(transitions, expected, gamma, over=np.max, sweeps=4000):
+    """Q by plain sweeps; over the actions: np.max = optimal, np.mean = uniform policy."""
     q = np.zeros((S, A))
     for _ in range(sweeps):
-        q = expected + gamma * transitions @ pick(q)
+        q = expected + gamma * transitions @ over(q, 1)
     return q
-
-
-def greedy(q):
-    return q.max(1)
-
-
-def uniform(q):
-    return q.mean(1)
 
 
 def task(number):
@@ -112,13 +104,13 @@ def test_candidates_pass_as_often_as_published():
 def test_action_values_equal_value_iteration():
     c = draw_candidates(4, 2)
     expected = (c.transitions * c.rewards).sum(-1)
-    slow = [value_iteration(c.transitions[row], expected[row], 0.99, greedy, sweeps=2000) for row in range(4)]
+    slow = [value_iteration(c.transitions[row], expected[row], 0.99, np.max, sweeps=2000) for row in range(4)]
     for guess in (expected, -expected):
         q = FAMILY.optimal_values(c.transitions, expected, 0.99, guess)
         np.testing.assert_allclose(q, slow, rtol=1e-6, atol=1e-6)
     for number in (0, 300):  # the policy looks far ahead
         t = task(number)
-        q = value_iteration(t.transitions, (t.transitions * t.rewards).sum(-1), 0.994, greedy)
+        q = value_iteration(t.transitions, (t.transitions * t.rewards).sum(-1), 0.994, np.max)
         np.testing.assert_allclose(q[np.arange(S), t.policy], q.max(1), rtol=1e-6, atol=1e-6)
 
 
@@ -153,8 +145,8 @@ def test_candidates_worth_learning_gain_and_visit_many_states():
     expected, gamma, reasons = (c.transitions * c.rewards).sum(-1), 2 ** (-1 / S), []
     for row in range(60):
         transitions, starts = c.transitions[row], np.flatnonzero(c.start[row])
-        best = value_iteration(transitions, expected[row], gamma, greedy, sweeps=800)
-        even = value_iteration(transitions, expected[row], gamma, uniform, sweeps=800)
+        best = value_iteration(transitions, expected[row], gamma, np.max, sweeps=800)
+        even = value_iteration(transitions, expected[row], gamma, np.mean, sweeps=800)
         here = np.eye(S)[starts]  # [starts, S]: forward by 128 steps, from ends to a new start
         for _ in range(128):
             move = transitions[np.arange(S), best.argmax(1)]
@@ -203,7 +195,7 @@ def test_optimal_and_uniform_policy_are_100_apart():
         best, even = np.eye(A)[t.policy], np.full((S, A), 1 / A)
         assert expected_return(t, best) - expected_return(t, even) == pytest.approx(100, rel=1e-6)
         assert t.uniform == pytest.approx(expected_return(t, even), abs=1e-6)
-        value = value_iteration(t.transitions, (t.transitions * t.rewards).sum(-1), 0.99, greedy, sweeps=2000).max(1)
+        value = value_iteration(t.transitions, (t.transitions * t.rewards).sum(-1), 0.99, np.max, sweeps=2000).max(1)
         assert value[14 if t.ends[15] else 15] > value[t.start > 0].max()
         pits = np.flatnonzero(t.ends[:-1])
         for s, a, j in zip(*np.nonzero(t.transitions[:, :, pits])):  # no way into a pit is better than to go on
@@ -285,7 +277,7 @@ def test_behavior_takes_the_optimal_action_with_its_skill(skill, share):
     assert 0.45 < act.max(1).mean() < 0.55 and act.min() < -0.9  # uniform noise that leaves the choice
 
 
-def test_dataset_without_trained_policies(tmp_path, capsys):
+def test_dataset_needs_no_trained_policies(tmp_path, capsys):
     path = tmp_path / "any-mdp.npz"
     args = dc.Args(env="any-mdp", out=str(path), train_tasks=20, test_tasks=5, episodes=20, test_episodes=5)
     dc.collect(args)

@@ -290,18 +290,6 @@ def test_generative_negatives_are_decoded_from_the_prior(known_noise):
             torch.testing.assert_close(negatives[b, n, OBS_DIM + ACT_DIM :], decoded)
 
 
-def test_other_negatives_come_from_all_training_tasks(numbered):
-    """The query's own task is among them."""
-    agent, args = make_agent(numbered, negatives="none", num_negatives=50)
-    query = numbered.episodes[0, 0, :6, :-1]
-    negatives = corro.draw_negatives(agent, numbered, query, args, torch.Generator().manual_seed(0))
-    assert negatives.shape == (6, 50, numbered.ctx_dim)
-    task, episode, step = origin(negatives[..., REWARD])
-    assert torch.equal(negatives, numbered.episodes[task, episode, step, :-1])
-    for b in range(6):  # each negative has a draw of its own
-        assert set(task[b].tolist()) == TRAIN_TASKS and len(set(zip(task[b], episode[b], step[b]))) > 25
-
-
 # ---- where the data comes from ----------------------------------------------------------
 
 
@@ -342,13 +330,12 @@ def test_first_phases_see_the_right_tasks(kind, numbered, numbered_path, tmp_pat
         assert torch.equal(key, numbered.episodes[key_task, key_episode, key_step, :-1])
         assert torch.equal(task, key_task) and set(task.tolist()) <= TRAIN_TASKS and len(set(task.tolist())) > 3
         assert (episode != key_episode).any() and (step != key_step).any()  # any two transitions of the task
-        if kind == "none":
-            assert set(origin(negatives[..., REWARD])[0].flatten().tolist()) == TRAIN_TASKS
-        else:
+        if kind == "none":  # drawn one by one
+            task = origin(negatives[..., REWARD])[0]
+            assert set(task.flatten().tolist()) == TRAIN_TASKS and (task != task[:, :1]).any()
+        else:  # of the query
             known = numbered.obs_dim + numbered.act_dim
             assert torch.equal(negatives[..., :known], query[:, None, :known].expand(-1, 3, -1))
-            same_end = torch.equal(negatives[..., known + 1 :], query[:, None, known + 1 :].expand(-1, 3, -1))
-            assert same_end == (kind == "reward") and (negatives[..., known] != query[:, None, known]).all()
 
 
 def test_dataset_is_embedded_and_standardized_over_episodes(numbered):
@@ -398,20 +385,10 @@ def test_defaults_follow_family_and_length(env, updates, defaults, monkeypatch):
 
 # ---- learning ---------------------------------------------------------------------------
 
-POINT = ROOT / "datasets" / "point-robot.npz"
-
-
-def last_values(phase_updates, folder, **changes):
-    """Metrics of the last update of the first phases on point-robot."""
-    sizes = {"encoder_width": 64, "cvae_width": 64, "log_every": 100}
-    result = train(POINT, folder, cvae_updates=phase_updates, encoder_updates=phase_updates, **sizes, **changes)
-    return {tag: float(value) for step, tag, value in read_rows(result["run_dir"]) if step == phase_updates}
-
 
 def test_encoder_learns_to_recognize_negatives(tmp_path):
-    values = last_values(300, tmp_path, negatives="reward")
-    assert values["losses/contrastive"] < 2 and values["stats/contrastive_acc"] > 0.3  # chance: ln 17 = 2.83, 1 / 17
-
-
-def test_cvae_learns(tmp_path):
-    assert last_values(200, tmp_path, negatives="generative")["losses/cvae"] < 0.1
+    """Chance: ln 17 = 2.83, 1 / 17."""
+    sizes = {"encoder_updates": 300, "encoder_width": 64, "log_every": 100}
+    result = train(ROOT / "datasets" / "point-robot.npz", tmp_path, negatives="reward", **sizes)
+    values = {tag: float(value) for step, tag, value in read_rows(result["run_dir"]) if step == 300}
+    assert values["losses/contrastive"] < 2 and values["stats/contrastive_acc"] > 0.3

@@ -9,7 +9,6 @@ from actor_critic_suite import TASK_IDS, ActorCriticSuite, gradients, slow_embed
 from conftest import slow_layers
 
 import csro
-import data_collect as dc
 
 
 def slow_guess(agent, row):
@@ -43,6 +42,7 @@ def slow_club(agent, context):
 class TestCSRO(ActorCriticSuite):
     script, own = csro, {"guess_opt": ("guess", "lr")}
     method = {"club_weight": 2.5, "guess_weight": 4.0}
+    cases = [*ActorCriticSuite.cases, {"club_weight": 0.0}]
 
     def slow_encoder(self, agent, opts, contexts, segment, args):
         (context,) = contexts
@@ -57,28 +57,10 @@ class TestCSRO(ActorCriticSuite):
         within = np.std(each.reshape(*context.shape[:2], 3).numpy(), axis=1).mean()
         return encoder, {"losses/guess": fit, "stats/club": club, "z/within_std": within}
 
-    def test_updates_without_club_equal_a_recomputation(self, known_noise):
-        self.check_updates(club_weight=0.0)
-
-def test_club_and_guess_loss_vectors():
+def test_club_and_guess_loss_equal_hand_made_values():
     each, mean, var = (vectors(*rows)[None].requires_grad_() for rows in ([[0.2], [0.8]], [[0.1], [0.5]], [[0.5], [1]]))
     club = csro.club(each, mean, var)
     assert club.item() == pytest.approx(0.24)
     (gradient,) = torch.autograd.grad(club, each)
     np.testing.assert_allclose(gradient.flatten(), [-0.25, 0.55], rtol=1e-12)
     assert csro.guess_loss(each, mean, var).item() == pytest.approx(-0.1457867951, abs=1e-10)
-
-
-def test_guess_is_bounded():
-    guess = csro.Guess(1, 1, 1, 4)
-    guess.net = guess.net[-1:]  # what follows the last linear layer
-    mean, var = guess(torch.tensor([[[0.5, -50.0], [-0.5, 0.0], [9.0, 50.0]]]))
-    np.testing.assert_allclose(mean[0, :, 0], np.tanh([0.5, -0.5, 9.0]), rtol=1e-6)
-    np.testing.assert_allclose(var[0, :, 0], [0.3132616875, 0.6931471806, 1.3132616875], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "env, weight", [("ant-goal", 50), ("cheetah-vel", 10), ("point-robot", 25), ("walker-rand-params", 25)]
-)
-def test_default_weight_is_the_official_one(env, weight):
-    assert dc.resolve(csro.Args(env=env), csro.ENV_DEFAULTS).club_weight == weight

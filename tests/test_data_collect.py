@@ -57,7 +57,7 @@ KNOWN = {  # family -> {task: its first parameters}, of CORRO's and CSRO's files
 
 
 @every_family
-def test_tasks_are_those_of_the_papers(name):
+def test_tasks_equal_the_papers(name):
     params, train_ids, test_ids = dc.FAMILIES[name].draw()
     assert (train_ids.tolist(), test_ids.tolist()) == SPLITS.get(name, HALVES)
     for task, known in KNOWN[name].items():
@@ -209,23 +209,15 @@ def test_action_not_finite_is_refused(name, bad):
     assert np.array_equal(env.state, before)
 
 
-def test_point_moves_by_clipped_action_and_wind():
-    env = make_env("point-robot-wind", [0, 7])
-    assert not env.reset(seed=0)[0].any()
-    obs, rew, _, _, info = env.step(np.array([[5.0, -0.5], [0.25, -9.0]]))
-    expected = np.array([[0.1, -0.05], [0.025, -0.1]]) + env.params[[0, 7]]
-    np.testing.assert_allclose(obs, expected, atol=1e-7)
-    np.testing.assert_allclose(rew, -np.hypot(expected[:, 0] - 1, expected[:, 1]), atol=1e-12)
-    env.reset()  # leaves alone what the step returned
-    np.testing.assert_allclose(info["outcome"], expected, atol=1e-15)
-
-
 def test_reset_mask_rebinds_only_its_rows():
     env, reference = make_env("ant-goal", [0, 1, 2]), make_env("ant-goal", [0, 1, 2])
     actions = random_actions(env, 20)
     env.reset(seed=0), reference.reset(seed=0)
-    play(env, actions[:10])
+    play(env, actions[:9])
+    outcome = env.step(actions[9])[4]["outcome"]
+    before = outcome.copy()
     after, _ = env.reset(seed=7, options={"reset_mask": np.array([False, True, False]), "task_ids": [9, 9, 9]})
+    assert np.array_equal(outcome, before)  # a reset leaves alone what the step returned
     assert env.task_ids.tolist() == [0, 9, 2] and env.steps.tolist() == [10, 0, 10]
     assert np.array_equal(after[1], make_env("ant-goal", [9]).reset(seed=[8])[0][0])
     got, expected = play(env, actions[10:]), play(reference, actions)
@@ -513,8 +505,9 @@ def uniform(hits, over):
     return counts.sum() == len(hits) > 400 and abs(counts / len(hits) - 1 / len(over)).max() < 0.08
 
 
-@pytest.mark.parametrize("dynamics_vary, task_ids", [(False, [1, 3, 4]), (True, [1, 3, 4])])
-def test_behavior_policy_learns_from_its_transitions(dynamics_vary, task_ids, updates):
+@pytest.mark.parametrize("dynamics_vary", [False, True])
+def test_every_batch_has_consistent_transitions_and_rewards(dynamics_vary, updates):
+    task_ids = [1, 3, 4]
     family, tasks, taught = Telling(), {}, {task + 1: [] for task in task_ids}
     family.dynamics_vary = dynamics_vary
     train(family, task_ids, total_updates=200, rows=64, updates_per_step=3)

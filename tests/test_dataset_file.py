@@ -2,14 +2,12 @@
 
 import dataclasses
 import fcntl
-import functools
 import json
 import math
 import runpy
 import signal
 import statistics
 import sys
-import tempfile
 
 import numpy as np
 import pytest
@@ -108,9 +106,6 @@ def test_each_episode_names_its_policy(telltale, tmp_path, behavior, monkeypatch
     def check(prefix, where, task, policy_task, phase):
         obs, act = arrays[prefix + "observations"][where], arrays[prefix + "actions"][where]
         np.testing.assert_allclose(np.diff(obs, axis=0), 0.1 * act + params[task], atol=1e-6)
-        distance = np.linalg.norm(obs[1:] - [1, 0], axis=1)
-        np.testing.assert_allclose(arrays[prefix + "rewards"][where], -distance, atol=1e-6)
-        assert arrays[prefix + "lengths"][where] == 25 and not arrays[prefix + "terminated"][where]
         if phase is None:
             assert len(np.unique(act)) == 50 and abs(act).max() <= 1 and abs(act.mean()) < 0.4 and act.std() > 0.4
         else:
@@ -177,7 +172,7 @@ def test_foreign_policies_are_near_and_far(name):
     assert abs(acted.sum(0) - acted.sum(0).mean()).max() <= 1 and abs(acted - acted.mean()).max() < 2  # nor a policy
 
 
-def test_tasks_may_train_and_test(telltale, tmp_path, monkeypatch):
+def test_training_tasks_may_be_test_tasks(telltale, tmp_path, monkeypatch):
     monkeypatch.setattr(dc, "DATASETS", tmp_path)
     monkeypatch.setattr(dc.PointRobot, "draw", dc.CheetahDir.draw)
     one = {"env": "point-robot", "episodes": 4, "test_episodes": 2, "train_tasks": 1, "test_tasks": 1}
@@ -204,23 +199,16 @@ STRAIGHT = {"env": "point-robot", "train_tasks": 2, "test_tasks": 1, "width": 16
 STRAIGHT |= {"updates_per_step": 1, "batch_size": 32, "episodes": 4, "test_episodes": 2}
 
 
-@functools.cache
-def uninterrupted(behavior):
-    """-> arrays of the file."""
-    with tempfile.TemporaryDirectory() as folder:
-        dc.collect(dc.Args(**STRAIGHT, behavior=behavior, out=f"{folder}/point-robot.npz"))
-        return read(f"{folder}/point-robot.npz")[0]
-
-
 CUTS = [("shared", "SIGTERM", 25), ("per-task", "kill", 55), ("shared", "kill while rolling out", 3)]
 
 
 @pytest.mark.parametrize("behavior, how, count", CUTS)
 def test_interrupted_collection_resumes_bit_for_bit(behavior, how, count, tmp_path, monkeypatch, capsys):
     """In an update, of three tasks in the second one's, or in the fourth rollout."""
-    expected = uninterrupted(behavior)
     path, policies = tmp_path / "point-robot.npz", tmp_path / "point-robot.policies.pt"
     args = dc.Args(**STRAIGHT, behavior=behavior, out=str(path))
+    dc.collect(dc.Args(**STRAIGHT, behavior=behavior, out=str(tmp_path / "whole/point-robot.npz")))
+    expected, _ = read(tmp_path / "whole/point-robot.npz")
     place, name = (dc.SAC, "update") if "rolling" not in how else (dc, "rollout")
     original, calls, updates = getattr(place, name), iter(range(10**6)), []
 
@@ -277,18 +265,10 @@ def put(key, index, value):
     return lambda arrays, header: arrays[key].__setitem__(index, value)
 
 
-def replaced(key, change):
-    return lambda arrays, header: arrays.update({key: change(arrays[key])})
-
-
 DAMAGES = {  # edit of a good file -> a word of the complaint
     "array missing": (lambda arrays, header: arrays.pop("rewards"), "rewards is missing"),
     "other family": (lambda arrays, header: header.update(env="ant-dir"), "holds ant-dir, not point-robot"),
     "other format": (lambda arrays, header: header.update(format_version=1), "format 1, this code reads 2"),
-    "too few tasks": (replaced("ood_rewards", lambda x: x[:2]), "ood_rewards has shape"),
-    "wrong type": (replaced("rewards", lambda x: x.astype(str)), "rewards has type"),
-    "not finite": (put("ood_observations", (0, 0, 0, 0), np.nan), "ood_observations has values"),
-    "unknown task": (put("test_ids", 0, 9), "test_ids must be distinct"),
     "no episode": (put("lengths", 2, 0), "test_ids has no episode"),
     "action above 1": (put("actions", (0, 0, 0, 0), 1.5), "actions must lie"),
     # evaluate takes the first episodes of each row for the recorded ones
@@ -376,7 +356,7 @@ def as_seen(arrays, obs):
     return ((obs - seen.mean(0)) / seen.std(0)).clip(-10, 10)
 
 
-def test_dataset_counts_and_scales(uneven):
+def test_dataset_counts_its_files_transitions(uneven):
     data, arrays = uneven
     for key in ("task_params", "train_ids", "test_ids", "random_returns", "expert_returns", "lengths", "ood_lengths"):
         assert np.array_equal(getattr(data, key), arrays[key]), key
@@ -499,7 +479,7 @@ def test_drawing_stays_on_the_device(uneven):
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
-def test_value_std_is_of_discounted_returns(gamma, numbered):
+def test_value_std_measures_discounted_returns(gamma, numbered):
     """Over the recorded transitions of the training tasks."""
     returns = []
     for task in range(6):

@@ -10,7 +10,6 @@ from actor_critic_suite import DATA, FAST, METHOD, ActorCriticSuite, assert_same
 from actor_critic_suite import gradients, make_context, slow_embedding, slow_policy, train_on_point_robot, vectors
 from conftest import OnDevice, dataset_on_meta, origin, slow_net, to_meta
 
-import data_collect as dc
 import gentle
 
 TASKS, STATES, FOREIGN, ENSEMBLE = 5, 4, 2, 3

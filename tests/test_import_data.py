@@ -2,16 +2,16 @@
 
 import pickle
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import gymnasium as gym
+import import_data
 import numpy as np
 import pytest
-from conftest import ROOT, stop_message
+from conftest import stop_message
 
 import data_collect as dc
-
-sys.path.insert(0, str(ROOT / "benchmark"))
-
-import import_data  # noqa: E402
 
 
 def run(monkeypatch, *words):
@@ -77,72 +77,62 @@ def test_focal_layout_becomes_a_dataset(tmp_path, monkeypatch):
 
 
 class Evil:
-    def __init__(self, call, *inputs):
-        self.what = call, inputs
-
     def __reduce__(self):
-        return self.what
+        return open, ("witness", "w")
 
 
-@pytest.mark.parametrize("kind", ["pkl", "npy"])
-def test_pickle_with_code_is_refused(tmp_path, monkeypatch, kind):
-    witness = tmp_path / "witness"
-    evil = {"observations": Evil(open, str(witness), "w")}
-    if kind == "pkl":
-        path = tmp_path / "dataset_task_0.pkl"
-        path.write_bytes(pickle.dumps(evil))
+@pytest.mark.parametrize("layout", ["t2da", "focal"])
+def test_pickle_with_code_is_refused(tmp_path, monkeypatch, layout):
+    monkeypatch.chdir(tmp_path)
+    path = Path("dataset_task_0.pkl" if layout == "t2da" else "goal_idx0/trj_evalsample0_step1.npy")
+    path.parent.mkdir(exist_ok=True)
+    if layout == "t2da":
+        path.write_bytes(pickle.dumps(Evil()))
     else:
-        (tmp_path / "goal_idx0").mkdir()
-        path = tmp_path / "goal_idx0/trj_evalsample0_step1.npy"
-        np.save(path, np.array([evil], object), allow_pickle=True)
-    words = "focal" if kind == "npy" else "t2da", tmp_path, "--out", tmp_path / "file.npz"
-    message = stop_message(run, monkeypatch, *words)
+        np.save(path, np.array([Evil()], object))
+    message = stop_message(run, monkeypatch, layout, ".", "--out", "file.npz")
     assert message.startswith(f"{path} is refused: it asks for ") and message.endswith(".open")
-    assert not witness.exists() and not (tmp_path / "file.npz").exists()
-    with open(path, "rb") as file:  # a plain reader would have run it
-        pickle.load(file) if kind == "pkl" else np.load(path, allow_pickle=True)
-    assert witness.exists()
+    assert not Path("witness").exists() and not Path("file.npz").exists()
+    np.load(path, allow_pickle=True)  # a plain reader runs it
+    assert Path("witness").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04abc", pickle.dumps({"actions": 3})])
-def test_damaged_pickle_gets_one_line(tmp_path, monkeypatch, content):
-    (tmp_path / "dataset_task_0.pkl").write_bytes(content)
-    message = stop_message(run, monkeypatch, "t2da", tmp_path, "--out", tmp_path / "file.npz")
-    assert "is refused" in message or message.endswith("not in the layout of t2da: 'observations'")
-
-
-def test_empty_folder_is_named(tmp_path, monkeypatch):
-    message = stop_message(run, monkeypatch, "t2da", tmp_path, "--out", tmp_path / "file.npz")
-    assert message.startswith(f"{tmp_path}: nothing there is named like dataset_task_")
+@pytest.mark.parametrize("name, content, complaint", [
+    ("other.pkl", b"", "nothing there is named like dataset_task_"),
+    ("dataset_task_0.pkl", b"\x80\x04abc", "is refused"),
+    ("dataset_task_0.pkl", pickle.dumps({"actions": 3}), "not in the layout of t2da: 'observations'"),
+])  # fmt: skip
+def test_wrong_folder_gets_one_line(tmp_path, monkeypatch, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    assert complaint in stop_message(run, monkeypatch, "t2da", tmp_path, "--out", tmp_path / "file.npz")
 
 
 def test_minari_data_become_a_dataset(tmp_path, monkeypatch):
-    """With the library, where it is installed."""
-    minari, gym = pytest.importorskip("minari"), pytest.importorskip("gymnasium")
-    from minari.data_collector import EpisodeBuffer
+    """By a stand-in for the library, which is not among the requirements."""
+    rng, space = np.random.default_rng(0), gym.spaces.Box(1, 5, (2,))
 
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    rng, tables = np.random.default_rng(0), {}
-    for task in range(3):
-        for n in range(2):
-            length = 4 + task + n
-            obs, act = rng.normal(size=(length + 1, 3)).astype(np.float32), rng.uniform(1, 5, (length, 2))
-            tables[task, n] = obs, act, rng.normal(size=length)
-        buffers = [EpisodeBuffer(id=n, observations=tables[task, n][0], actions=tables[task, n][1].astype(np.float32),
-                                 rewards=tables[task, n][2], terminations=[False] * (3 + task + n) + [n == 1],
-                                 truncations=[False] * (3 + task + n) + [n == 0]) for n in range(2)]  # fmt: skip
-        spaces = {"observation_space": gym.spaces.Box(-9, 9, (3,)), "action_space": gym.spaces.Box(1, 5, (2,))}
-        minari.create_dataset_from_buffers(f"own/task{task}-v0", buffers, **spaces)
-    names = [f"own/task{task}-v0" for task in range(3)]
-    run(monkeypatch, "minari", *names, "--out", tmp_path / "file.npz")
+    def episode(length, end):
+        obs, act, rew = rng.normal(size=(length + 1, 3)), rng.uniform(1, 5, (length, 2)), rng.normal(size=length)
+        ends = [False] * (length - 1) + [end]
+        return SimpleNamespace(observations=obs, actions=act, rewards=rew, terminations=ends)
+
+    kept = {f"own/task{task}-v0": [episode(4 + task, False), episode(5 + task, True)] for task in range(3)}
+
+    def load_dataset(name):
+        episodes = kept[name]
+        return SimpleNamespace(action_space=space, iterate_episodes=lambda: episodes)
+
+    monkeypatch.setitem(sys.modules, "minari", SimpleNamespace(load_dataset=load_dataset))
+    run(monkeypatch, "minari", *kept, "--out", tmp_path / "file.npz")
     data = dc.load_dataset("offline", tmp_path / "file.npz")
-    assert data.lengths.tolist() == [[4 + task, 5 + task] for task in range(3)] and data.test_ids.tolist() == [2]
-    for (task, n), (obs, act, rew) in tables.items():
-        rows = data.unpack(data.episodes[task, n, : len(act)])
-        np.testing.assert_allclose(rows.act, act / 2 - 1.5, atol=1e-6)
-        np.testing.assert_allclose(rows.rew, rew, rtol=1e-6)
-        np.testing.assert_allclose(rows.next_obs * data.obs_std + data.obs_mean, obs[1:], atol=1e-5)
-        assert rows.term.tolist() == [0.0] * (len(act) - 1) + [float(n)]
+    assert data.lengths.tolist() == [[4, 5], [5, 6], [6, 7]] and data.test_ids.tolist() == [2]
+    for task, episodes in enumerate(kept.values()):
+        for n, (e, length) in enumerate(zip(episodes, data.lengths[task].tolist())):
+            rows = data.unpack(data.episodes[task, n, :length])
+            np.testing.assert_allclose(rows.act, e.actions / 2 - 1.5, atol=1e-6)
+            np.testing.assert_allclose(rows.rew, e.rewards, rtol=1e-6)
+            np.testing.assert_allclose(rows.next_obs * data.obs_std + data.obs_mean, e.observations[1:], atol=1e-5)
+            assert rows.term.tolist() == [0.0] * (length - 1) + [float(n)]
     assert stop_message(run, monkeypatch, "minari", "own/none-v0", "--out", tmp_path / "b.npz").startswith("own/none")
 
 

@@ -201,7 +201,7 @@ VARIANTS = [{}, {"inner_steps": 2}, {"adv_head": False, "weight_transform": Fals
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: "-".join(changes) or "default")
-def test_update_differentiates_through_descent_on_copied_parameters(changes):
+def test_update_equals_a_slow_recomputation(changes):
     agent, args = make_agent(**changes)
     inner, outer = make_rows(9, 1, one_end=True), make_rows(7, 2)
     loss, report = slow_update(agent, inner, outer, args)
@@ -216,7 +216,6 @@ def test_update_differentiates_through_descent_on_copied_parameters(changes):
     report |= slow_rates(agent)  # as after the step
     assert {tag: value.item() for tag, value in found.items()} == pytest.approx(report, abs=1e-7)
     assert not any(value.requires_grad or value.dim() for value in found.values())
-    assert len(names) == (33 if args.adv_head else 26)
     for name, parameter, grad, old in zip(names, params, grads, before):
         if parameter.numel() == 0:  # z and U of a plain layer
             continue
@@ -229,7 +228,7 @@ def test_update_differentiates_through_descent_on_copied_parameters(changes):
 
 
 @pytest.mark.parametrize("kind, steps", [("episode", 1), ("buffer", 2)])
-def test_nothing_needs_the_host(kind, steps, numbered, monkeypatch):
+def test_training_and_adaptation_stay_on_the_device(kind, steps, numbered, monkeypatch):
     """Draws, update and adaptation on a device without values."""
     agent, args = make_agent(numbered, torch.float32, env="point-robot", inner_rows=kind, inner_steps=steps)
     table = macaw.Rows(*(x.to("meta") for x in macaw.label_data(agent, numbered)))
@@ -252,13 +251,13 @@ def test_nothing_needs_the_host(kind, steps, numbered, monkeypatch):
 # ---- vectors ----------------------------------------------------------------------------
 
 
-def test_monte_carlo_vectors():
+def test_returns_and_tails_equal_hand_made_values():
     ret, tail = macaw.monte_carlo(doubles(1, 2, 3), torch.ones(3).double(), doubles(0)[0], 0.99)
     np.testing.assert_allclose(ret, [5.9203, 4.97, 3.0], atol=1e-12)
     np.testing.assert_allclose(tail, [0.970299, 0.9801, 0.99], atol=1e-12)
 
 
-def test_advantage_weight_vectors():
+def test_advantage_weights_are_standardized_and_capped():
     """Standardized, and capped from above only; equal advantages weigh 1."""
     found = weights_of(doubles(1, 2, 3, 10).requires_grad_())
     np.testing.assert_allclose(found, [0.4795789, 0.6126889, 0.7827445, 4.3479038], atol=1e-6)  # refuses a gradient
@@ -269,7 +268,7 @@ def test_advantage_weight_vectors():
     assert all((weights_of(equal) == 1).all() for equal in (doubles(3, 3, 3), doubles(7)))
 
 
-def test_generated_layer_and_inner_step_vectors():
+def test_inner_step_equals_hand_made_values():
     net, x = macaw.Net([(2, 2)], 2, 1.0).double(), doubles([[1, 2]])
     with torch.no_grad():
         net.layers[0].z.copy_(doubles(1, -1))
@@ -298,7 +297,7 @@ def test_default_networks_have_the_official_sizes():
     assert [make_agent(env=env)[1].gamma for env in ("point-robot", "ant-dir")] == [0.9, 0.99]
 
 
-def test_standard_deviations_of_initial_weights():
+def test_initial_weights_have_expected_deviations():
     """A generated scalar output starts with ten times larger weights: z has the standard deviation 1 / out."""
     torch.manual_seed(0)
     shapes = [(20, 100), (100, 100), (100, 1)]
@@ -542,18 +541,12 @@ def test_fine_tuning_steps_each_tasks_own_weights(data, known_noise, monkeypatch
 def test_learns_to_reach_goals_on_new_tasks(tmp_path, monkeypatch):
     """point-robot: random -20, expert -4.7; the best policy without knowledge of the task about -15.5. Seed 0 reaches
     -7.3; inner rows of another task give -13.8."""
-    rows, update = [], macaw.update
-
     def evaluate(agent, data, args, protocols, episodes):
         tested = dc.evaluate(data, partial(macaw.adapt, agent), ("iid", "zero_shot"), 5)
         return tested | {"z/nearest_task_acc": 0.0, "z/probe_r2": 0.0}
 
-    monkeypatch.setattr(macaw, "update", lambda *given: rows.append(update(*given)) or rows[-1])
     monkeypatch.setattr(macaw, "evaluate_all", evaluate)
     settings = {"total_updates": 100, "width": 32, "latent": 16, "lr": 3e-3, "value_lr": 3e-3}
     settings |= {"dataset": str(ROOT / "datasets" / "point-robot.npz"), "run_dir": str(tmp_path)}
     result = macaw.train(macaw.Args(env="point-robot", device="cpu", **settings))
-    names = ("inner_value", "inner_value_after", "value")
-    inner, after, outer = (np.mean([row[f"losses/{name}"].item() for row in rows[-20:]]) for name in names)
     assert result["eval/iid/return"] > -7.5 and result["eval/zero_shot/return"] < -12
-    assert after < inner and outer < 0.3  # returns have standard deviation 1
