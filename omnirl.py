@@ -62,7 +62,7 @@ class Args:
     renumber: bool = True  # number the states and actions of every stream anew
     final_episodes: int | None = None  # own episodes per test task in the last evaluation, and with --eval-only
     final_plays: int = 2  # times that each test task is played in the last evaluation
-    temperature: float = 0.5  # of the action distribution in own episodes
+    temperature: float = 0.3  # of the action distribution in own episodes
     think_every: int = 8  # own steps between two readings of the context (counts)
     # contexts
     streams: int | None = None  # streams per update (B)
