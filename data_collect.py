@@ -1713,23 +1713,17 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
 
     trace: a list to which each protocol's reported episodes are appended, as of `rollout`, with "context" and "mask".
     -> {"eval/iid/return": ..} as of `summary`, with returns by task, by own episode and, for ood, by thirds of the
-    distance. Without a simulator: {"eval/iid/action_error": ..}, see `retrace`, and no online protocols."""
+    distance. Without a simulator: `evaluate_recorded`."""
+    if not data.family.simulated:
+        return evaluate_recorded(data, adapt, protocols, episodes, trace)
     results = {}
     for protocol in protocols:
         tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
         row_tasks, number = tasks.repeat(episodes), np.tile(np.arange(episodes), len(tasks))  # of each row
-        context, lengths, distance = initial_context(data, protocol, tasks, episodes)
-        own = protocol in ("online", "online_random_start")  # contexts are the agent's own episodes
-        if context is None or own and not data.family.simulated:
-            continue  # a dataset collected with --ood-contexts 0, or nothing to play
-        mask = data.recorded(lengths)[:, : context.shape[1]].float()
-        if not data.family.simulated:
-            seen = context[..., : data.context_dim]
-            last, error = retrace(data, adapt(seen, mask, False), row_tasks, context)
-            results[f"eval/{protocol}/action_error"] = error
-            if trace is not None:
-                trace.append(last | {"context": seen, "mask": mask})
+        context, mask, distance = initial_context(data, protocol, tasks, episodes)
+        if context is None:
             continue
+        own = protocol in ("online", "online_random_start")  # contexts are the agent's own episodes
         env = TaskEnv(data.family, data.task_params, row_tasks)
         reported, diverged = EXPLORATION_EPISODES + EXPLOITATION_EPISODES if own else 1, 0
         for k in range(reported + MORE_EPISODES * (protocol == "online")):
@@ -1764,6 +1758,22 @@ def evaluate(data, adapt, protocols=("iid",), episodes=2, trace=None):
     return {tag: float(value) for tag, value in results.items()}
 
 
+def evaluate_recorded(data, adapt, protocols, episodes, trace):
+    """`evaluate` without a simulator, by `retrace` -> {"eval/iid/action_error": ..}; no online protocols."""
+    results = {}
+    for protocol in protocols:
+        tasks = data.train_ids[:10] if protocol == "train" else data.test_ids
+        context, mask, _ = initial_context(data, protocol, tasks, episodes)
+        if context is None or protocol.startswith("online"):
+            continue
+        seen = context[..., : data.context_dim]
+        played, error = retrace(data, adapt(seen, mask, False), tasks.repeat(episodes), context)
+        results[f"eval/{protocol}/action_error"] = float(error)
+        if trace is not None:
+            trace.append(played | {"context": seen, "mask": mask})
+    return results
+
+
 def retrace(data, policy, tasks, context):
     """Let a policy choose actions along each task's best recorded episode (the second best where the best is the row's
     context): tasks [R], context [R, K, ..] -> these episodes as of `rollout`, root mean square difference between
@@ -1785,24 +1795,22 @@ def retrace(data, policy, tasks, context):
 
 def initial_context(data, protocol, tasks, episodes):
     """What a protocol of `evaluate` gives before the first episode of R = len(tasks) * episodes rows -> context
-    [R, K, ctx_dim + 1] (None if the data have none), lengths [R]; for ood the distance [R] of the acting policy's task,
+    [R, K, ctx_dim + 1] (None if the data have none), mask [R, K]; for ood the distance [R] of the acting policy's task,
     else None."""
+    rows, number = np.arange(len(tasks)).repeat(episodes), np.tile(np.arange(episodes), len(tasks))
     if protocol in ("ood", "ood_random"):
         wanted = (data.ood_behavior_task == RANDOM) == (protocol == "ood_random")  # [V, C]
         if not wanted.any():
             return None, None, None
-        columns, row = np.nonzero(wanted)[1].reshape(len(tasks), -1), np.arange(len(tasks)).repeat(episodes)
-        number = np.tile(np.arange(episodes), len(tasks))
-        column = columns[row, (row + number) % columns.shape[1]]  # a few episodes already meet near and far policies
-        distance = data.ood_distance[row, column] if protocol == "ood" else None
-        return data.ood_episodes[row, column], data.ood_lengths[row, column], distance
+        columns = np.nonzero(wanted)[1].reshape(len(tasks), -1)
+        pick = columns[rows, (rows + number) % columns.shape[1]]  # a few episodes already meet near and far policies
+        distance = data.ood_distance[rows, pick] if protocol == "ood" else None
+        return data.ood_episodes[rows, pick], data.recorded(data.ood_lengths[rows, pick]).float(), distance
     if protocol in ("iid", "train"):
         orders = [np.random.default_rng(10_000 + task).permutation(data.present[task]) for task in tasks]
-        pick, rows = np.concatenate([np.resize(order, episodes) for order in orders]), tasks.repeat(episodes)
-        return data.episodes[rows, pick], data.lengths[rows, pick], None
-    count = len(tasks) * episodes
-    empty = torch.zeros(count, 0, data.ctx_dim + 1, device=data.device)
-    return empty, torch.zeros(count, dtype=torch.long, device=data.device), None
+        pick, row_tasks = np.concatenate([np.resize(order, episodes) for order in orders]), tasks[rows]
+        return data.episodes[row_tasks, pick], data.recorded(data.lengths[row_tasks, pick]).float(), None
+    return data.episodes.new_zeros(len(rows), 0, data.ctx_dim + 1), data.episodes.new_zeros(len(rows), 0), None
 
 
 def returns_of(data, tasks, played):

@@ -45,11 +45,10 @@ def play(tasks, script, agent, data, args, protocol="iid"):
 
 def first_context(data, protocol, tasks):
     """The context of the protocol's first episode on some test tasks -> context [B, K, context_dim], mask [B, K]."""
-    context, lengths, _ = dc.initial_context(data, protocol, data.test_ids, 1)
+    context, mask, _ = dc.initial_context(data, protocol, data.test_ids, 1)
     if context is None:
         raise SystemExit(f"--protocol {protocol}: these data have no such context")
     rows = [list(data.test_ids).index(task) for task in tasks]
-    mask = data.recorded(lengths)[:, : context.shape[1]].float()
     return context[rows, :, : data.context_dim], mask[rows]
 
 
