@@ -62,7 +62,7 @@ class Args:
     renumber: bool = True  # number the states and actions of every stream anew
     final_episodes: int | None = None  # own episodes per test task in the last evaluation, and with --eval-only
     final_plays: int = 2  # times that each test task is played in the last evaluation
-    temperature: float = 0.3  # of the action distribution in own episodes
+    temperature: float | None = None  # of the action distribution in own episodes
     think_every: int = 8  # own steps between two readings of the context (counts)
     # contexts
     streams: int | None = None  # streams per update (B)
@@ -85,9 +85,11 @@ class Args:
 
 
 DEFAULTS = {  # for arguments left at None
-    "counts": dict(total_updates=40, streams=128, width=32, depth=8, batch_size=64, final_episodes=50),
-    "transformer": dict(total_updates=200, streams=32, width=64, depth=3, batch_size=4, final_episodes=20),
+    "counts": dict(total_updates=40, streams=128, width=32, depth=8, batch_size=64),
+    "transformer": dict(total_updates=200, streams=32, width=64, depth=3, batch_size=4),
 }
+DEFAULTS["counts"] |= dict(final_episodes=50, temperature=0.3)
+DEFAULTS["transformer"] |= dict(final_episodes=20, temperature=0.5)
 
 
 def stage(args, step):

@@ -9,9 +9,9 @@ relabelled contexts only the rewards tell the task. The idea is GENTLE's (gentle
   3 trust     a task trusts an episode if its models' standard deviation there is below --max-ratio times the labels'
               standard deviation between tasks: not far from its own data, nor where all tasks have the same rewards
   4 contexts  half are a random trusted episode with its labels, half the task's own; FLORA's update stays as it is
-Nothing is relabelled if less than a third of the episodes are trusted, or where the dynamics vary, since there s' tells
-the task too. Then this is FLORA with --metric-weight 400.
---labels true: true rewards, which no method knows, all trusted; an upper bound. Point families without wind.
+Nothing is relabelled if less than a third of the episodes are trusted, or unless the family says that only rewards
+differ: where dynamics vary s' tells the task too. Then this is FLORA with --metric-weight 400.
+--labels true: true rewards, which no method knows, all trusted; a reference. Point families without wind.
 cpu_s leaves out steps 1 and 2, about a minute.
 """
 

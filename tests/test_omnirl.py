@@ -13,6 +13,7 @@ import omnirl
 
 S, A = omnirl.FAMILY.states, omnirl.FAMILY.actions
 SMALL = {"device": "cpu", "streams": 6, "context_rows": 64, "batch_size": 1000, "width": 16, "depth": 2, "warmup": 1}
+SMALL |= {"temperature": 0.5}
 MEMORIES = ["counts", "transformer"]
 
 
