@@ -513,7 +513,7 @@ def test_model_reads_context_and_own_steps():
             seen.append(omnirl.Counts(*(x.clone() for x in counts)))
             return np.eye(5)[np.full((2, 16), 3)]
 
-    policy = tabular.read(Agent(), omnirl.Args(), 1, context, mask)
+    policy = tabular.read(Agent(), omnirl.Args(temperature=0.5), 1, context, mask)
     for state, rew in ((5, 0.0), (6, 2.0), (5, -7.0)):
         assert policy(torch.eye(16)[[state, state]], torch.tensor([rew, rew])).argmax(-1).tolist() == [3, 3]
     steps = [(0, 1, 1, 1, 1), (1, 2, 0, -3, 1), (0, 1, 1, 4, 1), (5, 3, 6, 2, 0), (6, 3, 5, -7, 0)]
